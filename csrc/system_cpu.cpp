@@ -1,0 +1,56 @@
+#include <atomic>
+#include <stdexcept>
+
+#include "system.h"
+
+namespace titok {
+namespace {
+
+std::atomic<int> forced{-1};
+
+}  // namespace
+
+const char* isa_name(Isa isa) {
+  switch (isa) {
+    case Isa::avx512:
+      return "avx512";
+    case Isa::avx2:
+      return "avx2";
+    default:
+      return "portable";
+  }
+}
+
+Isa detected_isa() {
+#if defined(__x86_64__)
+  // These also check that the operating system saves the registers.
+  if (__builtin_cpu_supports("avx512f")) return Isa::avx512;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::avx2;
+#endif
+  return Isa::portable;
+}
+
+Isa active_isa() {
+  const int isa = forced.load(std::memory_order_relaxed);
+  return isa < 0 ? detected_isa() : static_cast<Isa>(isa);
+}
+
+void force_isa(const std::string& name) {
+  if (name.empty()) {
+    forced = -1;
+    return;
+  }
+  for (const Isa isa : {Isa::portable, Isa::avx2, Isa::avx512}) {
+    if (name != isa_name(isa)) continue;
+    if (isa > detected_isa()) {
+      throw std::invalid_argument("isa: '" + name +
+                                  "' is not supported by this CPU; the best is '" +
+                                  isa_name(detected_isa()) + "'");
+    }
+    forced = static_cast<int>(isa);
+    return;
+  }
+  throw std::invalid_argument("isa: '" + name + "' is not one of 'portable', 'avx2', 'avx512'");
+}
+
+}  // namespace titok

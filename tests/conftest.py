@@ -1,0 +1,62 @@
+"""Shared set-up: fixed seeds, poisoned memory, and Triton's interpreter where there is no GPU."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before the first import of a kernel
+
+with torch.device("meta"):
+    torch.empty(0)  # torch caches its constructors here, before a test replaces torch.empty
+
+from titok_fast.testing import cpu_isa, supported_isas
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs of torch.empty start as NaN or a huge integer, so that an unwritten one shows."""
+    empty = torch.empty
+
+    def poisoned(*args: object, **kwargs: object) -> torch.Tensor:
+        tensor: torch.Tensor = empty(*args, **kwargs)  # type: ignore[call-overload]
+        if tensor.device.type == "meta" or torch.compiler.is_compiling():
+            return tensor
+        if tensor.is_floating_point():
+            return tensor.fill_(torch.nan)
+        if tensor.dtype is torch.int64:
+            return tensor.fill_(2**62)
+        return tensor
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=["portable", "avx2", "avx512", "triton"])
+def backend(request: pytest.FixtureRequest):
+    """Each fused backend; on CPU the C++ one once for each instruction set."""
+    if request.param == "triton":
+        yield "triton"
+        return
+    if request.param not in supported_isas():
+        pytest.skip(f"this CPU has no {request.param}")
+    with cpu_isa(request.param):
+        yield "cpu"
+
+
+@pytest.fixture
+def device(backend: str) -> str:
+    return "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
