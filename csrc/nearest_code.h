@@ -1,0 +1,53 @@
+// Exact nearest-code search on CPU. The algorithm and its error bound: docs/ops/nearest_code.md.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "common.h"
+
+namespace titok {
+
+enum class Metric { l2, cosine, dot };
+
+struct NearestCodeArgs {
+  const void* z;         // [n, d], rows z_stride elements apart
+  const void* codebook;  // [k, d], rows codebook_stride elements apart
+  int64_t z_stride, codebook_stride;
+  int64_t n, k, d;
+  DType dtype;
+  Metric metric;
+  int64_t* indices;  // [n]
+  float* distances;  // [n]
+  void* workspace;   // nearest_code_cpu_workspace() bytes, 64-byte aligned
+  int threads;
+};
+
+std::size_t nearest_code_cpu_workspace(int64_t n, int64_t k, int64_t d, int threads);
+void nearest_code_cpu(const NearestCodeArgs& args);
+
+// How one call is cut up: a function of the sizes and the instruction set's tile.
+struct NearestCodePlan {
+  int64_t tile_rows, tile_codes, lanes;  // register tile and vector width
+  int64_t block_vectors;                 // codes per block: one lane of this many vectors
+  int64_t super_codes;  // block_vectors * lanes: codes that one vector of maxima covers
+  int64_t blocks;       // table width, in floats
+  int64_t rows;         // rows per pass over the codebook
+  int64_t depth;        // d rounded up to 8
+  int threads;
+  std::size_t center, z, z_norm, block_norm, table, panels, panel_bytes, z64,
+      total;  // byte offsets
+};
+
+// One set per instruction set; see nearest_code_simd.h.
+struct NearestCodeKernels {
+  int64_t tile_rows, tile_codes, lanes;
+  void (*run)(const NearestCodeArgs&, const NearestCodePlan&, const Team::Member&);
+};
+extern const NearestCodeKernels nearest_code_portable;
+#if defined(__x86_64__)
+extern const NearestCodeKernels nearest_code_avx2;
+extern const NearestCodeKernels nearest_code_avx512;
+#endif
+
+}  // namespace titok

@@ -1,0 +1,57 @@
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "nearest_code.h"
+
+namespace py = pybind11;
+
+namespace {
+
+titok::DType parse_dtype(const std::string& name) {
+  if (name == "float32") return titok::DType::float32;
+  if (name == "float16") return titok::DType::float16;
+  if (name == "bfloat16") return titok::DType::bfloat16;
+  throw std::invalid_argument("dtype: '" + name + "' is not float32, float16 or bfloat16");
+}
+
+titok::Metric parse_metric(const std::string& name) {
+  if (name == "l2") return titok::Metric::l2;
+  if (name == "cosine") return titok::Metric::cosine;
+  if (name == "dot") return titok::Metric::dot;
+  throw std::invalid_argument("metric: '" + name + "' is not l2, cosine or dot");
+}
+
+}  // namespace
+
+void bind_nearest_code(py::module_& m) {
+  m.def("nearest_code_cpu_workspace", &titok::nearest_code_cpu_workspace, py::arg("n"),
+        py::arg("k"), py::arg("d"), py::arg("threads"));
+  m.def(
+      "nearest_code_cpu",
+      [](std::uintptr_t z, int64_t z_stride, std::uintptr_t codebook, int64_t codebook_stride,
+         int64_t n, int64_t k, int64_t d, const std::string& dtype, const std::string& metric,
+         std::uintptr_t indices, std::uintptr_t distances, std::uintptr_t workspace, int threads) {
+        titok::NearestCodeArgs args{};
+        args.z = reinterpret_cast<const void*>(z);
+        args.codebook = reinterpret_cast<const void*>(codebook);
+        args.z_stride = z_stride;
+        args.codebook_stride = codebook_stride;
+        args.n = n;
+        args.k = k;
+        args.d = d;
+        args.dtype = parse_dtype(dtype);
+        args.metric = parse_metric(metric);
+        args.indices = reinterpret_cast<int64_t*>(indices);
+        args.distances = reinterpret_cast<float*>(distances);
+        args.workspace = reinterpret_cast<void*>(workspace);
+        args.threads = threads;
+        py::gil_scoped_release release;
+        titok::nearest_code_cpu(args);
+      },
+      py::arg("z"), py::arg("z_stride"), py::arg("codebook"), py::arg("codebook_stride"),
+      py::arg("n"), py::arg("k"), py::arg("d"), py::arg("dtype"), py::arg("metric"),
+      py::arg("indices"), py::arg("distances"), py::arg("workspace"), py::arg("threads"));
+}

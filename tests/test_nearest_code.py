@@ -1,0 +1,349 @@
+"""nearest_code against its float64 reference, to the bit."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from titok_fast import nearest_code
+from titok_fast.ops import inspect
+from titok_fast.testing import rows_and_codes
+
+METRICS = ("l2", "cosine", "dot")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def assert_exact(z, codebook, metric, backend):
+    """Same indices and the same distance bits as the reference."""
+    indices, distances = nearest_code(
+        z, codebook, metric=metric, return_distance=True, backend=backend
+    )
+    expected, expected_distances = nearest_code(
+        z, codebook, metric=metric, return_distance=True, backend="reference"
+    )
+    assert indices.dtype == torch.int64 and distances.dtype == torch.float32
+    assert indices.shape == z.shape[:-1] == distances.shape
+    assert torch.equal(indices, expected)
+    same = (distances == expected_distances) | (distances.isnan() & expected_distances.isnan())
+    assert bool(same.all())
+    return indices, distances
+
+
+def test_reference_is_the_float64_optimum():
+    z, codebook = rows_and_codes(200, 300, 24, mean=3.0)
+    a, b = z.double(), codebook.double()
+    unit = b / b.norm(dim=1, keepdim=True)
+    squared = torch.stack([(a - e).square().sum(1) for e in b], 1)
+    expected = {
+        "l2": squared.argmin(1),
+        "cosine": (a @ unit.T).argmax(1),
+        "dot": (a @ b.T).argmax(1),
+    }
+    for metric in METRICS:
+        indices, distances = nearest_code(
+            z, codebook, metric=metric, return_distance=True, backend="reference"
+        )
+        assert torch.equal(indices, expected[metric])
+        row = torch.arange(200)
+        chosen = {
+            "l2": squared[row, indices],
+            "cosine": (a / a.norm(dim=1, keepdim=True) - unit[indices]).square().sum(1),
+            "dot": (a @ b.T)[row, indices],
+        }
+        torch.testing.assert_close(distances.double(), chosen[metric], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("n", "k", "d"), [(1, 1, 1), (7, 3, 5), (12, 300, 12), (9, 290, 64), (5, 150, 200)]
+)
+def test_equals_reference(backend, device, metric, dtype, n, k, d):
+    z, codebook = rows_and_codes(n, k, d, dtype=dtype, device=device)
+    assert_exact(z, codebook, metric, backend)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize(
+    ("n", "k", "d"), [(300, 5000, 16), (150, 9000, 64), (64, 4100, 256), (9, 3000, 512)]
+)
+def test_equals_reference_over_many_blocks(metric, n, k, d, backend, device):
+    if backend == "triton" and device == "cpu":
+        n = 8  # the interpreter runs one program at a time
+    z, codebook = rows_and_codes(n, k, d, device=device)
+    assert_exact(z, codebook, metric, backend)
+
+
+def test_large_mean(backend, device):
+    z, codebook = rows_and_codes(16, 1000, 32, mean=1000.0, device=device)
+    indices, _ = assert_exact(z, codebook, "l2", backend)
+    float32 = (
+        z.square().sum(1, keepdim=True) + codebook.square().sum(1) - 2 * z @ codebook.T
+    ).argmin(1)
+    assert bool((float32 != indices).any()), "the case is not hard enough to tell the two apart"
+
+
+def test_inputs_next_to_codes(backend, device):
+    _, codebook = rows_and_codes(1, 1500, 48, device=device)
+    z = codebook[::150] + 1e-6
+    indices, _ = assert_exact(z, codebook, "l2", backend)
+    assert torch.equal(indices, torch.arange(0, 1500, 150, device=device))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_ties_take_the_lowest_index(backend, device, metric):
+    z, codes = rows_and_codes(12, 40, 20, device=device)
+    codebook = codes.repeat(9, 1)[torch.randperm(360)]
+    indices, _ = assert_exact(z, codebook, metric, backend)
+    same = (codebook[indices][:, None] == codebook[None]).all(2)  # [N, K]
+    assert torch.equal(indices, same.to(torch.uint8).argmax(1))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_collapsed_codebook(backend, device, metric):
+    z, codes = rows_and_codes(5, 1, 24, device=device)
+    indices, _ = assert_exact(z, codes.expand(600, 24), metric, backend)
+    assert not bool(indices.any())
+
+
+def test_symmetric_codes_tie_in_exact_arithmetic(backend, device):
+    z = torch.zeros(3, 16, device=device)
+    codebook = torch.randn(200, 16).to(device).sign()
+    indices, distances = assert_exact(z, codebook, "l2", backend)
+    assert not bool(indices.any()) and bool((distances == 16).all())
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_nan(backend, device, metric):
+    z, codebook = rows_and_codes(6, 300, 12, device=device)
+    z[2, 3] = torch.nan
+    codebook[::2, 5] = torch.nan
+    indices, distances = assert_exact(z, codebook, metric, backend)
+    assert indices[2] == 0 and bool(distances[2].isnan())
+    others = torch.tensor([0, 1, 3, 4, 5], device=device)
+    assert bool((indices[others] % 2 == 1).all())
+    assert not bool(distances[others].isnan().any())
+    indices, distances = assert_exact(z, torch.full_like(codebook, torch.nan), metric, backend)
+    assert not bool(indices.any()) and bool(distances.isnan().all())
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_infinite(backend, device, metric):
+    z, codebook = rows_and_codes(8, 260, 12, device=device)
+    z[1, 0], z[2, 0] = torch.inf, -torch.inf
+    codebook[7, 1], codebook[11] = torch.inf, -torch.inf
+    assert_exact(z, codebook, metric, backend)
+    codebook[:] = torch.inf
+    codebook[0] = torch.nan
+    assert_exact(z, codebook, metric, backend)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("scale", [1e30, 1e-20, 1e-30, 1e-42])
+def test_extreme_scale(backend, device, metric, scale):
+    z, codebook = rows_and_codes(6, 300, 12, device=device)
+    _, distances = assert_exact(z * scale, codebook * scale, metric, backend)
+    if scale == 1e30 and metric != "cosine":
+        assert bool(distances.isinf().all())
+    assert_exact(z * scale, codebook, metric, backend)
+    assert_exact(z, codebook * scale, metric, backend)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_outlier_codes(backend, device, metric):
+    z, codebook = rows_and_codes(8, 700, 16, device=device)
+    codebook[3] *= 1e6
+    codebook[350] *= 1e25
+    codebook[9] = 0
+    z[4] = 0
+    assert_exact(z, codebook, metric, backend)
+
+
+def test_strided_inputs(backend, device):
+    z, codebook = rows_and_codes(10, 400, 24, device=device)
+    expected = nearest_code(z, codebook, backend=backend)
+    wide = torch.full((10, 100), torch.nan, device=device)
+    wide[:, 7:31] = z
+    tall = torch.full((24, 400), torch.nan, device=device)
+    tall[:] = codebook.T
+    assert torch.equal(nearest_code(wide[:, 7:31], tall.T, backend=backend), expected)
+    reverse = nearest_code(z.flip(0)[::3], codebook, backend=backend)
+    assert torch.equal(reverse, expected.flip(0)[::3])
+    same = nearest_code(z[:1].expand(5, 24), codebook, backend=backend)
+    assert torch.equal(same, expected[:1].expand(5))
+
+
+def test_rows_beyond_2_to_the_31_elements(backend, device):
+    if device == "cuda" and torch.cuda.get_device_properties(0).total_memory < 20 << 30:
+        pytest.skip("needs 10 GB")
+    z, codebook = rows_and_codes(3, 3, 8, dtype=torch.bfloat16, device=device)
+    storage = torch.Tensor.new_empty(codebook, 2 * (2**31 + 8) + 8)  # touched only where written
+    far = storage.as_strided((3, 8), (2**31 + 8, 1))
+    far.copy_(codebook)
+    assert torch.equal(
+        nearest_code(z, far, backend=backend), nearest_code(z, codebook, backend="reference")
+    )
+
+
+def test_more_than_2_to_the_31_scores():
+    z, codebook = rows_and_codes(70_000, 32_768, 3)
+    indices = nearest_code(z, codebook)
+    rows = torch.tensor([0, 1, 30_000, 65_535, 65_536, 69_999])
+    assert torch.equal(indices[rows], nearest_code(z[rows], codebook, backend="reference"))
+
+
+@pytest.mark.parametrize("shape", [(), (4,), (2, 3), (2, 1, 3), (0,), (3, 0)])
+def test_leading_shapes(backend, device, shape):
+    z = torch.randn(*shape, 6).to(device)
+    codebook = torch.randn(50, 6).to(device)
+    indices, distances = nearest_code(z, codebook, return_distance=True, backend=backend)
+    assert indices.shape == distances.shape == shape
+    expected = nearest_code(z.reshape(-1, 6), codebook, backend="reference")
+    assert torch.equal(indices.flatten(), expected)
+
+
+def test_batch_and_threads_do_not_matter():
+    z, codebook = rows_and_codes(700, 3000, 20)
+    expected = nearest_code(z, codebook, return_distance=True)
+    alone = [nearest_code(row, codebook, return_distance=True) for row in z[::50]]
+    for i, (index, distance) in enumerate(alone):
+        assert index == expected[0][50 * i] and distance == expected[1][50 * i]
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            again = nearest_code(z, codebook, return_distance=True)
+            assert torch.equal(again[0], expected[0]) and torch.equal(again[1], expected[1])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_works_in_a_forked_child():
+    z, codebook = rows_and_codes(500, 3000, 20)
+    expected = nearest_code(z, codebook)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if torch.equal(nearest_code(z, codebook), expected) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "d"), [(1024, 262144, 256), (8192, 4096, 12), (65536, 1024, 512), (3, 1, 1)]
+)
+def test_workspace_stays_small(n, k, d):
+    size = inspect.extension().nearest_code_cpu_workspace(n, k, d, 2)
+    assert size <= min(n * k // 128 * 4, 256 << 20) + (16 << 20)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_opcheck(metric):
+    z, codebook = rows_and_codes(9, 33, 7)
+    torch.library.opcheck(torch.ops.titok_fast.nearest_code.default, (z, codebook, metric, "cpu"))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_whole(dynamic):
+    def f(z, codebook):
+        indices, distances = nearest_code(z * 2, codebook, return_distance=True)
+        return codebook[indices] + distances[:, None]
+
+    compiled = torch.compile(f, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for n in (17, 40):
+        z, codebook = rows_and_codes(n, 90, 6)
+        assert torch.equal(compiled(z, codebook), f(z, codebook))
+
+
+def test_gives_no_gradient():
+    z, codebook = rows_and_codes(4, 9, 5)
+    _, distances = nearest_code(z.requires_grad_(), codebook.requires_grad_(), return_distance=True)
+    assert not distances.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"z": [[1.0]]}, TypeError, "z: expected a Tensor, got list"),
+        ({"z": torch.zeros(3, 4, dtype=torch.float64)}, TypeError, "z: dtype torch.float64 is not"),
+        ({"z": torch.zeros(3, 5)}, ValueError, "z: expected [..., D] with the codebook's D = 4"),
+        ({"z": torch.zeros(())}, ValueError, "z: expected [..., D]"),
+        (
+            {"codebook": torch.zeros(8, 4).half()},
+            TypeError,
+            "codebook: dtype torch.float16 differs",
+        ),
+        ({"codebook": torch.zeros(4)}, ValueError, "codebook: expected [K, D], got shape [4]"),
+        ({"codebook": torch.zeros(0, 4)}, ValueError, "codebook: K and D must be >= 1"),
+        ({"codebook": torch.zeros(8, 4, device="meta")}, ValueError, "codebook: on meta, but z is"),
+        ({"codebook": torch.zeros(8, 4).long()}, TypeError, "codebook: dtype torch.int64 is not"),
+        ({"metric": "l1"}, ValueError, "metric: 'l1' is not one of 'l2', 'cosine', 'dot'"),
+        ({"backend": "numpy"}, ValueError, "backend: 'numpy' is not one of 'auto', 'cpu'"),
+    ],
+)
+def test_bad_input(change, error, words):
+    arguments = {"z": torch.zeros(3, 4), "codebook": torch.zeros(8, 4)} | change
+    with pytest.raises(error) as raised:
+        nearest_code(arguments.pop("z"), arguments.pop("codebook"), **arguments)
+    assert str(raised.value).startswith(words)
+    assert "\n" not in str(raised.value)
+
+
+def test_backend_asked_for_by_name_says_what_is_missing(monkeypatch):
+    z, codebook = rows_and_codes(2, 3, 4)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(
+        RuntimeError, match="backend 'triton' is not available: it needs CUDA tensors"
+    ):
+        nearest_code(z, codebook, backend="triton")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "k", "d"), [(1024, 65536, 256), (8192, 4096, 12), (2048, 8192, 64)])
+def test_gpu_equals_cpu(metric, dtype, n, k, d):
+    z, codebook = rows_and_codes(n, k, d, dtype=dtype)
+    expected = nearest_code(z, codebook, metric=metric, return_distance=True)
+    actual = nearest_code(z.cuda(), codebook.cuda(), metric=metric, return_distance=True)
+    assert torch.equal(actual[0].cpu(), expected[0]) and torch.equal(actual[1].cpu(), expected[1])
+
+
+@pytest.mark.gpu
+def test_gpu_graph_capture():
+    z, codebook = rows_and_codes(256, 4096, 12, device="cuda")
+    nearest_code(z, codebook)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        indices = nearest_code(z, codebook)
+    z.copy_(torch.randn(256, 12))
+    graph.replay()
+    assert torch.equal(indices, nearest_code(z, codebook))
+
+
+def test_kernels_compile_for_every_architecture():
+    """Ahead of time, without a GPU: no spills, tensor cores used, shared memory within limits."""
+    code = (
+        "import json, dataclasses; from titok_fast.ops.inspect import kernel_report;"
+        "print(json.dumps([dataclasses.asdict(r) for r in kernel_report(ops=['nearest_code'])]))"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    reports = json.loads(run.stdout)
+    assert {report["capability"] for report in reports} == set(inspect.CAPABILITIES)
+    matrix = {80: {"HMMA"}, 90: {"HGMMA"}, 100: {"UTCHMMA"}, 120: {"HMMA"}}
+    for report in reports:
+        print(
+            f"sm_{report['capability']} {report['kernel']} [{report['constants']}]: "
+            f"{report['registers']} registers, {report['spilled_bytes']} B spilled, "
+            f"{report['shared_bytes']} B shared, {report['matrix_instructions']}"
+        )
+        assert report["spilled_bytes"] == 0, report
+        assert 0 < report["registers"] <= 255
+        assert report["shared_bytes"] <= report["shared_limit"], report
+        if report["kernel"] == "nearest_code_coarse_kernel":
+            assert set(report["matrix_instructions"]) >= matrix[report["capability"]], report

@@ -1,0 +1,158 @@
+"""Exact nearest-code search: schema, checks, backends and the public function."""
+
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from titok_fast import _library, reference
+from titok_fast.ops import inspect
+
+METRICS = ("l2", "cosine", "dot")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+BACKENDS = {"cpu": ("cpu", "triton"), "cuda": ("triton",)}
+
+
+def _check(z: Tensor, codebook: Tensor, metric: str) -> None:
+    for name, tensor in (("z", z), ("codebook", codebook)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
+        if tensor.dtype not in DTYPES:
+            raise TypeError(f"{name}: dtype {tensor.dtype} is not float32, float16 or bfloat16")
+    if codebook.ndim != 2:
+        raise ValueError(f"codebook: expected [K, D], got shape {list(codebook.shape)}")
+    if codebook.shape[0] == 0 or codebook.shape[1] == 0:
+        raise ValueError(f"codebook: K and D must be >= 1, got shape {list(codebook.shape)}")
+    if z.ndim < 1 or z.shape[-1] != codebook.shape[1]:
+        raise ValueError(
+            f"z: expected [..., D] with the codebook's D = {codebook.shape[1]}, "
+            f"got shape {list(z.shape)}"
+        )
+    if z.dtype != codebook.dtype:
+        raise TypeError(f"codebook: dtype {codebook.dtype} differs from z's {z.dtype}; cast one")
+    if z.device != codebook.device:
+        raise ValueError(f"codebook: on {codebook.device}, but z is on {z.device}")
+    if metric not in METRICS:
+        raise ValueError(f"metric: {metric!r} is not one of 'l2', 'cosine', 'dot'")
+
+
+def _fake(z: Tensor, codebook: Tensor, metric: str, backend: str) -> tuple[Tensor, Tensor]:
+    n = z.shape[0]
+    return z.new_empty(n, dtype=torch.int64), z.new_empty(n, dtype=torch.float32)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """`x` itself where each row is contiguous, otherwise a copy."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _cpu(z: Tensor, codebook: Tensor, metric: str, backend: str) -> tuple[Tensor, Tensor]:
+    if backend == "triton":
+        return _triton(z, codebook, metric, backend)
+    inspect.require_backend(backend, "cpu")
+    extension = inspect.extension()
+    z, codebook = _rows(z), _rows(codebook)
+    (n, d), k = z.shape, codebook.shape[0]
+    indices = torch.empty(n, dtype=torch.int64)
+    distances = torch.empty(n, dtype=torch.float32)
+    threads = torch.get_num_threads()
+    size = extension.nearest_code_cpu_workspace(n, k, d, threads)
+    workspace = torch.empty(size, dtype=torch.uint8)
+    extension.nearest_code_cpu(
+        z=z.data_ptr(),
+        z_stride=z.stride(0),
+        codebook=codebook.data_ptr(),
+        codebook_stride=codebook.stride(0),
+        n=n,
+        k=k,
+        d=d,
+        dtype=str(z.dtype).removeprefix("torch."),
+        metric=metric,
+        indices=indices.data_ptr(),
+        distances=distances.data_ptr(),
+        workspace=workspace.data_ptr(),
+        threads=threads,
+    )
+    return indices, distances
+
+
+def _triton(z: Tensor, codebook: Tensor, metric: str, backend: str) -> tuple[Tensor, Tensor]:
+    inspect.require_backend(backend, z.device.type)
+    launch = inspect.kernels("nearest_code").launch_nearest_code
+    indices, distances = launch(_rows(z), _rows(codebook), metric)
+    return indices, distances
+
+
+_op = _library.register(
+    "nearest_code(Tensor z, Tensor codebook, str metric, str backend) -> (Tensor, Tensor)",
+    cpu=_cpu,
+    cuda=_triton,
+    fake=_fake,
+)
+
+
+@overload
+def nearest_code(
+    z: Tensor,
+    codebook: Tensor,
+    *,
+    metric: str = ...,
+    return_distance: Literal[False] = ...,
+    backend: str = ...,
+) -> Tensor: ...
+@overload
+def nearest_code(
+    z: Tensor,
+    codebook: Tensor,
+    *,
+    metric: str = ...,
+    return_distance: Literal[True],
+    backend: str = ...,
+) -> tuple[Tensor, Tensor]: ...
+def nearest_code(
+    z: Tensor,
+    codebook: Tensor,
+    *,
+    metric: str = "l2",
+    return_distance: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Index of the code nearest to each row of `z`, exact, without the N x K matrix.
+
+    The index is the optimum in float64 of the given inputs and the lowest index among float64
+    ties, the same on every backend, thread count and batch. A row with a NaN gives index 0 and
+    distance NaN; a code with a NaN is chosen only when every code has one.
+
+    Args:
+        z: [..., D], float32, float16 or bfloat16, any strides; may be empty.
+        codebook: [K, D] with K >= 1, same dtype and device as `z`.
+        metric: "l2": argmin ||z - e||^2; "cosine": argmax z.e / max(||e||, 1e-12);
+            "dot": argmax z.e.
+        return_distance: also return the distance of the chosen code.
+        backend: "cpu" (C++), "triton" (GPU, or CPU tensors in Triton's interpreter),
+            "reference" (float64, materialises N x K), or "auto": "cpu" for CPU tensors, "triton"
+            for CUDA tensors, "reference" for any other device.
+
+    Returns:
+        Indices [...], int64; with `return_distance` also float32 [...]: the squared distance
+        ("cosine": of the normalised rows; "dot": the logit). No gradient flows through either.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a wrong shape or device, an unknown metric or backend.
+        RuntimeError: the backend is not available; the message says what is missing.
+
+    Source: the quantizer of TiTok (arXiv 2406.07550, section 3.1) and, with "dot", of IBQ
+    (arXiv 2412.02692, section 3.2).
+    """
+    _check(z, codebook, metric)
+    rows, codes = z.detach().reshape(-1, z.shape[-1]), codebook.detach()
+    backend = inspect.choose_backend(backend, z.device.type, BACKENDS)
+    if backend == "reference":
+        indices, distances = reference.nearest_code(rows, codes, metric)
+    else:
+        indices, distances = _op(rows, codes, metric, backend)
+    shape = z.shape[:-1]
+    if return_distance:
+        return indices.reshape(shape), distances.reshape(shape)
+    return indices.reshape(shape)

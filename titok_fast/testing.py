@@ -1,0 +1,54 @@
+"""Tolerances, comparison helpers and sample inputs for tests and benchmarks."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from titok_fast.ops import inspect
+
+# Relative Frobenius norm against float64 truth.
+TOLERANCE = {torch.float32: 2e-4, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+CPU_ISAS = ("portable", "avx2", "avx512")
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Frobenius norm of the difference over that of `expected`, in float64; NaN never passes."""
+    truth = expected.detach().double()
+    difference = (actual.detach().double() - truth).norm()
+    return float(difference / truth.norm().clamp_min(1e-300))
+
+
+def supported_isas() -> tuple[str, ...]:
+    """The instruction sets of `CPU_ISAS` that this CPU has."""
+    best: str = inspect.extension().detected_isa()
+    return CPU_ISAS[: CPU_ISAS.index(best) + 1]
+
+
+@contextmanager
+def cpu_isa(name: str) -> Iterator[None]:
+    """Run the CPU ops with one instruction set of `supported_isas()`, in this process."""
+    extension = inspect.extension()
+    extension.force_isa(name)
+    try:
+        yield
+    finally:
+        extension.force_isa("")
+
+
+def rows_and_codes(
+    n: int,
+    k: int,
+    d: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    mean: float = 0.0,
+    seed: int = 0,
+    device: str = "cpu",
+) -> tuple[Tensor, Tensor]:
+    """Normal rows [n, d] and codes [k, d] around `mean`, the same for a seed on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    z = torch.randn(n, d, generator=generator) + mean
+    codebook = torch.randn(k, d, generator=generator) + mean
+    return z.to(device, dtype), codebook.to(device, dtype)
