@@ -1,0 +1,5 @@
+"""Drop-in quantizer layers with the upstream constructor, returns and state_dict keys."""
+
+from titok_fast.layers.vector_quantizer import VectorQuantizer
+
+__all__ = ["VectorQuantizer"]
