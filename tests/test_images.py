@@ -1,0 +1,110 @@
+"""Image files are read as the official evaluation reads them, and written whole."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from titok_fast.images import grid, read_image, to_image, write_png
+
+
+@pytest.fixture
+def picture():
+    y, x = np.mgrid[0:60, 0:100]
+    return Image.fromarray(np.stack([2 * x, 4 * y, 255 - x - y], -1).astype(np.uint8))
+
+
+def test_resize_and_crop(picture, tmp_path):
+    picture.save(tmp_path / "a.png")
+    pixels = read_image(tmp_path / "a.png", 32)
+    assert pixels.shape == (3, 32, 32) and pixels.dtype == torch.float32
+    resized = picture.resize((53, 32), Image.Resampling.BICUBIC)  # int(100 * 32 / 60)
+    left = round((53 - 32) / 2)
+    expected = np.asarray(resized.crop((left, 0, left + 32, 32))).transpose(2, 0, 1) / 255
+    np.testing.assert_allclose(pixels.numpy(), expected, atol=1e-6)
+    tall = picture.transpose(Image.Transpose.ROTATE_90)
+    tall.save(tmp_path / "tall.png")
+    assert read_image(tmp_path / "tall.png", 32).shape == (3, 32, 32)
+
+
+def test_modes(picture, tmp_path):
+    exact = read_image(_saved(picture, tmp_path / "rgb.png"), 32)
+    grey = read_image(_saved(picture.convert("L"), tmp_path / "grey.png"), 32)
+    assert torch.equal(grey[0], grey[1]) and torch.equal(grey[0], grey[2])
+    cmyk = read_image(_saved(picture.convert("CMYK"), tmp_path / "cmyk.tif"), 32)
+    assert float((cmyk - exact).abs().max()) < 0.02
+    palette = read_image(_saved(picture.quantize(256), tmp_path / "palette.png"), 32)
+    assert float((palette - exact).abs().mean()) < 0.03
+    one_bit = read_image(_saved(picture.convert("1"), tmp_path / "bit.png"), 32)
+    assert one_bit.min() < 0.5 < one_bit.max()
+
+
+def test_16_bit_grey_keeps_its_range(tmp_path):
+    ramp = np.tile(np.linspace(0, 65535, 64).astype(np.uint16), (64, 1))
+    pixels = read_image(_saved(Image.fromarray(ramp), tmp_path / "deep.png"), 64)
+    np.testing.assert_allclose(pixels[0].numpy(), ramp / 65535, atol=0.5 / 255 + 1e-6)
+
+
+def test_transparency_lies_over_white(picture, tmp_path):
+    picture.putalpha(0)
+    assert bool((read_image(_saved(picture, tmp_path / "clear.png"), 32) == 1).all())
+    indexed = Image.new("P", (8, 8), 0)
+    indexed.putpalette([255, 0, 0, 0, 255, 0])
+    indexed.info["transparency"] = 0
+    assert bool((read_image(_saved(indexed, tmp_path / "indexed.png"), 8) == 1).all())
+
+
+def test_exif_rotation(picture, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotate 90 degrees clockwise to view
+    turned = picture.transpose(Image.Transpose.ROTATE_90)
+    turned.save(tmp_path / "turned.png", exif=exif)
+    straight = read_image(_saved(picture, tmp_path / "straight.png"), 32)
+    assert torch.equal(read_image(tmp_path / "turned.png", 32), straight)
+
+
+def test_what_is_not_an_image_is_named(picture, tmp_path):
+    (tmp_path / "text.png").write_text("not an image")
+    with pytest.raises(OSError, match=r"text\.png: not a readable image"):
+        read_image(tmp_path / "text.png", 32)
+    with pytest.raises(OSError, match=r"absent\.png: not a readable image"):
+        read_image(tmp_path / "absent.png", 32)
+    picture.save(tmp_path / "whole.jpg")
+    data = (tmp_path / "whole.jpg").read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(data[: len(data) // 2])
+    with pytest.raises(OSError, match=r"cut\.jpg: not a readable image"):
+        read_image(tmp_path / "cut.jpg", 32)
+
+
+def test_png_round_trip(tmp_path):
+    pixels = torch.rand(3, 9, 7)
+    write_png(tmp_path / "new" / "a.png", pixels)
+    with Image.open(tmp_path / "new" / "a.png") as image:
+        back = np.asarray(image).transpose(2, 0, 1)
+    np.testing.assert_array_equal(back, (pixels * 255).round().numpy().astype(np.uint8))
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["a.png"]
+    assert to_image(torch.full((3, 1, 1), 2.0)).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    write_png(tmp_path / "a.png", torch.zeros(3, 4, 4))
+    before = (tmp_path / "a.png").read_bytes()
+    with pytest.raises(RuntimeError):
+        write_png(tmp_path / "a.png", torch.zeros(4, 4))
+    assert (tmp_path / "a.png").read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_grid():
+    a, b = torch.zeros(3, 2, 3), torch.full((3, 2, 3), 0.5)
+    canvas = grid([[a, b], [b]], gap=1, scale=2)
+    assert canvas.shape == (3, 2 * 4 + 1, 2 * 6 + 1)
+    assert bool((canvas[:, :4, :6] == 0).all()) and bool((canvas[:, 5:, :6] == 0.5).all())
+    assert bool((canvas[:, 4] == 1).all()) and bool((canvas[:, 5:, 6:] == 1).all())
+    with pytest.raises(ValueError, match="rows: got no image"):
+        grid([])
+
+
+def _saved(image, path):
+    image.save(path)
+    return path
