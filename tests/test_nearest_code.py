@@ -10,7 +10,7 @@ import torch
 
 from titok_fast import nearest_code
 from titok_fast.ops import inspect
-from titok_fast.testing import rows_and_codes
+from titok_fast.testing import peak_extra_bytes, rows_and_codes
 
 METRICS = ("l2", "cosine", "dot")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -236,6 +236,14 @@ def test_works_in_a_forked_child():
 def test_workspace_stays_small(n, k, d):
     size = inspect.extension().nearest_code_cpu_workspace(n, k, d, 2)
     assert size <= min(n * k // 128 * 4, 256 << 20) + (16 << 20)
+
+
+def test_never_holds_the_scores():
+    z, codebook = rows_and_codes(2048, 32_768, 16)
+    peak = peak_extra_bytes(lambda: nearest_code(z, codebook))
+    if peak is None:
+        pytest.skip("this system does not count peak memory")
+    assert peak < 40 << 20, f"{peak / 2**20:.0f} MiB; N x K floats are 256 MiB"
 
 
 @pytest.mark.parametrize("metric", METRICS)

@@ -1,7 +1,10 @@
 """Tolerances, comparison helpers and sample inputs for tests and benchmarks."""
 
-from collections.abc import Iterator
+import ctypes
+import gc
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -52,3 +55,36 @@ def rows_and_codes(
     z = torch.randn(n, d, generator=generator) + mean
     codebook = torch.randn(k, d, generator=generator) + mean
     return z.to(device, dtype), codebook.to(device, dtype)
+
+
+def peak_extra_bytes(call: Callable[[], object], device: str = "cpu") -> int | None:
+    """Peak bytes during one call beyond what was allocated before it and its output.
+
+    GPU: PyTorch's allocator, so memory that a peer takes past it is not seen. CPU: growth of the
+    peak resident set, which Linux keeps (VmHWM) and resets on writing 5 to clear_refs. The heap is
+    trimmed first, so that freed pages count again when they are reused; exact to some 100 kB.
+    None where the system has no such counter.
+    """
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        output = call()
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        try:
+            ctypes.CDLL(None).malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")
+            before = _status_bytes("VmRSS")
+            output = call()
+            peak = _status_bytes("VmHWM")
+        except (OSError, AttributeError):
+            return None
+    return max(0, peak - before - (output.nbytes if isinstance(output, Tensor) else 0))
+
+
+def _status_bytes(name: str) -> int:
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.partition(f"{name}:")[2].split()[0])

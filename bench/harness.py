@@ -1,0 +1,422 @@
+"""What every benchmark shares: cases, providers, the correctness gate and the measurements.
+
+A benchmark file describes one op as a `Bench`; `conftest.py` runs each of its cases with each of
+its providers through `run`, and `run` times nothing whose answer it has not checked.
+"""
+
+import functools
+import os
+import platform
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, fields
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from titok_fast.ops import inspect
+from titok_fast.testing import peak_extra_bytes
+
+ROOT = Path(__file__).resolve().parent.parent
+PEERS = ("faiss-cpu", "vector-quantize-pytorch", "flash-kmeans")
+MEMORY_BUDGET = 16 * 2**30  # bytes that a provider may need beyond its inputs
+MAX_ROUNDS = 1000
+SLOW = 5.0  # seconds a call, from which three rounds are enough
+CONTENDED = 0.2  # CPUs busy with other work, from which a time is marked
+
+Call = Callable[[], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One point of a benchmark. A subclass adds its sizes (int) and options (str)."""
+
+    device: str
+    dtype: torch.dtype
+
+    def info(self) -> dict[str, int | str]:
+        own = {f.name: getattr(self, f.name) for f in fields(self)}
+        own["dtype"] = str(self.dtype).removeprefix("torch.")
+        return {k.upper() if isinstance(v, int) else k: v for k, v in own.items()}
+
+    def __str__(self) -> str:
+        info = self.info()
+        device, dtype = info.pop("device"), info.pop("dtype")
+        sizes = ",".join(f"{k}={v}" for k, v in info.items() if isinstance(v, int))
+        options = [v for v in info.values() if isinstance(v, str)]
+        return " ".join([sizes, *options, str(dtype), str(device)])
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One way to run an op.
+
+    Attributes:
+        name: the row of the table.
+        prepare: `prepare(case, *inputs)` does what a user does once (compile, build an index) and
+            returns the call to time.
+        devices: the device types it runs on.
+        ours: whether a wrong answer fails the benchmark; a peer's is only recorded.
+        missing: why a peer cannot run here, or None. Ours has no such excuse: it raises.
+        too_much: why a case is not worth its memory or time, or None.
+        setting: entered around everything that runs, such as a forced instruction set.
+    """
+
+    name: str
+    prepare: Callable[..., Call]
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    ours: bool = False
+    missing: Callable[[], str | None] = lambda: None
+    too_much: Callable[[Any], str | None] = lambda case: None
+    setting: Callable[[], AbstractContextManager[None]] = nullcontext
+
+    def absent(self) -> str | None:
+        """Why no case can run on this machine, or None."""
+        if not set(self.devices) & set(devices()):
+            return f"needs {' or '.join(self.devices)}"
+        return self.missing()
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One op: what to run, on what, and what the right answer is.
+
+    Attributes:
+        op: the op's name.
+        cases: `cases(device type, quick)`.
+        providers: the providers, ours and peers.
+        inputs: the seeded inputs of a case.
+        work: the (operations, bytes) that a case cannot do without: each input read once, each
+            output written once.
+        check: `check(case, output)` gives (wrong, checked) against float64.
+        baseline: the provider that speed-ups refer to.
+    """
+
+    op: str
+    cases: Callable[[str, bool], list[Any]]
+    providers: tuple[Provider, ...]
+    inputs: Callable[[Any], tuple[Tensor, ...]]
+    work: Callable[[Any], tuple[int, int]]
+    check: Callable[[Any, Tensor], tuple[int, int]]
+    baseline: str = "official"
+
+
+@dataclass
+class Row:
+    """A line of the closing summary."""
+
+    group: str
+    provider: str
+    baseline: str
+    info: dict[str, Any] = field(default_factory=dict)
+    seconds: float | None = None
+    gate: str = "not run"
+
+    @property
+    def contended(self) -> bool:
+        """Whether other processes took enough CPU during the timing to spoil it."""
+        return (self.info.get("other_cpus") or 0.0) > CONTENDED
+
+
+def run(
+    bench: Bench,
+    case: Any,
+    provider: Provider,
+    benchmark: Any,
+    rows: list[Row],
+    *,
+    max_time: float,
+    min_rounds: int,
+) -> None:
+    """Check, then time, one case with one provider, and leave a Row whatever happens.
+
+    The first call compiles and is checked, the second gives the peak memory, the next few warm up
+    and set the number of rounds. pytest-benchmark times the call up to the end of the device's
+    work, with warm caches. Rates use the median: of these rounds on a CPU, of the colder
+    `device_ms` on a GPU.
+    """
+    row = Row(f"{bench.op} {case}", provider.name, bench.baseline)
+    rows.append(row)
+
+    def skip(reason: str) -> None:
+        row.gate = f"skipped: {reason}"
+        pytest.skip(f"{provider.name}: {reason}")
+
+    too_much = provider.too_much(case)
+    if too_much is not None:
+        skip(too_much)
+
+    inputs = bench.inputs(case)
+    with provider.setting(), torch.no_grad():
+        try:
+            call = provider.prepare(case, *inputs)
+            output = call()
+            synchronize(case.device)
+        except Exception as error:
+            row.gate = f"failed: {type(error).__name__}"
+            if provider.ours:
+                raise
+            skip(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
+
+        wrong, checked = bench.check(case, output)
+        row.gate = f"{wrong} wrong of {checked}" if wrong else f"exact ({checked})"
+        if wrong and provider.ours:
+            row.gate = f"FAILED: {row.gate}"
+            pytest.fail(f"{row.group}: {provider.name} is {row.gate}; not timed")
+
+        extra_bytes = peak_extra_bytes(call, case.device)
+        target = timed(call, case.device)
+        estimate = _estimate(target)
+        rounds = min(MAX_ROUNDS, max(min_rounds, int(max_time / estimate)))
+        benchmark.group, benchmark.name = row.group, provider.name
+        others = other_cpus()
+        benchmark.pedantic(target, rounds=min(rounds, 3) if estimate > SLOW else rounds)
+        if benchmark.disabled:
+            return
+        row.seconds = benchmark.stats.stats.median
+        row.info = {
+            "op": bench.op,
+            "provider": provider.name,
+            **case.info(),
+            "wrong_indices": wrong,
+            "checked_rows": checked,
+            "threads": torch.get_num_threads(),
+            "isa": isa(),
+            "peak_extra_bytes": extra_bytes,
+            "other_cpus": others(),
+        }
+        device_seconds = row.seconds
+        if case.device == "cuda":
+            device_seconds = device_time(call, max_time)
+            row.info["device_ms"] = 1e3 * device_seconds
+        flops, moved = bench.work(case)
+        row.info |= {
+            "gflops": flops / device_seconds / 1e9,
+            "gbytes_per_s": moved / device_seconds / 1e9,
+            "share_of_gemm_peak": flops / device_seconds / gemm_peak(case.device, case.dtype),
+            "share_of_copy_peak": moved / device_seconds / copy_peak(case.device),
+        }
+        benchmark.extra_info.update(row.info)
+
+
+def devices() -> list[str]:
+    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def timed(call: Call, device: str) -> Call:
+    """`call` up to the end of the device's work."""
+    if device != "cuda":
+        return call
+
+    def synchronized() -> Tensor:
+        output = call()
+        torch.cuda.synchronize()
+        return output
+
+    return synchronized
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _estimate(target: Call) -> float:
+    """The least seconds of a few calls, which also warm up: 0.1 s of them, at most ten."""
+    times = [seconds(target)]
+    while sum(times) < 0.1 and len(times) < 10:
+        times.append(seconds(target))
+    return min(times)
+
+
+def device_time(call: Call, max_time: float) -> float:
+    """Median seconds between CUDA events around `call`, over 20 to 200 runs.
+
+    Before each run a buffer of twice the L2 cache is written, so that the inputs come from memory
+    as they do in a model. The host queues the call while the device writes: launch time does not
+    count here. It does in pytest-benchmark's own figure, which is taken with a warm cache.
+    """
+    cache = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+    flush = torch.empty(2 * cache, dtype=torch.uint8, device="cuda")
+    runs = max(20, min(200, int(max_time / seconds(timed(call, "cuda")))))
+    times = []
+    for _ in range(runs):
+        start, end = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        flush.zero_()
+        start.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) / 1e3)
+    return statistics.median(times)
+
+
+def other_cpus() -> Callable[[], float | None]:
+    """Starts a watch that gives the mean number of CPUs busy with other processes since.
+
+    With as many OpenMP threads as CPUs, one other busy process makes every barrier wait for the
+    scheduler: a call of 0.2 ms can take 20 ms. Such times say nothing about the op. None where
+    /proc/stat is missing; a hypervisor's steal time counts.
+    """
+
+    def usage() -> tuple[float, float]:
+        ticks = Path("/proc/stat").read_text().split(maxsplit=9)[1:9]
+        busy = sum(map(int, ticks)) - int(ticks[3]) - int(ticks[4])  # but idle and iowait
+        return time.perf_counter(), busy / os.sysconf("SC_CLK_TCK") - time.process_time()
+
+    try:
+        start, before = usage()
+    except OSError:
+        return lambda: None
+
+    def watch() -> float:
+        end, after = usage()
+        return max(0.0, after - before) / (end - start)
+
+    return watch
+
+
+@functools.cache
+def gemm_peak(device: str, dtype: torch.dtype) -> float:
+    """FLOP/s of a large square `torch.matmul` in `dtype`, the best of several runs."""
+    n = 8192 if device == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    return 2 * n**3 / _best_seconds(lambda: a @ b, device)
+
+
+@functools.cache
+def copy_peak(device: str) -> float:
+    """Bytes/s, read and written, of a large `Tensor.copy_`, the best of several runs."""
+    size = 2**30 if device == "cuda" else 2**28
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * size / _best_seconds(lambda: target.copy_(source), device)
+
+
+def _best_seconds(call: Call, device: str) -> float:
+    target = timed(call, device)
+    target()
+    return min(seconds(target) for _ in range(8))
+
+
+def isa() -> str | None:
+    """The instruction set that the compiled ops use now; None without them."""
+    try:
+        return str(inspect.extension().active_isa())
+    except RuntimeError:
+        return None
+
+
+def over_budget(size: int) -> str | None:
+    """Why `size` bytes beyond the inputs are too many, or None."""
+    if size <= MEMORY_BUDGET:
+        return None
+    return f"needs {size / 2**30:.1f} GiB, over {MEMORY_BUDGET / 2**30:.0f} GiB"
+
+
+def not_installed(distribution: str) -> str | None:
+    try:
+        version(distribution)
+    except PackageNotFoundError:
+        return f"{distribution} is not installed"
+    return None
+
+
+def machine() -> dict[str, Any]:
+    """What ran: processor, devices, versions and the state of the source tree."""
+    versions = inspect.versions()
+    for name in ("pytest-benchmark", *PEERS):
+        versions[name] = "not installed" if not_installed(name) else version(name)
+    return {
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "cpu_name": inspect.cpu_name(),
+        "cpus": os.cpu_count(),
+        "gpu_name": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cuda": torch.version.cuda,
+        "threads": torch.get_num_threads(),
+        "isa": isa(),
+        "load_average": os.getloadavg()[0],
+        "versions": versions,
+        "git": git_state(),
+    }
+
+
+def peaks(cases: list[Case]) -> dict[str, float]:
+    """The measured GEMM and copy rates that the shares in `cases` refer to."""
+    found = {}
+    for device, dtype in dict.fromkeys((case.device, case.dtype) for case in cases):
+        name = str(dtype).removeprefix("torch.")
+        found[f"gemm_gflops {device} {name}"] = gemm_peak(device, dtype) / 1e9
+        found[f"copy_gbytes_per_s {device}"] = copy_peak(device) / 1e9
+    return found
+
+
+def git_state() -> dict[str, Any]:
+    """Commit and whether anything but results differs from it; None outside a git checkout."""
+
+    def git(*args: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True)
+        except OSError:
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    status = git("status", "--porcelain", "--", ".", ":(exclude)bench/results")
+    return {"commit": git("rev-parse", "HEAD"), "dirty": None if status is None else status != ""}
+
+
+def host_kind() -> str:
+    """The GPU's name, or the processor's and its instruction set, fit for a file name."""
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+    else:
+        name = f"{inspect.cpu_name()} {isa() or ''}"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def summary(rows: list[Row]) -> list[str]:
+    """The closing table: per group the providers, fastest first."""
+    lines: list[str] = []
+    for group in dict.fromkeys(row.group for row in rows):
+        members = [row for row in rows if row.group == group]
+        members.sort(key=lambda row: row.seconds or float("inf"))
+        base = next((row for row in members if row.provider == row.baseline), None)
+        width = max(len(row.provider) for row in members)
+        versus = f"x {members[0].baseline}"
+        heads = f"{'median':>10}  {versus:>10}  {'GFLOP/s':>8}  {'of GEMM':>7}  {'extra':>10}"
+        lines += ["", group, f"  {'':{width}}  {heads}  against float64"]
+        for row in members:
+            name = f"  {row.provider:{width}}"
+            if row.seconds is None:
+                lines.append(f"{name}  {row.gate}")
+                continue
+            ratio = "-"
+            if base is not None and base.seconds is not None:
+                unsure = "?" if row.contended or base.contended else ""
+                ratio = f"{base.seconds / row.seconds:.2f}{unsure}"
+            extra = row.info["peak_extra_bytes"]
+            memory = "-" if extra is None else f"{extra / 2**20:.1f} MiB"
+            lines.append(
+                f"{name}  {1e3 * row.seconds:7.3f} ms  {ratio:>10}  {row.info['gflops']:8.1f}  "
+                f"{row.info['share_of_gemm_peak']:7.1%}  {memory:>10}  {row.gate}"
+            )
+            if "device_ms" in row.info:
+                lines[-1] += f", device {row.info['device_ms']:.3f} ms"
+            if row.contended:
+                lines[-1] += f", contended: {row.info['other_cpus']:.1f} CPUs busy elsewhere"
+    return lines

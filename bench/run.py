@@ -1,0 +1,31 @@
+"""`python -m bench.run [pytest options]`: every benchmark, saved under bench/results/.
+
+The file is <host kind>-<date>.json. It appears whole or not at all, and not when any benchmark
+fails: no speed is reported beside a wrong answer.
+"""
+
+import subprocess
+import sys
+from datetime import date
+
+from bench.harness import ROOT, host_kind
+
+
+def main(options: list[str]) -> int:
+    quick = "-quick" if "--bench-quick" in options else ""
+    target = ROOT / "bench" / "results" / f"{host_kind()}-{date.today()}{quick}.json"
+    target.parent.mkdir(exist_ok=True)
+    part = target.with_suffix(".part")
+    command = ["pytest", "bench/", "--benchmark-only", f"--benchmark-json={part}", *options]
+    try:
+        status = subprocess.run([sys.executable, "-m", *command], cwd=ROOT).returncode
+        if status == 0 and part.exists():
+            part.replace(target)
+            print(f"saved {target.relative_to(ROOT)}")
+    finally:
+        part.unlink(missing_ok=True)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
