@@ -24,7 +24,7 @@ $(VENV)/.bench: $(VENV)/.installed
 	touch $@
 
 bench: $(VENV)/.bench
-	$(BIN)/python bench/run.py
+	$(BIN)/python -m bench.run
 
 lint: venv
 	$(BIN)/ruff check .

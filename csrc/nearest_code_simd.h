@@ -23,7 +23,7 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 // Norms up to this keep every coarse product and sum inside float32.
 constexpr double kLargestNorm = 1e18;
 constexpr double kNormFloor = 1e-12;
-constexpr double kNormMargin = 1.0001;
+constexpr double kSmallSquare = 1e-24;
 
 template <class T>
 struct Search {
@@ -46,6 +46,9 @@ struct Search {
   float* table() const { return at<float>(plan.table); }
   float* panel() const { return at<float>(plan.panels + member.index * plan.panel_bytes); }
   double* z64() const { return at<double>(plan.z64) + member.index * plan.depth; }
+
+  // Covers the rounding of a norm that was summed in float32.
+  double norm_margin() const { return 1.0001 + static_cast<double>(args.d) * 0x1p-23; }
 
   // l2 distances do not change when both sides move; near zero, float32 keeps more of them.
   void find_center() const {
@@ -77,7 +80,7 @@ struct Search {
       }
       const double norm = std::sqrt(sum);
       const bool coarse = r < share.end && norm <= kLargestNorm;
-      z_norm()[r] = coarse ? static_cast<float>(norm * kNormMargin) : kInfinity;
+      z_norm()[r] = coarse ? static_cast<float>(norm * norm_margin()) : kInfinity;
       if (!coarse) {
         for (int64_t i = 0; i < args.d; ++i) out[i] = 0.0f;
       }
@@ -90,40 +93,53 @@ struct Search {
     const float* c = center();
     float* bias = panel();
     float* out = bias + kTileCodes;
+    const T* rows[kTileCodes];
+    for (int j = 0; j < kTileCodes; ++j)
+      rows[j] = code(first + j < args.k ? first + j : args.k - 1);
+
+    float squares[kTileCodes] = {};
+    for (int64_t i = 0; i < args.d; ++i, out += kTileCodes) {
+      for (int j = 0; j < kTileCodes; ++j) out[j] = simd::widen(rows[j][i]) - c[i];
+      for (int j = 0; j < kTileCodes; j += S::lanes) {
+        const V e = S::load(out + j);
+        S::store(squares + j, S::fmadd(e, e, S::load(squares + j)));
+      }
+    }
+
+    out = bias + kTileCodes;
+    float scales[kTileCodes];
     for (int j = 0; j < kTileCodes; ++j) {
       float& block = norms[j % S::lanes];
       if (first_of_block && j < S::lanes) block = 0.0f;
-      double sum = 0.0;
-      bias[j] = -kInfinity;
-      if (first + j < args.k) {
-        const T* row = code(first + j);
-        float scale = 1.0f;
-        if (args.metric == Metric::cosine) {
-          for (int64_t i = 0; i < args.d; ++i) {
-            const double e = simd::widen(row[i]);
-            sum += e * e;
-          }
-          const double norm = std::sqrt(sum);
-          scale = norm <= kLargestNorm
-                      ? static_cast<float>(1.0 / (norm > kNormFloor ? norm : kNormFloor))
-                      : std::numeric_limits<float>::quiet_NaN();
-          sum = 0.0;
-        }
+      double square = squares[j];
+      if (square < kSmallSquare) {  // float32 may have lost small terms
+        square = 0.0;
         for (int64_t i = 0; i < args.d; ++i) {
-          const float e = (simd::widen(row[i]) - c[i]) * scale;
-          out[i * kTileCodes + j] = e;
-          sum += static_cast<double>(e) * e;
+          square += static_cast<double>(out[i * kTileCodes + j]) * out[i * kTileCodes + j];
         }
-        const double norm = std::sqrt(sum);
-        if (norm <= kLargestNorm) {
-          bias[j] = args.metric == Metric::l2 ? static_cast<float>(-0.5 * sum) : 0.0f;
-          const float bound = static_cast<float>(norm * kNormMargin);
-          if (bound > block) block = bound;
-          continue;
-        }
-        block = kInfinity;
       }
-      for (int64_t i = 0; i < args.d; ++i) out[i * kTileCodes + j] = 0.0f;
+      double norm = std::sqrt(square);
+      const bool coarse = norm <= kLargestNorm;
+      scales[j] = 1.0f;
+      if (args.metric == Metric::cosine) {
+        scales[j] = static_cast<float>(1.0 / (norm > kNormFloor ? norm : kNormFloor));
+        norm *= scales[j];
+      }
+      bias[j] = args.metric == Metric::l2 ? static_cast<float>(-0.5 * square) : 0.0f;
+      const float bound = coarse ? static_cast<float>(norm * norm_margin()) : kInfinity;
+      if (first + j >= args.k) {
+        bias[j] = -kInfinity;
+      } else if (bound > block) {
+        block = bound;
+      }
+      if (!coarse) {
+        bias[j] = -kInfinity;
+        for (int64_t i = 0; i < args.d; ++i) out[i * kTileCodes + j] = 0.0f;
+      }
+    }
+    if (args.metric != Metric::cosine) return;
+    for (int64_t i = 0; i < args.d; ++i, out += kTileCodes) {
+      for (int j = 0; j < kTileCodes; ++j) out[j] *= scales[j];
     }
   }
 
@@ -286,9 +302,9 @@ struct Search {
 
   void rescore_blocks(double norm, const float* maxima, Best& best) const {
     // error(M) = c0 + c1 M + c2 M^2 bounds |coarse - exact| for codes of norm up to M:
-    // float32 products and sums, float64 rescoring, and flushed subnormals.
+    // float32 products, sums and norms, float64 rescoring, and flushed subnormals.
     const double d = static_cast<double>(args.d);
-    const double coarse = (d + 8.0) * 0x1p-24 * 1.05, fine = (d + 8.0) * 0x1p-51;
+    const double coarse = (2.0 * d + 16.0) * 0x1p-24 * 1.05, fine = (d + 8.0) * 0x1p-51;
     const double tiny = 4.0 * d * 0x1p-126;
     const bool l2 = args.metric == Metric::l2;
     const V c0 =

@@ -52,7 +52,7 @@ _DIGITS = {
     "finetune_decoder": False,
     "is_legacy": False,
 }
-_DIGITS_SIZE = {"width": 80, "num_layers": 4, "num_heads": 5}
+_DIGITS_SIZE = {"width": 80, "num_layers": 3, "num_heads": 2}
 
 
 def _config(
@@ -290,7 +290,7 @@ class TiTok(PretrainedModel):
         "titok-l-64-512": Release(_config(_LEGACY, 64, "large", "large", crop_size=512)),
         "titok-b-128-512": Release(_config(_LEGACY, 128, "base", "base", crop_size=512)),
         "titok-digits": Release(
-            _config(_DIGITS, 16, _DIGITS_SIZE, _DIGITS_SIZE, crop_size=32, patch_size=4),
+            _config(_DIGITS, 16, _DIGITS_SIZE, _DIGITS_SIZE, crop_size=32, patch_size=8),
             folder=Path(__file__).parent / "data" / "titok-digits",
         ),
     }
