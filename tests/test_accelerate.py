@@ -1,0 +1,112 @@
+"""accelerate on stand-ins with the upstream names and the official arithmetic."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import titok_fast
+from titok_fast import accelerate
+from titok_fast.testing import relative_error
+
+
+def upstream(name="VectorQuantizer", **changes):
+    """An upstream-like quantizer class: its name, its attributes, eager float32 arithmetic."""
+
+    def init(self, use_l2_norm=False):
+        nn.Module.__init__(self)
+        attributes = {
+            "codebook_size": 32, "token_size": 6, "commitment_cost": 0.25,
+            "use_l2_norm": use_l2_norm, "clustering_vq": False,
+        } | changes  # fmt: skip
+        for key, value in attributes.items():
+            if value is not None:
+                setattr(self, key, value)
+        self.embedding = nn.Embedding(32, 6)
+
+    def forward(self, z):
+        rows, codebook = z.permute(0, 2, 3, 1), self.embedding.weight
+        if self.use_l2_norm:
+            rows, codebook = F.normalize(rows, dim=-1), F.normalize(codebook, dim=-1)
+        flat = rows.reshape(-1, 6)
+        scores = (
+            flat.square().sum(1, keepdim=True) + codebook.square().sum(1) - 2 * flat @ codebook.T
+        )
+        indices = scores.argmin(1)
+        codes = codebook[indices].view(rows.shape)
+        loss = (
+            0.25 * (codes.detach() - rows).square().mean() + (codes - rows.detach()).square().mean()
+        )
+        out = (rows + (codes - rows).detach()).permute(0, 3, 1, 2)
+        return out, {"quantizer_loss": loss, "min_encoding_indices": indices.view(rows.shape[:3])}
+
+    return type(
+        name, (nn.Module,), {"__init__": init, "forward": forward, "__module__": "modeling"}
+    )
+
+
+class Model(nn.Module):
+    def __init__(self, quantizer):
+        super().__init__()
+        self.encoder = nn.Conv2d(3, 6, 1)
+        self.inner = nn.ModuleDict({"quantize": quantizer})
+        self.shared = quantizer
+
+    def forward(self, x):
+        return self.inner["quantize"](self.encoder(x))
+
+
+@pytest.mark.parametrize("use_l2_norm", [False, True])
+def test_outputs_and_training_go_on_as_before(use_l2_norm):
+    model = Model(upstream()(use_l2_norm))
+    x = torch.randn(2, 3, 1, 10)
+    expected, expected_result = model(x)
+    tensors = {name: (p, p.data_ptr()) for name, p in model.state_dict(keep_vars=True).items()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    result_model, report = accelerate(model)
+    assert result_model is model
+    assert isinstance(model.shared, titok_fast.VectorQuantizer)
+    assert model.shared is model.inner["quantize"]
+    assert set(report.replaced) == {"inner.quantize", "shared"} and not report.left
+    assert "modeling." in report.replaced["shared"] and "replaced shared" in str(report)
+
+    after = model.state_dict(keep_vars=True)
+    assert set(after) == set(tensors)
+    for name, (parameter, pointer) in tensors.items():
+        assert after[name] is parameter and after[name].data_ptr() == pointer
+    output, result = model(x)
+    assert torch.equal(result["min_encoding_indices"], expected_result["min_encoding_indices"])
+    assert relative_error(output, expected) < 1e-6
+    before = model.shared.embedding.weight.detach().clone()
+    result["quantizer_loss"].backward()
+    optimizer.step()
+    assert not torch.equal(model.shared.embedding.weight, before)
+
+
+def test_hooks_and_mode_move_along():
+    quantizer = upstream()().eval()
+    quantizer.embedding.weight.requires_grad_(False)
+    seen = []
+    quantizer.register_forward_hook(lambda *_: seen.append("hook"))
+    layer, report = accelerate(quantizer)
+    layer(torch.randn(1, 6, 1, 4))
+    assert seen == ["hook"] and not layer.training
+    assert not layer.embedding.weight.requires_grad
+    assert set(report.replaced) == {""}
+
+
+def test_what_only_shares_the_name_is_left_alone():
+    quantizer = upstream(token_size=None)()
+    model = Model(quantizer)
+    _, report = accelerate(model)
+    assert model.shared is quantizer and not report.replaced
+    assert "has no token_size, so it is not 1d-tokenizer's" in report.left["shared"]
+
+
+def test_our_own_layers_and_other_models_are_left_alone():
+    model = Model(titok_fast.VectorQuantizer(32, 6))
+    quantizer = model.shared
+    _, report = accelerate(model)
+    assert model.shared is quantizer
+    assert str(report) == "found no quantizer to replace"

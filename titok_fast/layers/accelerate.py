@@ -1,0 +1,92 @@
+"""Swap the quantizers of an upstream model for the fused layers, in place."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from titok_fast.layers.vector_quantizer import VectorQuantizer
+
+
+@dataclass
+class AcceleratedReport:
+    """What `accelerate` did, by module path ("" is the model itself).
+
+    Attributes:
+        replaced: path to what was replaced by what.
+        left: path to why a module with a quantizer's name was left alone.
+    """
+
+    replaced: dict[str, str] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"replaced {path or 'the model'}: {what}" for path, what in self.replaced.items()]
+        lines += [f"left {path or 'the model'}: {why}" for path, why in self.left.items()]
+        return "\n".join(lines) or "found no quantizer to replace"
+
+
+def accelerate(model: nn.Module, *, backend: str = "auto") -> tuple[nn.Module, AcceleratedReport]:
+    """Replace the quantizers inside an upstream model by the fused layers.
+
+    Modules are recognised by class name and attributes, without importing their package. Today
+    that is `VectorQuantizer` of 1d-tokenizer. Parameters and buffers stay the same tensors, so
+    optimizers, state dicts and checkpoints go on working; hooks and the training mode move along.
+
+    Args:
+        model: changed in place; a quantizer itself is fine too.
+        backend: of the fused ops.
+
+    Returns:
+        The model (the new layer where `model` itself was a quantizer) and the report.
+    """
+    report = AcceleratedReport()
+    layers: dict[int, nn.Module] = {}
+    for path, module in list(model.named_modules(remove_duplicate=False)):
+        build = _BUILDERS.get(type(module).__name__)
+        if build is None or type(module).__module__.startswith("titok_fast."):
+            continue
+        if id(module) not in layers:
+            layer = build(module, backend)
+            if isinstance(layer, str):
+                report.left[path] = layer
+                continue
+            _take_over(layer, module)
+            layers[id(module)] = layer
+        layer = layers[id(module)]
+        report.replaced[path] = f"{_name(module)} by {_name(layer)}"
+        if not path:
+            return layer, report
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, layer)
+    return model, report
+
+
+def _vector_quantizer(module: nn.Module, backend: str) -> nn.Module | str:
+    needed = ("codebook_size", "token_size", "commitment_cost", "use_l2_norm", "embedding")
+    missing = [name for name in needed if not hasattr(module, name)]
+    if missing:
+        return f"{_name(module)} has no {', '.join(missing)}, so it is not 1d-tokenizer's"
+    values = {name: getattr(module, name) for name in needed[:-1]}
+    clustering = bool(getattr(module, "clustering_vq", False))
+    with torch.device("meta"):
+        return VectorQuantizer(**values, clustering_vq=clustering, backend=backend)
+
+
+_BUILDERS: dict[str, Callable[[nn.Module, str], nn.Module | str]] = {
+    "VectorQuantizer": _vector_quantizer,
+}
+
+
+def _take_over(layer: nn.Module, module: nn.Module) -> None:
+    """Give `layer` the submodules, tensors, hooks and mode of `module`."""
+    layer._parameters, layer._buffers = module._parameters, module._buffers
+    layer._modules = module._modules
+    for hooks in [name for name in vars(module) if name.endswith(("_hooks", "_hooks_with_kwargs"))]:
+        setattr(layer, hooks, getattr(module, hooks))
+    layer.training = module.training
+
+
+def _name(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
