@@ -1,0 +1,92 @@
+"""Images to train on: scikit-learn's handwritten digits, and light augmentation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_SPLIT_SEED = 0
+_TEST_SIZE = 360
+
+
+def digits(split: str) -> tuple[Tensor, Tensor]:
+    """Handwritten digits of scikit-learn's `load_digits`, 8x8 grey, enlarged to 32x32.
+
+    The 1,797 images are permuted by a fixed seed; the first 360 are the test split.
+
+    Args:
+        split: "train" (1,437 images) or "test" (360).
+
+    Returns:
+        Images [N, 3, 32, 32] float32 in [0, 1] with equal channels, and labels [N] int64 in 0-9.
+
+    Raises:
+        ImportError: when scikit-learn is not installed.
+        ValueError: for another split.
+
+    Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine
+    Learning Repository, 1998, doi:10.24432/C50P49, CC BY 4.0.
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f"split: got {split!r}, allowed are 'train' and 'test'")
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError(
+            "the digits data set needs scikit-learn: pip install 'titok_fast[demo]'"
+        ) from error
+    pixels, labels = load_digits(return_X_y=True)  # [1797, 64] in 0-16, [1797]
+    # The legacy generator's stream is frozen, so the split is the same with every NumPy.
+    order = np.random.RandomState(_SPLIT_SEED).permutation(len(labels))
+    chosen = order[:_TEST_SIZE] if split == "test" else order[_TEST_SIZE:]
+    small = torch.from_numpy(pixels[chosen]).float().view(-1, 1, 8, 8) / 16
+    images = F.interpolate(small, size=32, mode="bilinear").expand(-1, 3, -1, -1).contiguous()
+    return images, torch.from_numpy(labels[chosen]).long()
+
+
+def augment(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Rotates, scales, shears and moves each image a little, at random; new borders are black.
+
+    Args:
+        images: [B, C, S, S], floating.
+        generator: source of the draws, on the device of the images.
+
+    Returns:
+        [B, C, S, S], same dtype, within the range of the input and zero.
+    """
+    batch = len(images)
+    draws = torch.rand(6, batch, generator=generator, device=images.device) * 2 - 1
+    angle = draws[0] * math.radians(10)
+    scale = 1 + 0.1 * draws[1:3]  # [2, B]
+    shear, shift = 0.1 * draws[3], 0.06 * draws[4:]
+    cos, sin = angle.cos(), angle.sin()
+    rows = [
+        torch.stack([cos * scale[0], shear - sin, shift[0]], dim=1),  # [B, 3]
+        torch.stack([sin, cos * scale[1], shift[1]], dim=1),
+    ]
+    grid = F.affine_grid(
+        torch.stack(rows, dim=1).to(images.dtype), list(images.shape), align_corners=False
+    )
+    return F.grid_sample(images, grid, align_corners=False)
+
+
+def shuffled(count: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """Batches of indices without end, each epoch in a new random order.
+
+    Args:
+        count: number of examples, at least batch_size.
+        batch_size: indices of a batch; the rest of an epoch is dropped.
+        generator: source of the order, on the CPU.
+
+    Yields:
+        [batch_size] int64.
+    """
+    while True:
+        yield from torch.randperm(count, generator=generator).split(batch_size)[
+            : count // batch_size
+        ]
