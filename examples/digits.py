@@ -1,0 +1,104 @@
+"""Handwritten digits to 16 tokens each and back: `make demo`.
+
+Encodes held-out digits with the titok-digits model of this package, prints their tokens, writes
+demo.png (originals over reconstructions) and compares the fused search with its reference.
+"""
+
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from titok_fast import TiTok, nearest_code
+from titok_fast.images import grid, write_png
+from titok_fast.metrics import codebook_usage, psnr
+from titok_fast.testing import peak_extra_bytes, rows_and_codes
+from titok_fast.training.data import digits
+
+SHOWN = 16
+console = Console()
+
+
+def measure(run: Callable[[], object]) -> tuple[float, int | None]:
+    """Median seconds of several runs, and the peak of extra memory in one where it is known."""
+    run()
+    seconds = []
+    while len(seconds) < 3 or (sum(seconds) < 1 and len(seconds) < 50):
+        begin = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - begin)
+    return sorted(seconds)[len(seconds) // 2], peak_extra_bytes(run)
+
+
+def megabytes(size: int | None) -> str:
+    return "unknown" if size is None else f"{size / 1e6:,.1f} MB"
+
+
+def main() -> None:
+    model = TiTok.from_pretrained("titok-digits")
+    images, labels = digits("test")
+    tokens = model.encode(images)
+    decoded = model.decode(tokens)
+
+    for label, row in zip(labels[:SHOWN].tolist(), tokens[:SHOWN].tolist(), strict=True):
+        console.print(
+            f"digit {label}: " + " ".join(f"{token:3d}" for token in row), highlight=False
+        )
+    write_png("demo.png", grid([images[:SHOWN], decoded[:SHOWN]], scale=2))
+    console.print(
+        f"\n{len(images)} held-out digits, {tokens.shape[1]} tokens each: "
+        f"PSNR {psnr(decoded, images).mean():.2f} dB, "
+        f"codebook usage {codebook_usage(tokens, model.codebook_size):.1%}; "
+        f"wrote {Path('demo.png').resolve()}\n",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+    table = Table("", "fused", "reference", "speed-up", "extra memory", "reference")
+    for name, count, run in comparisons(model, images):
+        fused, fused_bytes = measure(partial(run, "auto"))
+        reference, reference_bytes = measure(partial(run, "reference"))
+        table.add_row(
+            name,
+            f"{count / fused:,.0f}/s",
+            f"{count / reference:,.0f}/s",
+            f"{reference / fused:.1f}x",
+            megabytes(fused_bytes),
+            megabytes(reference_bytes),
+        )
+    console.print(table)
+
+
+def comparisons(
+    model: TiTok, images: torch.Tensor
+) -> list[tuple[str, int, Callable[[str], object]]]:
+    """(what, images or rows a run, the run with a backend of the search)."""
+
+    def encode(backend: str) -> object:
+        model.quantize.backend = backend
+        return model.encode(images)
+
+    latents = model.latents(images)
+    codes = model.quantize.embedding.weight
+    z, codebook = rows_and_codes(1024, 4096, 64)
+    return [
+        ("images encoded", len(images), encode),
+        (
+            "images, search alone",
+            len(images),
+            lambda backend: nearest_code(latents, codes, metric="cosine", backend=backend),
+        ),
+        (
+            "rows, 4,096 codes of 64",
+            len(z),
+            lambda backend: nearest_code(z, codebook, backend=backend),
+        ),
+    ]
+
+
+if __name__ == "__main__":
+    main()
