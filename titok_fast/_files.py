@@ -10,12 +10,16 @@ from pathlib import Path
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place once the block succeeds.
 
-    The folder is made if missing; when the block raises, `path` stays as it was.
+    The folder is made if missing; when the block raises, `path` stays as it was. The file gets the
+    permissions of any new file, whatever its writer sets.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
+        temporary.chmod(mode)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
