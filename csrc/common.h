@@ -22,13 +22,14 @@ class Team {
     int index;
     int size;
 
-    void barrier() const { team.wait(); }
+    // Inlined into files that are compiled for one instruction set, never linked across them.
+    __attribute__((always_inline)) void barrier() const { team.wait(); }
 
     // This member's share of [0, count), in multiples of `grain`.
     struct Range {
       int64_t begin, end;
     };
-    Range share(int64_t count, int64_t grain = 1) const {
+    __attribute__((always_inline)) Range share(int64_t count, int64_t grain = 1) const {
       const int64_t grains = (count + grain - 1) / grain;
       const auto bound = [&](int64_t i) {
         const int64_t at = grains * i / size * grain;

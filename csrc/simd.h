@@ -10,6 +10,8 @@
 #endif
 
 namespace titok {
+// Unnamed: a copy compiled for one set must never be linked into the path of another.
+namespace {
 namespace simd {
 
 #if defined(__AVX512F__)
@@ -113,4 +115,5 @@ inline float widen(Half x) {
 }
 
 }  // namespace simd
+}  // namespace
 }  // namespace titok

@@ -1,7 +1,11 @@
+#include "system.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include <atomic>
 #include <stdexcept>
-
-#include "system.h"
 
 namespace titok {
 namespace {
@@ -23,9 +27,12 @@ const char* isa_name(Isa isa) {
 
 Isa detected_isa() {
 #if defined(__x86_64__)
-  // These also check that the operating system saves the registers.
-  if (__builtin_cpu_supports("avx512f")) return Isa::avx512;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::avx2;
+  // __builtin_cpu_supports also checks that the operating system saves the registers.
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  const bool f16c = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+  if (f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    return __builtin_cpu_supports("avx512f") ? Isa::avx512 : Isa::avx2;
+  }
 #endif
   return Isa::portable;
 }

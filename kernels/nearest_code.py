@@ -45,7 +45,8 @@ CONFIGS = {
 }
 
 
-@triton.jit
+# n and row_tiles differ from call to call: no variant for a multiple of 16 or for 1.
+@triton.jit(do_not_specialize=["n"])
 def nearest_code_prepare_kernel(
     x,  # [n, D]
     center,  # [D] float32
@@ -90,9 +91,7 @@ def nearest_code_prepare_kernel(
     if CODES:  # one scale for the block
         largest = tl.zeros([BLOCK], tl.float32) + tl.max(largest, axis=0)
     # Powers of two that bring the largest entry to 2^9..2^10 and back.
-    exponent = largest.to(tl.int32, bitcast=True) >> 23
-    usable = (exponent > 20) & (exponent < 230)
-    exponent = tl.where(usable, exponent, 136)
+    exponent = tl.maximum(largest.to(tl.int32, bitcast=True) >> 23, 21)
     down = ((263 - exponent) << 23).to(tl.float32, bitcast=True)
     up = ((exponent - 9) << 23).to(tl.float32, bitcast=True)
 
@@ -133,7 +132,7 @@ def nearest_code_prepare_kernel(
         tl.store(error + rows, shortfall)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_tiles"])
 def nearest_code_coarse_kernel(
     z,  # [padded N, PADDED_D] float16
     codes,  # [padded K, PADDED_D] float16

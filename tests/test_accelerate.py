@@ -87,11 +87,14 @@ def test_outputs_and_training_go_on_as_before(use_l2_norm):
 def test_hooks_and_mode_move_along():
     quantizer = upstream()().eval()
     quantizer.embedding.weight.requires_grad_(False)
+    quantizer.decay = 0.9
     seen = []
-    quantizer.register_forward_hook(lambda *_: seen.append("hook"))
+    quantizer.register_forward_hook(lambda *_: seen.append("forward"))
+    quantizer.register_full_backward_hook(lambda *_: seen.append("backward"))
     layer, report = accelerate(quantizer)
-    layer(torch.randn(1, 6, 1, 4))
-    assert seen == ["hook"] and not layer.training
+    layer(torch.randn(1, 6, 1, 4, requires_grad=True))[0].sum().backward()
+    assert seen == ["forward", "backward"]
+    assert not layer.training and layer.decay == 0.9
     assert not layer.embedding.weight.requires_grad
     assert set(report.replaced) == {""}
 

@@ -68,11 +68,11 @@ def test_equals_reference(backend, device, metric, dtype, n, k, d):
 
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize(
-    ("n", "k", "d"), [(300, 5000, 16), (150, 9000, 64), (64, 4100, 256), (9, 3000, 512)]
+    ("n", "k", "d"), [(300, 5000, 16), (70, 3000, 64), (20, 2100, 256), (6, 900, 512)]
 )
 def test_equals_reference_over_many_blocks(metric, n, k, d, backend, device):
     if backend == "triton" and device == "cpu":
-        n = 8  # the interpreter runs one program at a time
+        n, k = 4, k // 2  # the interpreter runs one program at a time
     z, codebook = rows_and_codes(n, k, d, device=device)
     assert_exact(z, codebook, metric, backend)
 
@@ -160,6 +160,34 @@ def test_outlier_codes(backend, device, metric):
     codebook[9] = 0
     z[4] = 0
     assert_exact(z, codebook, metric, backend)
+
+
+@pytest.mark.parametrize("metric", ["dot", "cosine"])
+def test_blocks_of_very_different_scale(backend, device, metric):
+    z = torch.tensor([[1.0, 0.0]], device=device)
+    codebook = torch.zeros(256, 2)
+    codebook[:128, 0] = 1e-33
+    codebook[128:] = torch.tensor([1e-34, 1e-31])
+    assert_exact(z, codebook.to(device), metric, backend)
+    codebook = torch.zeros(64, 2)
+    codebook[:32, 0] = 7 * 2.0**-149
+    codebook[32:] = torch.tensor([3 * 2.0**-149, 0])
+    codebook[63] = torch.tensor([0, 9 * 2.0**-149])
+    assert_exact(z, codebook.to(device), metric, backend)
+
+
+def test_zero_has_one_sign(backend, device):
+    z, codebook = -torch.ones(1, 8, device=device), torch.zeros(1, 8, device=device)
+    for choice in (backend, "reference"):
+        _, distance = nearest_code(z, codebook, metric="dot", return_distance=True, backend=choice)
+        assert not bool(distance.signbit())
+
+
+def test_meta_tensors_give_shapes():
+    z, codebook = torch.empty(2, 3, 8, device="meta"), torch.empty(9, 8, device="meta")
+    indices, distances = nearest_code(z, codebook, return_distance=True)
+    assert indices.is_meta and indices.shape == (2, 3) and indices.dtype == torch.int64
+    assert distances.is_meta and distances.shape == (2, 3) and distances.dtype == torch.float32
 
 
 def test_strided_inputs(backend, device):

@@ -85,6 +85,20 @@ def test_clustering_moves_unused_codes_as_the_official_layer(use_l2_norm):
     assert torch.equal(layer.embedding.weight, before)
 
 
+def test_clustering_keeps_graphs_over_the_old_weight():
+    layer = make(clustering_vq=True).train()
+    weights = torch.rand(5, 64).requires_grad_()
+    mixed = layer.get_codebook_entry(weights)
+    _, result = layer(torch.randn(2, 12, 1, 8))
+    (mixed.sum() + result["quantizer_loss"]).backward()
+    assert weights.grad is not None and bool(weights.grad.isfinite().all())
+
+
+def test_meta_device_gives_shapes():
+    output, result = make().to("meta")(torch.empty(2, 12, 1, 8, device="meta"))
+    assert output.shape == (2, 12, 1, 8) and result["min_encoding_indices"].shape == (2, 1, 8)
+
+
 def test_state_dict_has_the_official_names():
     assert set(make().state_dict()) == {"embedding.weight"}
     assert set(make(clustering_vq=True).state_dict()) == {"embedding.weight", "embed_prob"}

@@ -83,8 +83,9 @@ def _take_over(layer: nn.Module, module: nn.Module) -> None:
     """Give `layer` the submodules, tensors, hooks and mode of `module`."""
     layer._parameters, layer._buffers = module._parameters, module._buffers
     layer._modules = module._modules
-    for hooks in [name for name in vars(module) if name.endswith(("_hooks", "_hooks_with_kwargs"))]:
-        setattr(layer, hooks, getattr(module, hooks))
+    for name in vars(module):
+        if "_hook" in name or name == "decay":
+            setattr(layer, name, getattr(module, name))
     layer.training = module.training
 
 

@@ -1,5 +1,7 @@
 """The quantizer of TiTok as a drop-in layer."""
 
+from contextlib import nullcontext
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -78,7 +80,9 @@ class VectorQuantizer(nn.Module):
         """
         if z.ndim != 4 or z.shape[1] != self.token_size:
             raise ValueError(f"z: expected [B, {self.token_size}, H, W], got shape {list(z.shape)}")
-        with torch.autocast(z.device.type, enabled=False):
+        device = z.device.type
+        available = torch.amp.is_autocast_available(device)
+        with torch.autocast(device, enabled=False) if available else nullcontext():
             return self._quantize(z.float())
 
     def _quantize(self, z: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -117,7 +121,8 @@ class VectorQuantizer(nn.Module):
         nearest = self._nearest(self.embedding.weight, latents)  # [K]
         usage = self.embed_prob * self.codebook_size * 10 / (1 - self.decay)
         pull = torch.exp(-usage - 1e-3)[:, None]  # [K, 1]
-        self.embedding.weight.mul_(1 - pull).add_(latents[nearest] * pull)
+        # Through .data, as upstream: graphs that hold the old weight stay valid.
+        self.embedding.weight.data.mul_(1 - pull).add_(latents[nearest] * pull)
 
     def get_codebook_entry(self, indices: Tensor) -> Tensor:
         """The code of each index.

@@ -19,7 +19,8 @@ import torch
 TRITON_OPS = ("nearest_code",)
 CAPABILITIES = (80, 90, 100, 120)
 _PACKAGE = Path(__file__).resolve().parent.parent
-_SHARED_LIMIT = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+# Bytes a block can have; sm_86 and sm_89 run what is configured for sm_80 and have the least.
+_SHARED_LIMIT = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 
 
 @functools.cache
@@ -59,7 +60,7 @@ def kernels(op: str) -> Any:
 
 def interpreting() -> bool:
     """Whether Triton kernels run in its interpreter, and so on CPU tensors too."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "y", "yes")
 
 
 def why_not(backend: str, device_type: str) -> str | None:
@@ -86,8 +87,7 @@ def choose_backend(backend: str, device_type: str, order: dict[str, tuple[str, .
     Args:
         backend: one name of `order`'s values, "reference" or "auto".
         device_type: of the op's tensors.
-        order: for each device type, the op's backends; "auto" takes the first, and "reference" on
-            any other device.
+        order: for each device type, the op's backends; "auto" takes the first.
 
     Raises:
         ValueError: an unknown backend.
@@ -98,8 +98,8 @@ def choose_backend(backend: str, device_type: str, order: dict[str, tuple[str, .
         allowed = ", ".join(repr(name) for name in ("auto", *names, "reference"))
         raise ValueError(f"backend: {backend!r} is not one of {allowed}")
     here = order.get(device_type, ())
-    if backend == "auto":
-        return here[0] if here else "reference"
+    if backend == "auto" and here:
+        return here[0]
     if backend != "reference" and backend not in here:
         raise RuntimeError(f"backend {backend!r} is not available: it has no {device_type} version")
     return backend

@@ -1,5 +1,6 @@
 """Exact nearest-code search: schema, checks, backends and the public function."""
 
+from contextlib import nullcontext
 from typing import Literal, overload
 
 import torch
@@ -10,7 +11,7 @@ from titok_fast.ops import inspect
 
 METRICS = ("l2", "cosine", "dot")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-BACKENDS = {"cpu": ("cpu", "triton"), "cuda": ("triton",)}
+BACKENDS = {"cpu": ("cpu", "triton"), "cuda": ("triton",), "meta": ("cpu", "triton")}
 
 
 def _check(z: Tensor, codebook: Tensor, metric: str) -> None:
@@ -79,7 +80,9 @@ def _cpu(z: Tensor, codebook: Tensor, metric: str, backend: str) -> tuple[Tensor
 def _triton(z: Tensor, codebook: Tensor, metric: str, backend: str) -> tuple[Tensor, Tensor]:
     inspect.require_backend(backend, z.device.type)
     launch = inspect.kernels("nearest_code").launch_nearest_code
-    indices, distances = launch(_rows(z), _rows(codebook), metric)
+    # Triton launches on the current device, which need not be that of the tensors.
+    with torch.cuda.device(z.device) if z.is_cuda else nullcontext():
+        indices, distances = launch(_rows(z), _rows(codebook), metric)
     return indices, distances
 
 
@@ -131,7 +134,7 @@ def nearest_code(
         return_distance: also return the distance of the chosen code.
         backend: "cpu" (C++), "triton" (GPU, or CPU tensors in Triton's interpreter),
             "reference" (float64, materialises N x K), or "auto": "cpu" for CPU tensors, "triton"
-            for CUDA tensors, "reference" for any other device.
+            for CUDA tensors; tensors of any other device are copied to the CPU and back.
 
     Returns:
         Indices [...], int64; with `return_distance` also float32 [...]: the squared distance
@@ -147,12 +150,14 @@ def nearest_code(
     """
     _check(z, codebook, metric)
     rows, codes = z.detach().reshape(-1, z.shape[-1]), codebook.detach()
-    backend = inspect.choose_backend(backend, z.device.type, BACKENDS)
+    if backend == "auto" and z.device.type not in BACKENDS:
+        rows, codes = rows.cpu(), codes.cpu()
+    backend = inspect.choose_backend(backend, rows.device.type, BACKENDS)
     if backend == "reference":
         indices, distances = reference.nearest_code(rows, codes, metric)
     else:
         indices, distances = _op(rows, codes, metric, backend)
-    shape = z.shape[:-1]
+    indices = indices.to(z.device).reshape(z.shape[:-1])
     if return_distance:
-        return indices.reshape(shape), distances.reshape(shape)
-    return indices.reshape(shape)
+        return indices, distances.to(z.device).reshape(z.shape[:-1])
+    return indices

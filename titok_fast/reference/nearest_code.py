@@ -13,7 +13,7 @@ def _sum_of(terms: Iterable[Tensor]) -> Tensor:
     parts: list[Tensor] = []
     for i, term in enumerate(terms):
         if i < _PARTS:
-            parts.append(term)
+            parts.append(term + 0.0)  # as a sum that starts from zero: never -0.0
         else:
             parts[i % _PARTS] += term
     parts += [torch.zeros_like(parts[0])] * (_PARTS - len(parts))
