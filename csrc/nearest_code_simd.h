@@ -23,7 +23,10 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 // Norms up to this keep every coarse product and sum inside float32.
 constexpr double kLargestNorm = 1e18;
 constexpr double kNormFloor = 1e-12;
+constexpr double kLargestSquare = 1e36;
 constexpr double kSmallSquare = 1e-24;
+constexpr double kSquareMargin = 1.0001;
+constexpr double kTinySquare = 1e-37;  // what float32 may flush of a smaller one
 
 template <class T>
 struct Search {
@@ -64,25 +67,27 @@ struct Search {
     }
   }
 
+  // Rows as [tile][d][row of the tile], so that a tile reads one stream.
   void prepare_rows(int64_t first, int64_t rows) const {
     const float* c = center();
     const auto share = member.share(rows, kTileRows);
     const int64_t end = (share.end + kTileRows - 1) / kTileRows * kTileRows;
     for (int64_t r = share.begin; r < end; ++r) {
-      float* out = z() + r * plan.depth;
+      float* out = z() + r / kTileRows * kTileRows * plan.depth + r % kTileRows;
       double sum = 0.0;
       if (r < share.end) {
         const T* row = z_row(first + r);
         for (int64_t i = 0; i < args.d; ++i) {
-          out[i] = simd::widen(row[i]) - c[i];
-          sum += static_cast<double>(out[i]) * out[i];
+          const float value = simd::widen(row[i]) - c[i];
+          out[i * kTileRows] = value;
+          sum += static_cast<double>(value) * value;
         }
       }
       const double norm = std::sqrt(sum);
       const bool coarse = r < share.end && norm <= kLargestNorm;
       z_norm()[r] = coarse ? static_cast<float>(norm * norm_margin()) : kInfinity;
       if (!coarse) {
-        for (int64_t i = 0; i < args.d; ++i) out[i] = 0.0f;
+        for (int64_t i = 0; i < args.d; ++i) out[i * kTileRows] = 0.0f;
       }
     }
   }
@@ -107,40 +112,52 @@ struct Search {
     }
 
     out = bias + kTileCodes;
+    const bool cosine = args.metric == Metric::cosine;
     float scales[kTileCodes];
-    for (int j = 0; j < kTileCodes; ++j) {
-      float& block = norms[j % S::lanes];
-      if (first_of_block && j < S::lanes) block = 0.0f;
-      double square = squares[j];
-      if (square < kSmallSquare) {  // float32 may have lost small terms
-        square = 0.0;
-        for (int64_t i = 0; i < args.d; ++i) {
-          square += static_cast<double>(out[i * kTileCodes + j]) * out[i * kTileCodes + j];
+    for (int j = 0; j < kTileCodes; j += S::lanes) {
+      V square = S::load(squares + j);
+      // Common case: every norm of the vector is neither tiny nor huge, and every code exists.
+      if (S::all_between(square, kSmallSquare, kLargestSquare) && first + j + S::lanes <= args.k) {
+        S::store(bias + j, args.metric == Metric::l2 ? S::mul(square, S::broadcast(-0.5f))
+                                                     : S::broadcast(0.0f));
+        if (cosine) {
+          S::store(scales + j, S::div(S::broadcast(1.0f), S::sqrt(square)));
+          square = S::broadcast(1.0f);
         }
+      } else {
+        for (int l = j; l < j + S::lanes; ++l) pack_edge(first, l, out, bias, scales, squares);
+        square = S::load(squares + j);
       }
-      double norm = std::sqrt(square);
-      const bool coarse = norm <= kLargestNorm;
-      scales[j] = 1.0f;
-      if (args.metric == Metric::cosine) {
-        scales[j] = static_cast<float>(1.0 / (norm > kNormFloor ? norm : kNormFloor));
-        norm *= scales[j];
-      }
-      bias[j] = args.metric == Metric::l2 ? static_cast<float>(-0.5 * square) : 0.0f;
-      const float bound = coarse ? static_cast<float>(norm * norm_margin()) : kInfinity;
-      if (first + j >= args.k) {
-        bias[j] = -kInfinity;
-      } else if (bound > block) {
-        block = bound;
-      }
-      if (!coarse) {
-        bias[j] = -kInfinity;
-        for (int64_t i = 0; i < args.d; ++i) out[i * kTileCodes + j] = 0.0f;
-      }
+      S::store(norms, first_of_block && j == 0 ? square : S::max(square, S::load(norms)));
     }
-    if (args.metric != Metric::cosine) return;
+    if (!cosine) return;
     for (int64_t i = 0; i < args.d; ++i, out += kTileCodes) {
       for (int j = 0; j < kTileCodes; ++j) out[j] *= scales[j];
     }
+  }
+
+  // Code j of a packed tile, when it is past the end, huge, not finite, or so small that float32
+  // may have lost terms of its norm. Leaves the square of the scaled norm in `squares`.
+  void pack_edge(int64_t first, int j, float* out, float* bias, float* scales,
+                 float* squares) const {
+    double square = 0.0;
+    for (int64_t i = 0; i < args.d; ++i) {
+      square += static_cast<double>(out[i * kTileCodes + j]) * out[i * kTileCodes + j];
+    }
+    const bool coarse = square <= kLargestSquare;
+    bias[j] = args.metric == Metric::l2 ? static_cast<float>(-0.5 * square) : 0.0f;
+    scales[j] = 1.0f;
+    if (args.metric == Metric::cosine) {
+      const double norm = std::sqrt(square);
+      scales[j] = static_cast<float>(1.0 / (norm > kNormFloor ? norm : kNormFloor));
+      square *= static_cast<double>(scales[j]) * scales[j];
+    }
+    squares[j] = coarse ? static_cast<float>(square * kSquareMargin) : kInfinity;
+    if (!coarse) {
+      for (int64_t i = 0; i < args.d; ++i) out[i * kTileCodes + j] = 0.0f;
+    }
+    if (!coarse || first + j >= args.k) bias[j] = -kInfinity;
+    if (first + j >= args.k) squares[j] = 0.0f;
   }
 
   // One register tile: bias + z . e for kTileRows rows and kTileCodes codes, folded into the table.
@@ -160,7 +177,7 @@ struct Search {
       for (int v = 0; v < kTileVectors; ++v) codes[v] = S::load(e + i * kTileCodes + v * S::lanes);
 #pragma GCC unroll 8
       for (int r = 0; r < kTileRows; ++r) {
-        const V value = S::broadcast(rows[r * plan.depth + i]);
+        const V value = S::broadcast(rows[i * kTileRows + r]);
 #pragma GCC unroll 8
         for (int v = 0; v < kTileVectors; ++v) acc[r][v] = S::fmadd(value, codes[v], acc[r][v]);
       }
@@ -194,6 +211,9 @@ struct Search {
         for (int64_t r = my_rows.begin; r < my_rows.end; r += kTileRows) {
           score_tile(r, table() + r * plan.blocks + super * plan.lanes, v == 0);
         }
+      }
+      for (int l = 0; l < S::lanes; ++l) {
+        norms[l] = static_cast<float>(std::sqrt(norms[l] + kTinySquare) * norm_margin());
       }
     }
   }

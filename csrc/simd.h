@@ -2,6 +2,7 @@
 // one instruction set (<op>_avx2.cpp and so on): each sees the types its flags allow.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -25,7 +26,14 @@ struct Avx512 {
   static V fmadd(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
   static V add(V a, V b) { return _mm512_add_ps(a, b); }
   static V sub(V a, V b) { return _mm512_sub_ps(a, b); }
+  static V mul(V a, V b) { return _mm512_mul_ps(a, b); }
+  static V div(V a, V b) { return _mm512_div_ps(a, b); }
+  static V sqrt(V a) { return _mm512_sqrt_ps(a); }
   static V max(V a, V b) { return _mm512_max_ps(a, b); }
+  static bool all_between(V a, float low, float high) {
+    return (_mm512_cmp_ps_mask(a, broadcast(low), _CMP_GE_OQ) &
+            _mm512_cmp_ps_mask(a, broadcast(high), _CMP_LE_OQ)) == 0xffff;
+  }
   // Bit i: lane i is not less than the other (true for NaN).
   static unsigned not_less(V a, V b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLT_UQ); }
 };
@@ -41,7 +49,15 @@ struct Avx2 {
   static V fmadd(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
   static V add(V a, V b) { return _mm256_add_ps(a, b); }
   static V sub(V a, V b) { return _mm256_sub_ps(a, b); }
+  static V mul(V a, V b) { return _mm256_mul_ps(a, b); }
+  static V div(V a, V b) { return _mm256_div_ps(a, b); }
+  static V sqrt(V a) { return _mm256_sqrt_ps(a); }
   static V max(V a, V b) { return _mm256_max_ps(a, b); }
+  static bool all_between(V a, float low, float high) {
+    const V inside = _mm256_and_ps(_mm256_cmp_ps(a, broadcast(low), _CMP_GE_OQ),
+                                   _mm256_cmp_ps(a, broadcast(high), _CMP_LE_OQ));
+    return _mm256_movemask_ps(inside) == 255;
+  }
   static unsigned not_less(V a, V b) {
     return static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_NLT_UQ)));
   }
@@ -62,6 +78,18 @@ struct Portable {
   static V fmadd(V a, V b, V c) { return a * b + c; }
   static V add(V a, V b) { return a + b; }
   static V sub(V a, V b) { return a - b; }
+  static V mul(V a, V b) { return a * b; }
+  static V div(V a, V b) { return a / b; }
+  static V sqrt(V a) {
+    V v;
+    for (int i = 0; i < lanes; ++i) v[i] = std::sqrt(a[i]);
+    return v;
+  }
+  static bool all_between(V a, float low, float high) {
+    bool inside = true;
+    for (int i = 0; i < lanes; ++i) inside = inside && a[i] >= low && a[i] <= high;
+    return inside;
+  }
   static V max(V a, V b) {
     V v;
     for (int i = 0; i < lanes; ++i) v[i] = a[i] > b[i] ? a[i] : b[i];
