@@ -1,47 +1,104 @@
 """The titok-fast command, run as a user runs it."""
 
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from titok_fast import cli
+from titok_fast.images import read_image
+from titok_fast.metrics import psnr, ssim
+from titok_fast.models import TiTok
+from titok_fast.tokens import TokenFile, fingerprint
+
 COMMAND = Path(sys.executable).with_name("titok-fast")
+ENVIRONMENT = os.environ | {"COLUMNS": "500", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
-def titok_fast(*arguments, cwd=None):
-    environment = os.environ | {"COLUMNS": "500", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(
-        [COMMAND, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=cwd,
-        env=environment,
-    )
+@pytest.fixture
+def titok_fast(monkeypatch, capsys):
+    """Runs a command in this process; arguments after the first are strings or paths."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["titok-fast", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        return SimpleNamespace(returncode=caught.value.code or 0, **capsys.readouterr()._asdict())
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A folder with the smallest model, weights at random but far from a constant output."""
+    return saved_model(tmp_path_factory.mktemp("model"), seed=0)
+
+
+@pytest.fixture(scope="module")
+def other_model(tmp_path_factory):
+    return saved_model(tmp_path_factory.mktemp("other"), seed=1)
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory):
+    size = {"width": 32, "num_layers": 1, "num_heads": 2}
+    vq_model = {
+        "quantize_mode": "vae", "token_size": 4, "num_latent_tokens": 3, "is_legacy": False,
+        "finetune_decoder": False, "vit_enc_model_size": size, "vit_dec_model_size": size,
+        "vit_enc_patch_size": 8, "vit_dec_patch_size": 8,
+    }  # fmt: skip
+    folder = tmp_path_factory.mktemp("vae")
+    preprocessing = {"preprocessing": {"crop_size": 16}}
+    TiTok({"model": {"vq_model": vq_model}, "dataset": preprocessing}).save_pretrained(folder)
+    return folder
+
+
+def saved_model(folder, seed):
+    torch.manual_seed(seed)
+    model = TiTok.from_config("titok-digits")
+    with torch.no_grad():
+        model.encoder.conv_out.weight.mul_(20)
+        model.decoder.conv_out.bias.fill_(0.5)
+        model.decoder.conv_out.weight.mul_(40)
+    model.save_pretrained(folder)
+    return folder
+
+
+def save_waves(folder, count):
+    folder.mkdir(parents=True, exist_ok=True)
+    y, x = np.mgrid[0:36, 0:40]
+    for i in range(count):
+        wave = 127 + 120 * np.sin((x + (i % 7) * y + i) / (3 + i % 11))
+        Image.fromarray(wave.astype(np.uint8)).save(folder / f"wave{i:03d}.png")
 
 
 @pytest.fixture
 def pictures(tmp_path):
-    folder = tmp_path / "pictures"
-    folder.mkdir()
-    y, x = np.mgrid[0:40, 0:50]
-    for i in range(3):
-        wave = (127 + 120 * np.sin((x + i * y) / 7)).astype(np.uint8)
-        Image.fromarray(wave).save(folder / f"wave{i}.png")
-    return folder
+    """Two classes and a loose file, eight images."""
+    save_waves(tmp_path / "pictures" / "b", 4)
+    save_waves(tmp_path / "pictures" / "a", 3)
+    save_waves(tmp_path / "pictures", 1)
+    return tmp_path / "pictures"
 
 
 def test_info_names_versions_and_what_is_missing():
-    result = titok_fast("info")
+    result = subprocess.run(
+        [COMMAND, "info"], capture_output=True, text=True, check=False, env=ENVIRONMENT
+    )
     assert result.returncode == 0, result.stderr
     lines = {line.split("  ")[0].strip(): line for line in result.stdout.splitlines()}
     assert set(lines) >= {"torch", "CPU instruction set", "Triton kernels", "CUDA device"}
-    import torch
-
     from titok_fast.ops import inspect
 
     assert torch.__version__ in lines["torch"]
@@ -50,61 +107,269 @@ def test_info_names_versions_and_what_is_missing():
         assert "unavailable: torch" in lines["CUDA device"]
 
 
-def test_reconstruct(pictures, tmp_path):
-    files = sorted(pictures.iterdir())
-    result = titok_fast("reconstruct", *files, "--model", "titok-digits", "-o", tmp_path / "out")
-    assert result.returncode == 0, result.stderr
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [f.name for f in files]
-    for file in files:
-        with Image.open(tmp_path / "out" / file.name) as picture:
-            assert picture.size == (2 * 32 + 2, 32)
-        assert f"{file}" in result.stdout
-    assert "3 images to" in result.stdout and "mean PSNR" in result.stdout
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+def test_encode_and_decode(titok_fast, pictures, model, tmp_path, suffix):
+    tokens = tmp_path / f"tokens{suffix}"
+    result = titok_fast("encode", pictures, "-o", tokens, "--model", model, "--workers", 0)
+    assert result.returncode == 0, result.err
+    assert re.search(r"8 images to .*tokens.*: [\d.]+ images/s", result.out)
+    file = TokenFile.load(tokens)
+    assert file.image_ids == [
+        *(f"a/wave00{i}.png" for i in range(3)), *(f"b/wave00{i}.png" for i in range(4)),
+        "wave000.png",
+    ]  # fmt: skip
+    assert file.class_names == ["a", "b"] and file.labels.tolist() == [0] * 3 + [1] * 4 + [-1]
+    assert file.model == str(model) and file.revision is None and file.image_size == 32
+    network = TiTok.from_pretrained(model)
+    images = torch.stack([read_image(pictures / name, 32) for name in file.image_ids])
+    expected = network.encode(images)
+    assert len(expected.unique()) > 10
+    np.testing.assert_array_equal(file.tokens, expected.numpy())
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["pictures", tokens.name]
+
+    result = titok_fast("decode", tokens, "-o", tmp_path / "out", "--batch-size", 3)
+    assert result.returncode == 0, result.err
+    assert "8 images to" in result.out
+    decoded = network.decode(expected)
+    for name, image in zip(file.image_ids, decoded, strict=True):
+        back = read_image(tmp_path / "out" / name, 32)
+        torch.testing.assert_close(back, image, rtol=0, atol=0.51 / 255)
 
 
-def test_reconstruct_skips_and_counts_a_broken_image(pictures, tmp_path):
-    (pictures / "broken.png").write_bytes(b"\x89PNG")
+def test_latents(titok_fast, pictures, vae, tmp_path):
+    tokens = tmp_path / "latents.safetensors"
+    result = titok_fast("encode", pictures / "a", "-o", tokens, "--model", vae, "--workers", 0)
+    assert result.returncode == 0, result.err
+    file = TokenFile.load(tokens)
+    assert file.tokens.shape == (3, 3, 4) and file.tokens.dtype == np.float32
+    network = TiTok.from_pretrained(vae)
+    image = read_image(pictures / "a" / "wave001.png", 16)
+    torch.testing.assert_close(torch.from_numpy(file.tokens[1]), network.encode(image[None])[0])
+    assert titok_fast("decode", tokens, "-o", tmp_path / "out").returncode == 0
+    back = read_image(tmp_path / "out" / "wave001.png", 16)
+    decoded = network.decode(torch.from_numpy(file.tokens[1:2]))[0]
+    torch.testing.assert_close(back, decoded, rtol=0, atol=0.51 / 255)
+
+
+def test_tokens_depend_on_neither_batches_nor_workers(titok_fast, pictures, model, tmp_path):
+    contents = set()
+    for batch_size, workers in ((1, 0), (3, 2), (16, 1), (5, 0)):
+        tokens = tmp_path / "tokens.npz"
+        result = titok_fast(
+            "encode", pictures, "-o", tokens, "--model", model,
+            "--batch-size", batch_size, "--workers", workers,
+        )  # fmt: skip
+        assert result.returncode == 0, result.err
+        contents.add(tokens.read_bytes())
+    assert len(contents) == 1
+
+
+def test_a_broken_image_is_named_and_skipped(titok_fast, pictures, model, tmp_path):
+    whole = tmp_path / "whole.npz"
+    titok_fast("encode", pictures, "-o", whole, "--model", model, "--workers", 0)
+    (pictures / "a" / "wave001.png").write_bytes(b"\x89PNG")
+    (pictures / "c").mkdir()
+    (pictures / "c" / "empty.jpg").touch()
+    tokens = tmp_path / "tokens.npz"
+    result = titok_fast("encode", pictures, "-o", tokens, "--model", model, "--batch-size", 2)
+    assert result.returncode == 3
+    assert "skipped " in result.err and "wave001.png: not a readable image" in result.err
+    assert "empty.jpg: not a readable image" in result.err
+    assert "2 of 9 images skipped" in result.err
+    before, after = TokenFile.load(whole), TokenFile.load(tokens)
+    kept = [i for i, name in enumerate(before.image_ids) if name != "a/wave001.png"]
+    assert after.image_ids == [before.image_ids[i] for i in kept]
+    np.testing.assert_array_equal(after.tokens, before.tokens[kept])
+    assert after.class_names == ["a", "b", "c"]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_only_broken_images_make_no_file(titok_fast, model, tmp_path):
+    (tmp_path / "list.txt").write_text("absent.png\n")
     result = titok_fast(
-        "reconstruct",
-        *sorted(pictures.iterdir()),
-        "--model",
-        "titok-digits",
-        "-o",
-        tmp_path / "out",
+        "encode", f"@{tmp_path / 'list.txt'}", "-o", tmp_path / "t.npz", "--model", model
     )
     assert result.returncode == 3
-    assert "broken.png: not a readable image" in result.stderr
-    assert "1 of 4 images skipped" in result.stderr
-    assert len(list((tmp_path / "out").iterdir())) == 3
+    assert "absent.png: not a readable image" in result.err
+    assert [p.name for p in tmp_path.iterdir()] == ["list.txt"]
 
 
-def test_equal_stems_do_not_overwrite_each_other(pictures, tmp_path):
-    other = pictures / "other"
-    other.mkdir()
-    (other / "wave0.png").write_bytes((pictures / "wave0.png").read_bytes())
-    result = titok_fast(
-        "reconstruct", pictures / "wave0.png", other / "wave0.png",
-        "--model", "titok-digits", "-o", tmp_path / "out",
+def test_a_killed_encode_resumes(titok_fast, model, tmp_path):
+    """1,000 images, 3 of them broken; the result is that of an uninterrupted run, to the bit."""
+    folder = tmp_path / "set"
+    save_waves(folder / "many", 125)
+    for i in range(1, 8):
+        for file in sorted((folder / "many").glob("wave???.png")):
+            os.link(file, file.with_name(f"copy{i}-{file.name}"))
+    broken = ["copy1-wave003.png", "copy6-wave100.png", "wave124.png"]
+    for name in broken:
+        (folder / "many" / name).unlink()
+        (folder / "many" / name).write_bytes(b"\xff\xd8 no more")
+    tokens, parts = tmp_path / "t.npz", tmp_path / ".t.npz.parts"
+    command = ("encode", folder, "-o", tokens, "--model", model, "--workers", 1)
+    process = subprocess.Popen(
+        [COMMAND, *map(str, command), "--batch-size", "1"],
+        env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["wave0-2.png", "wave0.png"]
+    try:
+        deadline = time.monotonic() + 60
+        while not list(parts.glob("[0-9]*.npz")):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.005)
+    finally:
+        process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not tokens.exists() and parts.exists()
+
+    changed = titok_fast(*command, "--dtype", "bfloat16")
+    assert changed.returncode == 2 and "dtype float32 now bfloat16" in changed.err
+
+    resumed = titok_fast(*command)
+    assert resumed.returncode == 3 and "3 of 1000 images skipped" in resumed.err
+    assert all(f"{name}: not a readable image" in resumed.err for name in broken)
+    before = int(re.search(r"(\d+) of 1000 images were done before", resumed.out)[1])
+    assert 1 <= before < 997
+    assert "997 images to" in resumed.out and not parts.exists()
+    once = tmp_path / "once.npz"
+    assert titok_fast("encode", folder, "-o", once, *command[4:]).returncode == 3
+    assert tokens.read_bytes() == once.read_bytes()
+
+
+def test_a_run_that_failed_at_the_end_has_nothing_to_repeat(
+    titok_fast, pictures, model, tmp_path, monkeypatch
+):
+    command = ("encode", pictures, "-o", tmp_path / "t.npz", "--model", model, "--workers", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(TokenFile, "save", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+        failed = titok_fast(*command)
+    assert failed.returncode == 2 and "disk full" in failed.err
+    assert (tmp_path / ".t.npz.parts").exists()
+    again = titok_fast(*command)
+    assert again.returncode == 0 and "8 of 8 images were done before" in again.out
+    assert len(TokenFile.load(tmp_path / "t.npz").tokens) == 8
+
+
+def test_decode_refuses_the_tokens_of_another_model(
+    titok_fast, pictures, model, other_model, tmp_path
+):
+    tokens = tmp_path / "t.npz"
+    titok_fast("encode", pictures, "-o", tokens, "--model", model, "--workers", 0)
+    refused = titok_fast("decode", tokens, "-o", tmp_path / "out", "--model", other_model)
+    assert refused.returncode == 2
+    assert f"made with {model} (weights" in refused.err
+    assert f"cannot be decoded with {other_model} (weights" in refused.err
+    assert not (tmp_path / "out").exists()
+    copy = tmp_path / "moved"
+    copy.symlink_to(model)
+    assert titok_fast("decode", tokens, "-o", tmp_path / "out", "--model", copy).returncode == 0
+
+
+def test_decode_stays_in_its_folder(titok_fast, model, tmp_path):
+    names = ["../../up.png", "/etc/absolute.png", "a/same.png", "a/same.jpg", "..", "c\\d.png"]
+    mark = fingerprint(TiTok.from_pretrained(model))
+    tokens = np.zeros((len(names), 16), int)
+    TokenFile(tokens, names, str(model), mark, 32, 256).save(tmp_path / "t.npz")
+    assert titok_fast("decode", tmp_path / "t.npz", "-o", tmp_path / "x" / "out").returncode == 0
+    written = {p.relative_to(tmp_path / "x" / "out").as_posix()
+               for p in (tmp_path / "x").rglob("*") if p.is_file()}  # fmt: skip
+    assert written == {
+        "up.png", "absolute.png", "a/same.png", "a/same-2.png", "image.png", "c_d.png",
+    }  # fmt: skip
+
+
+def test_reconstruct(titok_fast, pictures, model, tmp_path):
+    files = sorted((pictures / "b").iterdir())
+    result = titok_fast("reconstruct", *files, "--model", model, "-o", tmp_path / "out")
+    assert result.returncode == 0, result.err
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [f.name for f in files]
+    network = TiTok.from_pretrained(model)
+    originals = torch.stack([read_image(file, 32) for file in files])
+    decoded = network.decode(network.encode(originals))
+    peak, structure = psnr(decoded, originals), ssim(decoded, originals)
+    for i, file in enumerate(files):
+        with Image.open(tmp_path / "out" / file.name) as picture:
+            assert picture.size == (2 * 32 + 2, 32)
+            right = np.asarray(picture)[:, 34:].transpose(2, 0, 1) / 255
+        np.testing.assert_allclose(right, decoded[i].numpy(), atol=0.51 / 255)
+        assert f"{file}  {peak[i]:.2f} dB  SSIM {structure[i]:.4f}\n" in result.out
+    assert (
+        f"4 images to {tmp_path / 'out'}: mean PSNR {peak.mean():.2f} dB, mean SSIM "
+        f"{structure.mean():.4f}, 0.125 bits per pixel, " in result.out
+    )
+
+
+def test_reconstruct_skips_and_counts_a_broken_image(titok_fast, pictures, model, tmp_path):
+    (pictures / "broken.png").write_bytes(b"\x89PNG")
+    result = titok_fast("reconstruct", pictures, "--model", model, "-o", tmp_path / "out")
+    assert result.returncode == 3
+    assert "broken.png: not a readable image" in result.err
+    assert "1 of 9 images skipped" in result.err
+    assert len(list((tmp_path / "out").rglob("*.png"))) == 8
+
+
+def test_equal_names_do_not_overwrite_each_other(titok_fast, pictures, model, tmp_path):
+    result = titok_fast(
+        "reconstruct", pictures / "a" / "wave000.png", pictures / "b" / "wave000.png",
+        "--model", model, "-o", tmp_path / "out",
+    )  # fmt: skip
+    assert result.returncode == 0, result.err
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["wave000-2.png", "wave000.png"]
+
+
+@pytest.mark.parametrize("replacement", ["nearest", "farthest"])
+def test_inspect(titok_fast, pictures, model, tmp_path, replacement):
+    image, output = pictures / "a" / "wave001.png", tmp_path / "new" / "picture.png"
+    result = titok_fast(
+        "inspect", image, "-o", output, "--model", model, "--replacement", replacement
+    )
+    assert result.returncode == 0, result.err
+    with Image.open(output) as picture:
+        pixels = np.asarray(picture)
+    assert picture.size == (1124, 1172)
+    original = (read_image(image, 32) * 255).round().byte().permute(1, 2, 0).numpy()
+    large = original.repeat(8, 0).repeat(8, 1)
+    found = [
+        (y, x)
+        for y in range(60, 140)
+        for x in range(10, 40)
+        if (pixels[y : y + 256, x : x + 256] == large).all()
+    ]
+    assert len(found) == 1
+
+
+def test_inspect_latents_and_a_wrong_suffix(titok_fast, pictures, vae, tmp_path):
+    image = pictures / "wave000.png"
+    result = titok_fast("inspect", image, "-o", tmp_path / "p.png", "--model", vae)
+    assert result.returncode == 0, result.err
+    assert (tmp_path / "p.png").stat().st_size > 1000
+    result = titok_fast("inspect", image, "-o", tmp_path / "p.jpg", "--model", vae)
+    assert result.returncode == 2 and "--output: got suffix '.jpg', allowed is .png" in result.err
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         (["--model", "titok-xxl"], "titok-xxl"),
-        (["--model", "titok-digits", "--dtype", "int8"], "--dtype: 'int8' is not one of float32"),
-        (
-            ["--model", "titok-digits", "--device", "tpu9"],
-            "--device: 'tpu9' is not auto, cpu, cuda",
-        ),
-        (["--model", "titok-digits", "--revision", "v2"], "revision: 'v2'"),
+        (["--model", "{model}", "--dtype", "int8"], "--dtype: 'int8' is not one of float32"),
+        (["--model", "{model}", "--device", "tpu9"], "--device: 'tpu9' is not auto, cpu, cuda"),
+        (["--model", "{model}", "--revision", "v2"], "revision: 'v2'"),
+        (["absent*.png"], "PATHS: 'absent*.png' is not a file"),
     ],
 )
-def test_errors_are_one_line(pictures, tmp_path, options, words):
-    result = titok_fast("reconstruct", pictures / "wave0.png", "-o", tmp_path / "out", *options)
+@pytest.mark.parametrize("command", ["encode", "reconstruct"])
+def test_errors_are_one_line(titok_fast, pictures, model, tmp_path, command, options, words):
+    options = [option.format(model=model) for option in options]
+    result = titok_fast(command, pictures, "-o", tmp_path / "out.npz", *options)
     assert result.returncode == 2
-    assert words in result.stderr
-    assert len(result.stderr.strip().splitlines()) == 1 and "Traceback" not in result.stderr
-    assert not (tmp_path / "out").exists()
+    assert words in result.err
+    assert len(result.err.strip().splitlines()) == 1 and "Traceback" not in result.err
+    assert [p.name for p in tmp_path.iterdir()] == ["pictures"]
+
+
+def test_wrong_token_files_are_one_line(titok_fast, pictures, model, tmp_path):
+    result = titok_fast("encode", pictures, "-o", tmp_path / "t.pt", "--model", model)
+    assert result.returncode == 2 and "allowed are .npz and .safetensors" in result.err
+    (tmp_path / "t.npz").write_text("nothing")
+    result = titok_fast("decode", tmp_path / "t.npz", "-o", tmp_path / "out")
+    assert result.returncode == 2 and "t.npz: not a token file" in result.err
+    assert len(result.err.strip().splitlines()) == 1

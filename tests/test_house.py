@@ -25,6 +25,8 @@ FLOORS = {
     "training": 5,
     "images": 5,
     "metrics": 5,
+    "tokens": 5,
+    "analysis": 5,
     "cli": 5,
     "testing": 6,
     "__init__": 6,

@@ -1,11 +1,24 @@
-"""Image files are read as the official evaluation reads them, and written whole."""
+"""Image files are found, read as the official evaluation reads them, and written whole."""
+
+import os
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from titok_fast.images import grid, read_image, to_image, write_png
+from titok_fast.images import (
+    ImageFile,
+    find_images,
+    grid,
+    load_images,
+    read_image,
+    read_pixels,
+    to_float,
+    to_image,
+    to_uint8,
+    write_png,
+)
 
 
 @pytest.fixture
@@ -74,6 +87,118 @@ def test_what_is_not_an_image_is_named(picture, tmp_path):
     (tmp_path / "cut.jpg").write_bytes(data[: len(data) // 2])
     with pytest.raises(OSError, match=r"cut\.jpg: not a readable image"):
         read_image(tmp_path / "cut.jpg", 32)
+
+
+def test_an_image_that_would_grow_beyond_bounds_is_refused(tmp_path):
+    Image.new("L", (1, 100_000)).save(tmp_path / "thread.png")
+    with pytest.raises(OSError, match="1 x 100000 would be resized to 256 x 25600000"):
+        read_image(tmp_path / "thread.png", 256)
+    assert read_image(tmp_path / "thread.png", 1).shape == (3, 1, 1)
+
+
+def test_whatever_a_decoder_raises_is_an_unreadable_image(picture, tmp_path, monkeypatch):
+    picture.save(tmp_path / "a.png")
+
+    def crash(*_):
+        raise IndexError("list\nindex")
+
+    monkeypatch.setattr(Image.Image, "resize", crash)
+    with pytest.raises(OSError, match=r"a\.png: not a readable image \(list index\)"):
+        read_image(tmp_path / "a.png", 32)
+
+
+def test_eight_bits_and_floats(picture, tmp_path):
+    picture.save(tmp_path / "a.png")
+    pixels = read_pixels(tmp_path / "a.png", 32)
+    assert pixels.dtype == torch.uint8
+    assert torch.equal(read_image(tmp_path / "a.png", 32), to_float(pixels))
+    every = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(to_float(every), every.float() / 255)
+    assert torch.equal(to_uint8(to_float(every)), every)
+
+
+@pytest.fixture
+def tree(picture, tmp_path, monkeypatch):
+    """Images below the working folder: two classes, one loose, and what is to be left out."""
+    for name in ("set/dog/2.png", "set/dog/10.JPG", "set/cat/deep/1.webp", "set/loose.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        picture.save(tmp_path / name)
+    (tmp_path / "set" / "notes.txt").write_text("no image")
+    (tmp_path / "set" / ".hidden").mkdir()
+    picture.save(tmp_path / "set" / ".hidden" / "3.png")
+    picture.save(tmp_path / "set" / "dog" / "._2.png")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_folder_gives_relative_ids_and_classes(tree):
+    found = find_images(["set"])
+    assert [(file.image_id, file.class_name) for file in found] == [
+        ("cat/deep/1.webp", "cat"), ("dog/10.JPG", "dog"), ("dog/2.png", "dog"),
+        ("loose.png", None),
+    ]  # fmt: skip
+    assert found[0].path == os.path.join("set", "cat/deep/1.webp")
+    os.symlink(tree / "set", tree / "link")
+    assert [file.image_id for file in find_images(["link"])] == [f.image_id for f in found]
+    assert [file.image_id for file in find_images([str(tree / "set")])] == [
+        file.image_id for file in found
+    ]
+
+
+def test_files_patterns_and_lists(tree):
+    assert find_images(["set/loose.png"]) == [ImageFile("set/loose.png", "set/loose.png")]
+    assert [f.image_id for f in find_images(["set/dog/*", "set/loose.png"])] == [
+        "set/dog/10.JPG", "set/dog/2.png", "set/loose.png",
+    ]  # fmt: skip
+    assert [f.image_id for f in find_images(["s*/**/*.webp"])] == ["set/cat/deep/1.webp"]
+    assert [f.image_id for f in find_images(["s*"])] == [f.image_id for f in find_images(["set"])]
+    (tree / "list.txt").write_text("set/loose.png\n\nset/dog\r\nabsent [1].png\n")
+    assert [f.image_id for f in find_images(["@list.txt"])] == [
+        "set/loose.png", "10.JPG", "2.png", "absent [1].png",
+    ]  # fmt: skip
+    os.rename("set/loose.png", "set/[1].png")
+    assert [f.image_id for f in find_images(["set/[1].png"])] == ["set/[1].png"]
+
+
+def test_arguments_that_name_nothing(tree):
+    (tree / "empty").mkdir()
+    (tree / "list.txt").write_text("\n")
+    for argument in ("absent.png", "*.gif", "empty", "@list.txt"):
+        with pytest.raises(FileNotFoundError, match=r"PATHS: '.*(absent|gif|empty|list)"):
+            find_images(["set", argument])
+    with pytest.raises(FileNotFoundError, match="absent"):
+        find_images(["@absent.txt"])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_images_are_loaded_in_order_and_errors_are_values(tmp_path, workers):
+    paths = []
+    for i in range(11):
+        paths.append(str(tmp_path / f"{i}.png"))
+        write_png(paths[-1], torch.full((3, 9, 9), i / 255))
+    for i in (3, 6, 7, 8):
+        (tmp_path / f"{i}.png").write_bytes(b"broken")
+    batches = list(load_images(paths, 8, batch_size=3, workers=workers))
+    assert [batch.indices for batch in batches] == [[0, 1, 2], [4, 5], [], [9, 10]]
+    for batch in batches:
+        assert batch.pixels.dtype == torch.uint8 or not batch.indices
+        for index, pixels in zip(batch.indices, batch.pixels, strict=True):
+            assert pixels.shape == (3, 8, 8) and bool((pixels == index).all())
+    messages = [message for batch in batches for message in batch.errors]
+    assert len(messages) == 4 and "3.png: not a readable image" in messages[0]
+
+
+def test_workers_start_after_the_threads_of_this_process(tmp_path):
+    write_png(tmp_path / "a.png", torch.rand(3, 300, 300))
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        a = torch.rand(256, 256)
+        (a @ a).exp().sum()
+        (batch,) = load_images([str(tmp_path / "a.png")], 256, batch_size=4, workers=1)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(batch.pixels[0], read_pixels(tmp_path / "a.png", 256))
 
 
 def test_png_round_trip(tmp_path):

@@ -1,15 +1,176 @@
 """Image files to tensors, as the official evaluation prepares them, and back."""
 
+import glob
 import os
-from collections.abc import Iterable
+import signal
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from titok_fast._files import replacing
+
+_KINDS = "avif bmp gif jp2 jpeg jpg pgm png pnm ppm tif tiff webp"
+IMAGE_SUFFIXES = frozenset(f".{kind}" for kind in _KINDS.split(" "))
+
+
+class ImageFile(NamedTuple):
+    """An image to read, and how it is called.
+
+    Attributes:
+        path: where it is.
+        image_id: its path relative to the folder it was found in, with forward slashes; as it was
+            given otherwise.
+        class_name: the folder directly below the given one that holds it, as in torchvision's
+            ImageFolder; None where there is none.
+    """
+
+    path: str
+    image_id: str
+    class_name: str | None = None
+
+
+class ImageBatch(NamedTuple):
+    """Images read together.
+
+    Attributes:
+        indices: positions in the list of paths, of those that could be read, ascending.
+        pixels: [B, 3, S, S] uint8, those images.
+        errors: one line for each image that could not be read.
+    """
+
+    indices: list[int]
+    pixels: Tensor
+    errors: list[str]
+
+
+def find_images(arguments: Iterable[str]) -> list[ImageFile]:
+    """The images that command-line arguments name, in their order.
+
+    Args:
+        arguments: each of them one of
+
+            - a file, of any name;
+            - a folder: the files below it whose suffix is in `IMAGE_SUFFIXES`, sorted by path,
+              links followed, names that start with a dot left out;
+            - a pattern such as `photos/**/*.jpg`: the files and folders that match, sorted;
+            - `@list.txt`: a file or folder a line. Files of a list need not exist here; they
+              are errors when read.
+
+    Returns:
+        At least one image for each argument.
+
+    Raises:
+        FileNotFoundError: for an argument that names nothing, or no image.
+    """
+    found: list[ImageFile] = []
+    for argument in arguments:
+        if os.path.lexists(argument):
+            names = [argument]
+        elif argument.startswith("@"):
+            with open(argument[1:], encoding="utf-8", errors="surrogateescape") as lines:
+                names = [line.rstrip("\r\n") for line in lines if line.strip()]
+        else:
+            names = sorted(glob.glob(argument, recursive=True))
+            if not names:
+                raise FileNotFoundError(
+                    f"PATHS: {argument!r} is not a file, a folder, a pattern with a match or @list"
+                )
+        before = len(found)
+        for name in names:
+            found += _below(name) if os.path.isdir(name) else [ImageFile(name, name)]
+        if len(found) == before:
+            raise FileNotFoundError(f"PATHS: {argument!r} holds no image")
+    return found
+
+
+def _below(folder: str) -> list[ImageFile]:
+    files = []
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            if not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES:
+                path = os.path.join(parent, name)
+                parts = Path(path).relative_to(folder).parts
+                class_name = parts[0] if len(parts) > 1 else None
+                files.append(ImageFile(path, "/".join(parts), class_name))
+    return sorted(files, key=lambda file: file.image_id.split("/"))
+
+
+def load_images(
+    paths: Sequence[str],
+    size: int,
+    *,
+    batch_size: int,
+    workers: int = 0,
+    pin_memory: bool = False,
+) -> Iterator[ImageBatch]:
+    """Read images in batches, ahead of their use, in worker processes.
+
+    An image that cannot be read is an error of its batch and takes no place in it. Order and
+    pixels do not depend on the number of workers.
+
+    Args:
+        paths: of image files.
+        size: side of the images in pixels.
+        batch_size: files of a batch; the last may have fewer.
+        workers: number of processes; 0 reads in this one.
+        pin_memory: put the pixels in memory from which copies to a GPU are asynchronous.
+
+    Yields:
+        Batches in the order of the paths, one without images included.
+
+    Raises:
+        RuntimeError: when a worker process dies.
+    """
+    # The others start in seconds; a worker touches neither CUDA nor this process's threads.
+    context = "fork" if workers and sys.platform == "linux" else None
+    return iter(
+        DataLoader(
+            _ImageFiles(paths, size),
+            batch_size=batch_size,
+            num_workers=workers,
+            collate_fn=_collate,
+            pin_memory=pin_memory,
+            multiprocessing_context=context,
+            worker_init_fn=_ignore_interrupt,
+        )
+    )
+
+
+class _ImageFiles(Dataset[tuple[int, Tensor | str]]):
+    def __init__(self, paths: Sequence[str], size: int) -> None:
+        self.paths = paths
+        self.size = size
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[int, Tensor | str]:
+        try:
+            return index, read_pixels(self.paths[index], self.size)
+        except OSError as error:
+            return index, str(error)
+
+
+def _collate(items: list[tuple[int, Tensor | str]]) -> ImageBatch:
+    read = [(index, item) for index, item in items if isinstance(item, Tensor)]
+    return ImageBatch(
+        [index for index, _ in read],
+        torch.stack([pixels for _, pixels in read]) if read else torch.zeros(0, 3, 0, 0),
+        [item for _, item in items if isinstance(item, str)],
+    )
+
+
+def _ignore_interrupt(worker: int) -> None:
+    """Ctrl-C ends the parent, which ends its workers; they have nothing to say about it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def read_image(path: str | os.PathLike[str], size: int) -> Tensor:
@@ -29,19 +190,31 @@ def read_image(path: str | os.PathLike[str], size: int) -> Tensor:
 
     Source: the evaluation of TiTok (arXiv 2406.07550, section 4.1).
     """
+    return to_float(read_pixels(path, size))
+
+
+def read_pixels(path: str | os.PathLike[str], size: int) -> Tensor:
+    """As `read_image`, but in 8 bits: [3, size, size] uint8."""
     try:
         with Image.open(path) as file:
-            image = _to_rgb(ImageOps.exif_transpose(file))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise OSError(f"{os.fspath(path)}: not a readable image ({error})") from error
+            image = _resized(_to_rgb(ImageOps.exif_transpose(file)), size)
+    except Exception as error:  # on a corrupt file Pillow's decoders raise whatever they run into
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise OSError(f"{os.fspath(path)}: not a readable image ({reason})") from error
+    return torch.from_numpy(np.array(image).transpose(2, 0, 1).copy())
+
+
+def _resized(image: Image.Image, size: int) -> Image.Image:
     width, height = image.size
     scale = size / min(width, height)
     # The official resize truncates the longer edge.
     wide = (size, int(height * scale)) if width <= height else (int(width * scale), size)
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and wide[0] * wide[1] > max(limit, width * height):
+        raise ValueError(f"{width} x {height} would be resized to {wide[0]} x {wide[1]}")
     image = image.resize(wide, Image.Resampling.BICUBIC)
     left, top = round((wide[0] - size) / 2), round((wide[1] - size) / 2)
-    image = image.crop((left, top, left + size, top + size))
-    return to_tensor(image)
+    return image.crop((left, top, left + size, top + size))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -54,19 +227,25 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def to_tensor(image: Image.Image) -> Tensor:
-    """An RGB image as [3, H, W] float32 in [0, 1]."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div(255)
+def to_float(pixels: Tensor) -> Tensor:
+    """uint8 pixels of any shape as float32 in [0, 1], the same bits on every device."""
+    # Division by a Python number is multiplication by its inverse on a GPU.
+    return pixels.float() / torch.full((), 255.0, device=pixels.device)
+
+
+def to_uint8(pixels: Tensor) -> Tensor:
+    """Pixels in [0, 1] of any shape, clamped and rounded to 8 bits."""
+    return pixels.detach().float().clamp(0, 1).mul(255).round().to(torch.uint8)
 
 
 def to_image(pixels: Tensor) -> Image.Image:
-    """[3, H, W] in [0, 1], clamped and rounded to 8 bits."""
-    values = pixels.detach().float().clamp(0, 1).mul(255).round().to(torch.uint8)
+    """[3, H, W], either uint8 or in [0, 1] and then clamped and rounded to 8 bits."""
+    values = pixels if pixels.dtype == torch.uint8 else to_uint8(pixels)
     return Image.fromarray(values.permute(1, 2, 0).cpu().numpy())
 
 
 def write_png(path: str | os.PathLike[str], pixels: Tensor) -> None:
-    """Write [3, H, W] in [0, 1]; the file appears whole or not at all."""
+    """Write [3, H, W], uint8 or in [0, 1]; the file appears whole or not at all."""
     with replacing(Path(path)) as temporary:
         to_image(pixels).save(temporary, format="PNG")
 

@@ -1,0 +1,28 @@
+"""The titok-fast command."""
+
+import sys
+
+import typer
+
+from titok_fast.cli.common import errors, say
+from titok_fast.cli.info import info
+from titok_fast.cli.pictures import inspect, reconstruct
+from titok_fast.cli.tokens import decode, encode
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Image tokenizers on fused kernels: images to tokens and back.",
+)
+for command in (encode, decode, reconstruct, inspect, info):
+    app.command()(command)
+
+
+def main() -> None:
+    """Run the command; what the user can mend is one line on stderr, not a traceback."""
+    try:
+        app()
+    except (ValueError, TypeError, RuntimeError, OSError) as error:
+        say(f"error: {' '.join(str(error).split())}", errors, style="bold red")
+        sys.exit(2)

@@ -1,0 +1,253 @@
+"""What the commands share: options, the model, progress, and how images flow through it."""
+
+import os
+import re
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+from torch import Tensor
+
+from titok_fast.images import ImageBatch, load_images, to_float, write_png
+from titok_fast.models import TiTok
+from titok_fast.tokens import fingerprint
+
+out = Console()
+errors = Console(stderr=True)
+
+SKIPPED = 3  # exit code when some images could not be read
+
+Paths = Annotated[
+    list[str],
+    typer.Argument(
+        help="Image files, folders, quoted patterns, or @list.txt with a path a line.",
+        show_default=False,
+    ),
+]
+Folder = Annotated[Path, typer.Option("--output", "-o", help="Folder of the pictures.")]
+Model = Annotated[str, typer.Option(help="A model's name, a local folder or file, or a hub id.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto takes a GPU.")]
+Dtype = Annotated[str, typer.Option(help="Of the network: float32, bfloat16 or float16.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time.")]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        help="Processes that read images, or threads that write them; 0 for none. By default "
+        "all processors but one with a GPU, a quarter of them without.",
+        show_default=False,
+    ),
+]
+
+DEFAULT_MODEL = "titok-l-32"
+
+
+def say(text: str, console: Console = out, style: str | None = None) -> None:
+    """Print a line as it is: not wrapped, not coloured by its contents."""
+    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class Network:
+    """A loaded model and what identifies it.
+
+    Attributes:
+        model: in evaluation mode.
+        name: a release, an absolute path or a Hub id.
+        revision: as given.
+        fingerprint: of the stored weights.
+        device: of the model.
+    """
+
+    model: TiTok
+    name: str
+    revision: str | None
+    fingerprint: str
+    device: torch.device
+
+    @classmethod
+    def load(cls, source: str, revision: str | None, device: str, dtype: str) -> "Network":
+        """Load the model that the options name."""
+        place, kind = _device(device), _dtype(dtype)
+        model = TiTok.from_pretrained(source, revision=revision)
+        name = source
+        if source not in TiTok.releases and Path(source).expanduser().exists():
+            name = str(Path(source).expanduser().resolve())
+        mark = fingerprint(model)
+        return cls(model.to(device=place, dtype=kind), name, revision, mark, place)
+
+    def images(self, paths: Sequence[str], batch_size: int, workers: int) -> Iterator[ImageBatch]:
+        """Batches of the images, read ahead."""
+        gpu = self.device.type == "cuda"
+        return load_images(
+            paths, self.model.image_size, batch_size=batch_size, workers=workers, pin_memory=gpu
+        )
+
+    def to_device(self, pixels: Tensor) -> Tensor:
+        """uint8 pixels as images on the device."""
+        return to_float(pixels.to(self.device, non_blocking=True))
+
+    def encode(self, images: Tensor, batch_size: int) -> Tensor:
+        """Tokens of at most `batch_size` images, the same whatever images share the batch."""
+        count = len(images)
+        if self.device.type == "cuda" and count < batch_size:
+            # GPU libraries choose their order of summation by the shape.
+            padding = images.new_zeros(batch_size - count, *images.shape[1:])
+            images = torch.cat([images, padding])
+        return self.model.encode(images)[:count]
+
+
+def default_workers(workers: int | None, device: torch.device) -> int:
+    """The number of workers: on the CPU the network needs most of it, on a GPU none."""
+    if workers is not None:
+        return workers
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    processors = count or 1
+    return min(16, max(1, processors - 1 if device.type == "cuda" else processors // 4))
+
+
+def png_names(image_ids: Iterable[str]) -> list[str]:
+    """A distinct file name below a folder for each image: its id with suffix .png.
+
+    An id that leads out of the folder is cut to its last part; equal names get a number.
+    """
+    taken: set[str] = set()
+    names = []
+    for image_id in image_ids:
+        path = PurePosixPath(re.sub(r"[\\\0]", "_", image_id))
+        if path.is_absolute() or ".." in path.parts or not path.name:
+            path = PurePosixPath(path.name if path.name not in ("", "..") else "image")
+        stem, name, count = path.with_suffix(""), str(path.with_suffix(".png")), 1
+        while name in taken:
+            count += 1
+            name = f"{stem}-{count}.png"
+        taken.add(name)
+        names.append(name)
+    return names
+
+
+class _Speed(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:.1f} images/s")
+
+
+class Counter:
+    """A bar with images/s on stderr, and a count of what was skipped.
+
+    Args:
+        description: of the work.
+        total: number of images.
+        done: how many of them an earlier run did.
+    """
+
+    def __init__(self, description: str, total: int, done: int = 0) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Speed())
+        # Refreshed by hand: a thread of its own could hold a lock while workers are forked.
+        self._bar = Progress(
+            *columns, TimeRemainingColumn(), console=errors, transient=True, auto_refresh=False
+        )
+        self._task = self._bar.add_task(description, total=total, completed=done)
+        self._total = total
+        self._start = time.perf_counter()
+        self.counted = 0
+        self.skipped = 0
+
+    def __enter__(self) -> "Counter":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
+
+    def advance(self, count: int) -> None:
+        """Count images as done."""
+        self.counted += count
+        self._bar.advance(self._task, count)
+        self._bar.refresh()
+
+    def skip(self, messages: Sequence[str]) -> None:
+        """Name images that could not be read."""
+        for message in messages:
+            say(f"skipped {message}", errors, style="red")
+        self.skipped += len(messages)
+        self._bar.advance(self._task, len(messages))
+
+    @property
+    def speed(self) -> str:
+        """Images/s since the start."""
+        return f"{self.counted / (time.perf_counter() - self._start):.1f} images/s"
+
+    def finish(self) -> None:
+        """Says how many images were skipped; raises typer.Exit with code 3 if there are any."""
+        if self.skipped:
+            say(f"{self.skipped} of {self._total} images skipped", errors, style="red")
+            raise typer.Exit(SKIPPED)
+
+
+class PngWriter:
+    """Writes PNG files in threads, at most a batch behind.
+
+    Args:
+        threads: their number, at least one.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self._pool = ThreadPoolExecutor(max(1, threads))
+        self._pending: list[Future[None]] = []
+
+    def __enter__(self) -> "PngWriter":
+        return self
+
+    def __exit__(self, error: object, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=error is not None)
+        if error is None:
+            self._wait()
+
+    def write(self, paths: Iterable[Path], pictures: Iterable[Tensor]) -> None:
+        """Write pictures [3, H, W], once those of the call before are written."""
+        self._wait()
+        self._pending = [
+            self._pool.submit(write_png, path, picture)
+            for path, picture in zip(paths, pictures, strict=True)
+        ]
+
+    def _wait(self) -> None:
+        for future in self._pending:
+            future.result()
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device: {name!r} is not auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device: {name!r} asked for, but torch finds no CUDA device")
+    return device
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in dtypes:
+        raise ValueError(f"--dtype: {name!r} is not one of {', '.join(dtypes)}")
+    return dtypes[name]

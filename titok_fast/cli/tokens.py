@@ -1,0 +1,143 @@
+"""Images to token files and back."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+
+from titok_fast.cli.common import (
+    DEFAULT_MODEL,
+    BatchSize,
+    Counter,
+    Device,
+    Dtype,
+    Folder,
+    Model,
+    Network,
+    Paths,
+    PngWriter,
+    Revision,
+    Workers,
+    default_workers,
+    png_names,
+    say,
+)
+from titok_fast.images import ImageFile, find_images, to_uint8
+from titok_fast.tokens import Array, Parts, TokenFile, check_suffix
+
+
+def encode(
+    paths: Paths,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Token file, .npz or .safetensors.")
+    ],
+    model: Model = DEFAULT_MODEL,
+    revision: Revision = None,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    batch_size: BatchSize = 16,
+    workers: Workers = None,
+) -> None:
+    """Turn images into a token file; the same command finishes what an interrupted one began."""
+    check_suffix(output)
+    files = find_images(paths)
+    network = Network.load(model, revision, device, dtype)
+    parts = Parts(
+        output,
+        {
+            "model": network.name,
+            "revision": revision,
+            "weights": network.fingerprint,
+            "device": network.device.type,
+            "dtype": dtype,
+            # On a GPU the last bits of a latent can depend on it.
+            "batch size": batch_size if network.device.type == "cuda" else None,
+            "images": hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16],
+        },
+    )
+    todo = np.setdiff1d(np.arange(len(files)), parts.load()[0])
+    done = len(files) - len(todo)
+    if done:
+        say(f"{done} of {len(files)} images were done before")
+    workers = default_workers(workers, network.device)
+    with Counter("encode", len(files), done) as counter:
+        for batch in network.images([files[i].path for i in todo], batch_size, workers):
+            counter.skip(batch.errors)
+            if batch.indices:
+                tokens = network.encode(network.to_device(batch.pixels), batch_size)
+                parts.add(todo[batch.indices].tolist(), tokens.cpu().numpy())
+                counter.advance(len(batch.indices))
+    parts.flush()
+    kept, values = parts.load()
+    if values is None:
+        say(f"no image could be read, {output} is not written")
+    else:
+        _token_file(files, kept, values, network).save(output)
+        say(f"{len(kept)} images to {output}: {counter.speed}")
+    parts.remove()
+    counter.finish()
+
+
+def _token_file(
+    files: Sequence[ImageFile], kept: Array, tokens: Array, network: Network
+) -> TokenFile:
+    class_names = sorted({file.class_name for file in files if file.class_name is not None})
+    positions = {name: i for i, name in enumerate(class_names)}
+    labels = [-1 if name is None else positions[name] for _, _, name in files]
+    return TokenFile(
+        tokens=tokens,
+        image_ids=[files[i].image_id for i in kept],
+        model=network.name,
+        fingerprint=network.fingerprint,
+        image_size=network.model.image_size,
+        codebook_size=network.model.codebook_size,
+        revision=network.revision,
+        labels=np.array(labels)[kept] if class_names else None,
+        class_names=class_names or None,
+    )
+
+
+def decode(
+    tokens: Annotated[Path, typer.Argument(help="Token file.", show_default=False)],
+    output: Folder,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Where the model is, if not where the token file says."),
+    ] = None,
+    revision: Revision = None,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    batch_size: BatchSize = 16,
+    workers: Workers = None,
+) -> None:
+    """Turn a token file into PNG files, with the model that made it."""
+    file = TokenFile.load(tokens)
+    source = file.model if model is None else model
+    if revision is None and source == file.model:
+        revision = file.revision
+    network = Network.load(source, revision, device, dtype)
+    if network.fingerprint != file.fingerprint:
+        made = _identity(file.model, file.revision, file.fingerprint)
+        given = _identity(network.name, network.revision, network.fingerprint)
+        raise ValueError(f"{tokens}: made with {made}, cannot be decoded with {given}")
+    paths = [output / name for name in png_names(file.image_ids)]
+    kind = np.float32 if file.codebook_size is None else np.int64
+    with (
+        Counter("decode", len(paths)) as counter,
+        PngWriter(default_workers(workers, network.device)) as writer,
+    ):
+        for start in range(0, len(paths), batch_size):
+            values = file.tokens[start : start + batch_size].astype(kind)
+            images = network.model.decode(torch.from_numpy(values).to(network.device))
+            writer.write(paths[start : start + batch_size], to_uint8(images).cpu())
+            counter.advance(len(values))
+    say(f"{len(paths)} images to {output}: {counter.speed}")
+
+
+def _identity(model: str, revision: str | None, fingerprint: str) -> str:
+    return f"{model} ({f'revision {revision}, ' if revision else ''}weights {fingerprint})"

@@ -1,0 +1,338 @@
+"""Token files: the tokens of many images, and what is needed to trust and to decode them."""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+import zipfile
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from titok_fast._files import replacing
+from titok_fast.models import TiTok
+
+FORMAT = "titok_fast.tokens"
+VERSION = 1
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, eq=False)
+class TokenFile:
+    """The tokens of N images, and where they come from.
+
+    Attributes:
+        tokens: [N, L] codes, uint16 up to a codebook of 65,536 and int32 above (any integer dtype
+            is taken and converted); for a VAE variant latents [N, L, C] float32.
+        image_ids: N names; see `titok_fast.images.ImageFile`.
+        model: name, folder or Hub id of the model.
+        fingerprint: of its weights, from `fingerprint`.
+        image_size: side of the images in pixels.
+        codebook_size: number of codes; None for latents.
+        revision: of the Hub repository.
+        labels: [N] int64, positions in `class_names`, -1 for an image without a class; None when
+            no image has one.
+        class_names: the classes in alphabetical order; None exactly when labels are.
+
+    Raises:
+        TypeError: for tokens of a dtype that does not go with `codebook_size`.
+        ValueError: for tokens or labels out of range, latents that are not finite, or lengths that
+            do not fit together.
+    """
+
+    tokens: Array
+    image_ids: Sequence[str]
+    model: str
+    fingerprint: str
+    image_size: int
+    codebook_size: int | None = None
+    revision: str | None = None
+    labels: Array | None = None
+    class_names: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        _check_tokens(self.tokens, self.codebook_size)
+        if self.codebook_size is None:
+            dtype: type[np.generic] = np.float32
+        else:
+            dtype = np.uint16 if self.codebook_size <= 2**16 else np.int32
+        object.__setattr__(self, "tokens", np.ascontiguousarray(self.tokens, dtype=dtype))
+        count = len(self.tokens)
+        if len(self.image_ids) != count:
+            raise ValueError(f"image_ids: got {len(self.image_ids)}, allowed is one for each of "
+                             f"{count} images")  # fmt: skip
+        if (self.labels is None) != (self.class_names is None):
+            raise ValueError("class_names: allowed with labels and only with them")
+        if self.labels is not None and self.class_names is not None:
+            labels = np.asarray(self.labels)
+            if labels.shape != (count,) or labels.dtype.kind not in "iu":
+                raise ValueError(
+                    f"labels: got {labels.dtype} {list(labels.shape)}, allowed are integers "
+                    f"[{count}]"
+                )
+            if count and not -1 <= labels.min() <= labels.max() < len(self.class_names):
+                raise ValueError(
+                    f"labels: got {labels.min()} to {labels.max()}, allowed is -1 to "
+                    f"{len(self.class_names) - 1}"
+                )
+            object.__setattr__(self, "labels", labels.astype(np.int64))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the file; it appears whole or not at all, and has the same bytes every time.
+
+        Args:
+            path: with suffix `.npz` or `.safetensors`, which decides the form.
+
+        Raises:
+            ValueError: for another suffix.
+            OSError: when it cannot be written.
+        """
+        path = Path(path)
+        check_suffix(path)
+        arrays = {"tokens": self.tokens}
+        if self.labels is not None:
+            arrays["labels"] = self.labels
+        texts = {"image_ids": list(self.image_ids)}
+        if self.class_names is not None:
+            texts["class_names"] = list(self.class_names)
+        fields = {"format": FORMAT, "version": str(VERSION), "model": self.model}
+        fields |= {"fingerprint": self.fingerprint, "image_size": str(self.image_size)}
+        if self.codebook_size is not None:
+            fields["codebook_size"] = str(self.codebook_size)
+        if self.revision is not None:
+            fields["revision"] = self.revision
+        with replacing(path) as temporary:
+            if path.suffix == ".npz":
+                for name, lines in texts.items():
+                    arrays[name] = np.array(lines, dtype=np.str_)
+                arrays |= {name: np.array(field) for name, field in fields.items()}
+                with open(temporary, "wb") as file:
+                    np.savez(file, **arrays)  # type: ignore[arg-type]
+            else:
+                for name, lines in texts.items():
+                    arrays[name] = np.frombuffer(json.dumps(lines).encode(), np.uint8)
+                # The header's fields come out of a hash map: in one, their order is fixed.
+                save_file(arrays, temporary, metadata={FORMAT: json.dumps(fields)})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "TokenFile":
+        """Read and check a token file.
+
+        Args:
+            path: with suffix `.npz` or `.safetensors`.
+
+        Returns:
+            What `save` wrote.
+
+        Raises:
+            FileNotFoundError: when there is no such file.
+            ValueError: when it is not a token file, of another version, or not consistent.
+        """
+        path = Path(path)
+        check_suffix(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file")
+        try:
+            arrays, texts, fields = _read_npz(path) if path.suffix == ".npz" else _read_st(path)
+        except (
+            EOFError, KeyError, SafetensorError, ValueError, zipfile.BadZipFile, zlib.error
+        ) as error:  # fmt: skip
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{path}: not a token file ({reason})") from error
+        version = fields.pop("version", None)
+        if fields.pop("format", None) != FORMAT or version is None:
+            raise ValueError(f"{path}: not a token file (its format is not {FORMAT})")
+        if version != str(VERSION):
+            raise ValueError(f"{path}: got format version {version}, allowed is {VERSION}")
+        try:
+            return cls(
+                tokens=arrays["tokens"],
+                image_ids=texts["image_ids"],
+                model=fields["model"],
+                fingerprint=fields["fingerprint"],
+                image_size=int(fields["image_size"]),
+                codebook_size=int(fields["codebook_size"]) if "codebook_size" in fields else None,
+                revision=fields.get("revision"),
+                labels=arrays.get("labels"),
+                class_names=texts.get("class_names"),
+            )
+        except KeyError as error:
+            raise ValueError(f"{path}: not a token file (it lacks {error})") from error
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {error}") from error
+
+
+def _check_tokens(tokens: Array, codebook_size: int | None) -> None:
+    if codebook_size is None:
+        if tokens.dtype.kind != "f":
+            raise TypeError(f"tokens: got dtype {tokens.dtype}, allowed are floating latents")
+        if tokens.ndim != 3:
+            raise ValueError(f"tokens: got shape {list(tokens.shape)}, allowed is [N, L, C]")
+        if not np.isfinite(tokens).all():
+            raise ValueError("tokens: got latents that are not finite")
+        return
+    if tokens.dtype.kind not in "iu":
+        raise TypeError(f"tokens: got dtype {tokens.dtype}, allowed are integers")
+    if tokens.ndim != 2:
+        raise ValueError(f"tokens: got shape {list(tokens.shape)}, allowed is [N, L]")
+    if tokens.size and not 0 <= tokens.min() <= tokens.max() < codebook_size:
+        raise ValueError(
+            f"tokens: got {tokens.min()} to {tokens.max()}, allowed is 0 to {codebook_size - 1}"
+        )
+
+
+_Contents = tuple[dict[str, Array], dict[str, list[str]], dict[str, str]]
+
+
+def _read_npz(path: Path) -> _Contents:
+    archive = np.load(path, allow_pickle=False)
+    if not isinstance(archive, np.lib.npyio.NpzFile):
+        raise ValueError("it is a single array")
+    with archive:
+        members = {name: archive[name] for name in archive.files}
+    texts: dict[str, list[str]] = {}
+    fields = {}
+    for name in list(members):
+        if name in ("image_ids", "class_names"):
+            texts[name] = members.pop(name).tolist()
+        elif name not in ("tokens", "labels"):
+            fields[name] = str(members.pop(name))
+    return members, texts, fields
+
+
+def _read_st(path: Path) -> _Contents:
+    with safe_open(path, framework="np") as file:
+        fields = json.loads((file.metadata() or {}).get(FORMAT, "{}"))
+        if not fields:
+            raise ValueError(f"its metadata lack {FORMAT}")
+        members = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    texts = {
+        name: json.loads(members.pop(name).tobytes())
+        for name in ("image_ids", "class_names")
+        if name in members
+    }
+    return members, texts, fields
+
+
+def check_suffix(path: Path) -> None:
+    """Raises ValueError unless a token file can have this name."""
+    if path.suffix not in (".npz", ".safetensors"):
+        raise ValueError(f"{path}: got suffix {path.suffix!r}, allowed are .npz and .safetensors")
+
+
+def fingerprint(model: TiTok) -> str:
+    """A name for the weights that decide what a token means: encoder, latent tokens, codebook.
+
+    Models that differ in the decoder alone share it, since they can decode each other's tokens.
+
+    Args:
+        model: as stored; a conversion to another dtype changes the result.
+
+    Returns:
+        16 hexadecimal digits.
+    """
+    digest = hashlib.sha256(f"{model.image_size} {model.is_legacy}".encode())
+    if model.quantize_mode == "vq":
+        digest.update(f"{model.quantize.use_l2_norm}".encode())
+    for name, tensor in model.state_dict().items():
+        if name.startswith(("latent_tokens", "encoder.", "quantize.embedding.")):
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+class Parts:
+    """What an unfinished run has made so far, in the hidden folder `.NAME.parts` beside its output.
+
+    `manifest.json` holds the run's settings; each `<index>.npz` the tokens of some images by
+    their position in the run. A file that was damaged is made anew.
+
+    Args:
+        output: the token file to be.
+        settings: everything that the tokens depend on, as JSON values.
+        interval: seconds between two files.
+
+    Raises:
+        ValueError: when the folder was left by a run with other settings.
+        OSError: when it cannot be written.
+    """
+
+    def __init__(
+        self, output: Path, settings: Mapping[str, str | int | None], *, interval: float = 2.0
+    ) -> None:
+        self.folder = output.with_name(f".{output.name}.parts")
+        self._interval = interval
+        self._written = -interval
+        self._indices: list[int] = []
+        self._tokens: list[Array] = []
+        manifest = self.folder / "manifest.json"
+        if manifest.exists() and any(self.folder.glob("[0-9]*.npz")):
+            self._compare(manifest, settings)
+            return
+        if self.folder.exists():  # nothing was done yet, or its removal was interrupted
+            shutil.rmtree(self.folder)
+        with replacing(manifest) as temporary:
+            temporary.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+    def _compare(self, manifest: Path, settings: Mapping[str, str | int | None]) -> None:
+        try:
+            old = json.loads(manifest.read_text(encoding="utf-8"))
+            names = [name for name in settings if old.get(name) != settings[name]]
+        except (AttributeError, ValueError):
+            raise ValueError(f"{manifest}: not readable, delete its folder to start anew") from None
+        if names:
+            changes = ", ".join(f"{name} {old.get(name)} now {settings[name]}" for name in names)
+            raise ValueError(
+                f"{self.folder}: left by an interrupted run with other settings ({changes}); "
+                "repeat those to finish it, or delete the folder to start anew"
+            )
+
+    def add(self, indices: Iterable[int], tokens: Array) -> None:
+        """Keeps the tokens [n, ...] of n images; writes them once the interval has passed."""
+        self._indices += indices
+        self._tokens.append(tokens)
+        if time.monotonic() - self._written >= self._interval:
+            self.flush()
+
+    def flush(self) -> None:
+        """Writes what has not been written."""
+        if self._indices:
+            with (
+                replacing(self.folder / f"{self._indices[0]:09d}.npz") as temporary,
+                open(temporary, "wb") as file,
+            ):
+                np.savez(file, indices=self._indices, tokens=np.concatenate(self._tokens))
+        self._indices, self._tokens, self._written = [], [], time.monotonic()
+
+    def load(self) -> tuple[Array, Array | None]:
+        """All that is written: positions [n] int64, ascending, and tokens [n, ...] or None."""
+        indices, tokens = [], []
+        for path in sorted(self.folder.glob("[0-9]*.npz")):
+            try:
+                with np.load(path, allow_pickle=False) as part:
+                    some, values = part["indices"], part["tokens"]
+            except (EOFError, KeyError, OSError, ValueError, zipfile.BadZipFile, zlib.error):
+                path.unlink()
+                continue
+            indices.append(some)
+            tokens.append(values)
+        if not indices:
+            return np.zeros(0, np.int64), None
+        positions = np.concatenate(indices)
+        order = np.argsort(positions)
+        return positions[order], np.concatenate(tokens)[order]
+
+    def remove(self) -> None:
+        """Deletes the folder."""
+        (self.folder / "manifest.json").unlink()  # first, so that a rest is recognised as such
+        shutil.rmtree(self.folder)
