@@ -228,6 +228,8 @@ def test_paths_that_the_documents_name_exist():
             r"`((?:csrc|kernels|titok_fast|bench|tests|examples|docs)/[\w./-]+)`", text
         )
         for path in named:
+            if "my_op" in path:  # the example op of CONTRIBUTING.md
+                continue
             assert (ROOT / path).exists(), f"{document} names {path}"
         for path in re.findall(r"\]\((?!http)([^)#]+)\)", text):
             assert (ROOT / path).exists(), f"{document} links {path}"
