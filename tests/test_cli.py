@@ -264,6 +264,49 @@ def test_decode_refuses_the_tokens_of_another_model(
     assert titok_fast("decode", tokens, "-o", tmp_path / "out", "--model", copy).returncode == 0
 
 
+def test_every_kind_of_file_goes_through_every_command(titok_fast, tmp_path):
+    y, x = np.mgrid[0:60, 0:44]
+    picture = Image.fromarray(np.stack([4 * y, 5 * x, 255 - 2 * x - y], -1).astype(np.uint8))
+    folder, exif = tmp_path / "kinds", Image.Exif()
+    folder.mkdir()
+    exif[0x0112] = 6  # rotate 90 degrees clockwise to view
+    kinds = {
+        "rgb.png": picture,
+        "photo.jpg": picture,
+        "grey.png": picture.convert("L"),
+        "one_bit.png": picture.convert("1"),
+        "palette.png": picture.quantize(64),
+        "rgba.png": picture.convert("RGBA"),
+        "cmyk.tif": picture.convert("CMYK"),
+        "deep.png": Image.fromarray(np.asarray(picture.convert("L")).astype(np.uint16) * 257),
+        "turned.png": picture.transpose(Image.Transpose.ROTATE_90),
+    }
+    for name, image in kinds.items():
+        image.save(folder / name, exif=exif if name == "turned.png" else Image.Exif())
+
+    tokens = tmp_path / "kinds.npz"
+    assert titok_fast("encode", folder, "-o", tokens, "--model", "titok-digits").returncode == 0
+    file = TokenFile.load(tokens)
+    found = dict(zip(file.image_ids, file.tokens.tolist(), strict=True))
+    assert set(found) == set(kinds)
+    assert found["turned.png"] == found["rgba.png"] == found["rgb.png"]
+    assert found["deep.png"] == found["grey.png"] != found["rgb.png"]
+    network = TiTok.from_pretrained("titok-digits")
+    for name, row in found.items():
+        image = read_image(folder / name, network.image_size)
+        assert row == network.encode(image[None])[0].tolist(), name
+
+    for command, output in (("decode", tmp_path / "decoded"), ("reconstruct", tmp_path / "both")):
+        source = tokens if command == "decode" else folder
+        assert titok_fast(command, source, "-o", output, "--model", "titok-digits").returncode == 0
+        assert {p.stem for p in output.iterdir()} == {Path(name).stem for name in kinds}
+    for name in kinds:
+        result = titok_fast(
+            "inspect", folder / name, "-o", tmp_path / "i.png", "--model", "titok-digits"
+        )
+        assert result.returncode == 0, result.err
+
+
 def test_decode_stays_in_its_folder(titok_fast, model, tmp_path):
     names = ["../../up.png", "/etc/absolute.png", "a/same.png", "a/same.jpg", "..", "c\\d.png"]
     mark = fingerprint(TiTok.from_pretrained(model))
