@@ -80,9 +80,8 @@ class VectorQuantizer(nn.Module):
         """
         if z.ndim != 4 or z.shape[1] != self.token_size:
             raise ValueError(f"z: expected [B, {self.token_size}, H, W], got shape {list(z.shape)}")
-        device = z.device.type
-        available = torch.amp.is_autocast_available(device)
-        with torch.autocast(device, enabled=False) if available else nullcontext():
+        # There is no autocast for the meta device, nor a need of one.
+        with nullcontext() if z.is_meta else torch.autocast(z.device.type, enabled=False):
             return self._quantize(z.float())
 
     def _quantize(self, z: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -116,8 +116,9 @@ def versions() -> dict[str, str]:
     """Versions of the package and of what it runs on; "not installed" where missing."""
     from importlib.metadata import PackageNotFoundError, version
 
-    found = {"python": platform.python_version()}
-    for name in ("titok_fast", "torch", "triton", "numpy", "pillow", "safetensors"):
+    # torch's own word names its build, such as +cpu, which its metadata may lack.
+    found = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    for name in ("titok_fast", "triton", "numpy", "pillow", "safetensors"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:
