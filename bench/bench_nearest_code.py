@@ -1,9 +1,8 @@
 """nearest_code against the official formula and the libraries that have such a search."""
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +12,7 @@ from bench import harness
 from bench.harness import Bench, Call, Provider
 from titok_fast import nearest_code
 from titok_fast.ops import inspect
+from titok_fast.testing import cpu_isa, supported_isas
 
 SHAPES = (
     (1024, 262144, 256, "l2"),  # IBQ, four 256 px images
@@ -156,24 +156,9 @@ def prepare_flash_kmeans(case: Case, z: Tensor, codebook: Tensor) -> Call:
     return call
 
 
-def forced_isa(name: str) -> Callable[[], AbstractContextManager[None]]:
-    @contextmanager
-    def forced() -> Iterator[None]:
-        inspect.extension().force_isa(name)
-        try:
-            yield
-        finally:
-            inspect.extension().force_isa("")
-
-    return forced
-
-
-def slower_isas() -> list[str]:
+def slower_isas() -> tuple[str, ...]:
     """The instruction sets below the one that this CPU uses unforced."""
-    isas = ["portable", "avx2", "avx512"]
-    if inspect.why_not("cpu", "cpu") is not None:
-        return []
-    return isas[: isas.index(inspect.extension().detected_isa())]
+    return supported_isas()[:-1] if inspect.why_not("cpu", "cpu") is None else ()
 
 
 def matrices(count: int, itemsize: int | None = None) -> Callable[[Case], str | None]:
@@ -205,7 +190,7 @@ BENCH = Bench(
                 prepare_ours("cpu"),
                 devices=("cpu",),
                 ours=True,
-                setting=forced_isa(isa),
+                setting=partial(cpu_isa, isa),
             )
             for isa in slower_isas()
         ),

@@ -57,10 +57,3 @@ def image(size: int, phase: float = 0.0) -> Tensor:
         np.cos(2 * np.pi * (x - 4 * y * y) + 2.0 + phase),
     )
     return torch.from_numpy(np.stack([0.5 + 0.5 * wave for wave in waves]).astype(np.float32))
-
-
-def relative_error(actual: Tensor, reference: Tensor) -> float:
-    """Relative Frobenius norm of the difference, in float64."""
-    assert actual.shape == reference.shape
-    difference = actual.double() - reference.double()
-    return float(difference.norm() / reference.double().norm())

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from tests.conformance import expected, image, manifest, relative_error, weights
+from tests.conformance import expected, image, manifest, weights
 from titok_fast.models import MaskGITVQGAN
+from titok_fast.testing import relative_error
 
 CASE = "maskgit_vqgan"
 TINY = {

@@ -9,9 +9,10 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
-from tests.conformance import expected, image, manifest, parameter, relative_error, weights
+from tests.conformance import expected, image, manifest, parameter, weights
 from titok_fast.models import DiagonalGaussian, MaskGITVQGAN, TiTok, pretrained
 from titok_fast.models.maskgit_vqgan import VQGAN_CONFIG, PixelDecoder
+from titok_fast.testing import relative_error
 
 MANIFESTS = {
     "titok-s-128": "titok_s128",

@@ -1,4 +1,4 @@
-"""Tolerances, comparison helpers and sample inputs for tests and benchmarks."""
+"""Comparison helpers, CPU instruction sets, peak memory and sample inputs for tests and bench."""
 
 import ctypes
 import gc
@@ -11,13 +11,17 @@ from torch import Tensor
 
 from titok_fast.ops import inspect
 
-# Relative Frobenius norm against float64 truth.
-TOLERANCE = {torch.float32: 2e-4, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 CPU_ISAS = ("portable", "avx2", "avx512")
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Frobenius norm of the difference over that of `expected`, in float64; NaN never passes."""
+    """Frobenius norm of the difference over that of `expected`, in float64; NaN never passes.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if actual.shape != expected.shape:
+        raise ValueError(f"actual: got {list(actual.shape)}, allowed is {list(expected.shape)}")
     truth = expected.detach().double()
     difference = (actual.detach().double() - truth).norm()
     return float(difference / truth.norm().clamp_min(1e-300))
