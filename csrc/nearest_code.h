@@ -17,9 +17,10 @@ struct NearestCodeArgs {
   int64_t n, k, d;
   DType dtype;
   Metric metric;
-  int64_t* indices;  // [n]
-  float* distances;  // [n]
-  void* workspace;   // nearest_code_cpu_workspace() bytes, 64-byte aligned
+  int64_t* indices;   // [n]
+  float* distances;   // [n]
+  int64_t* rescored;  // [n] codes scored in float64, or null
+  void* workspace;    // nearest_code_cpu_workspace() bytes, 64-byte aligned
   int threads;
 };
 
@@ -30,10 +31,11 @@ void nearest_code_cpu(const NearestCodeArgs& args);
 struct NearestCodePlan {
   int64_t tile_rows, tile_codes, lanes;  // register tile and vector width
   int64_t block_vectors;                 // codes per block: one lane of this many vectors
-  int64_t super_codes;  // block_vectors * lanes: codes that one vector of maxima covers
-  int64_t blocks;       // table width, in floats
-  int64_t rows;         // rows per pass over the codebook
-  int64_t depth;        // d rounded up to 8
+  int64_t super_codes;   // block_vectors * lanes: codes that one vector of maxima covers
+  int64_t blocks;        // table width, in floats
+  int64_t rows;          // rows per pass over the codebook
+  int64_t depth;         // d rounded up to 8: one step of a float64 sum
+  int64_t padded_depth;  // d rounded up to the widest step of the packing
   int threads;
   std::size_t center, z, z_norm, block_norm, table, panels, panel_bytes, z64,
       total;  // byte offsets
@@ -41,13 +43,14 @@ struct NearestCodePlan {
 
 // One set per instruction set; see nearest_code_simd.h.
 struct NearestCodeKernels {
-  int64_t tile_rows, tile_codes, lanes;
+  int64_t tile_rows, tile_codes, lanes, terms;
   void (*run)(const NearestCodeArgs&, const NearestCodePlan&, const Team::Member&);
 };
 extern const NearestCodeKernels nearest_code_portable;
 #if defined(__x86_64__)
 extern const NearestCodeKernels nearest_code_avx2;
 extern const NearestCodeKernels nearest_code_avx512;
+extern const NearestCodeKernels nearest_code_avx512bf16;
 #endif
 
 }  // namespace titok

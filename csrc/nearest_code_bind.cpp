@@ -33,7 +33,8 @@ void bind_nearest_code(py::module_& m) {
       "nearest_code_cpu",
       [](std::uintptr_t z, int64_t z_stride, std::uintptr_t codebook, int64_t codebook_stride,
          int64_t n, int64_t k, int64_t d, const std::string& dtype, const std::string& metric,
-         std::uintptr_t indices, std::uintptr_t distances, std::uintptr_t workspace, int threads) {
+         std::uintptr_t indices, std::uintptr_t distances, std::uintptr_t rescored,
+         std::uintptr_t workspace, int threads) {
         titok::NearestCodeArgs args{};
         args.z = reinterpret_cast<const void*>(z);
         args.codebook = reinterpret_cast<const void*>(codebook);
@@ -46,6 +47,7 @@ void bind_nearest_code(py::module_& m) {
         args.metric = parse_metric(metric);
         args.indices = reinterpret_cast<int64_t*>(indices);
         args.distances = reinterpret_cast<float*>(distances);
+        args.rescored = reinterpret_cast<int64_t*>(rescored);
         args.workspace = reinterpret_cast<void*>(workspace);
         args.threads = threads;
         py::gil_scoped_release release;
@@ -53,5 +55,6 @@ void bind_nearest_code(py::module_& m) {
       },
       py::arg("z"), py::arg("z_stride"), py::arg("codebook"), py::arg("codebook_stride"),
       py::arg("n"), py::arg("k"), py::arg("d"), py::arg("dtype"), py::arg("metric"),
-      py::arg("indices"), py::arg("distances"), py::arg("workspace"), py::arg("threads"));
+      py::arg("indices"), py::arg("distances"), py::arg("rescored"), py::arg("workspace"),
+      py::arg("threads"));
 }

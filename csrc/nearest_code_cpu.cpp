@@ -11,6 +11,8 @@ constexpr int64_t kMegabyte = int64_t{1} << 20;
 const NearestCodeKernels& kernels() {
 #if defined(__x86_64__)
   switch (active_isa()) {
+    case Isa::avx512bf16:
+      return nearest_code_avx512bf16;
     case Isa::avx512:
       return nearest_code_avx512;
     case Isa::avx2:
@@ -33,6 +35,7 @@ NearestCodePlan make_plan(const NearestCodeKernels& kernels, int64_t n, int64_t 
   plan.tile_codes = kernels.tile_codes;
   plan.lanes = kernels.lanes;
   plan.depth = round_up(d, 8);
+  plan.padded_depth = round_up(d, plan.lanes * kernels.terms);
 
   // Rescoring a block costs block_vectors * d, a row's search k * d: small d wants small blocks.
   const int64_t tile_vectors = plan.tile_codes / plan.lanes;
@@ -63,15 +66,16 @@ NearestCodePlan make_plan(const NearestCodeKernels& kernels, int64_t n, int64_t 
     at += static_cast<std::size_t>(round_up(bytes, 64));
     return here;
   };
+  const int64_t words = (d + kernels.terms - 1) / kernels.terms;
   const int64_t padded_rows = round_up(plan.rows, plan.tile_rows);
-  plan.center = take(plan.depth * 4);
+  plan.center = take(plan.padded_depth * 4);
   plan.z = take(padded_rows * plan.depth * 4);
   plan.z_norm = take(padded_rows * 4);
   plan.block_norm = take(plan.blocks * 4);
   plan.table = take(padded_rows * plan.blocks * 4);
   // Bias, codes, and a vector of norms that a member without the block's ownership discards.
   plan.panel_bytes =
-      static_cast<std::size_t>(round_up(((d + 1) * plan.tile_codes + plan.lanes) * 4, 64));
+      static_cast<std::size_t>(round_up(((words + 1) * plan.tile_codes + plan.lanes) * 4, 64));
   plan.panels = take(static_cast<int64_t>(plan.panel_bytes) * plan.threads);
   plan.z64 = take(plan.depth * 8 * plan.threads);
   plan.total = at;

@@ -14,7 +14,10 @@ namespace {
 using S = simd::Native;
 using V = S::V;
 using simd::Double8;
+using simd::sum_pairs;
+using simd::widen8;
 
+constexpr int kTerms = S::terms;
 constexpr int kTileRows = S::tile_rows;
 constexpr int kTileVectors = S::tile_vectors;
 constexpr int kTileCodes = kTileVectors * S::lanes;
@@ -22,11 +25,13 @@ constexpr int kTileCodes = kTileVectors * S::lanes;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 // Norms up to this keep every coarse product and sum inside float32.
 constexpr double kLargestNorm = 1e18;
-constexpr double kNormFloor = 1e-12;
+constexpr double kNormFloor = 1e-12, kCosineSquare = 1e-23;
 constexpr double kLargestSquare = 1e36;
 constexpr double kSmallSquare = 1e-24;
 constexpr double kSquareMargin = 1.0001;
 constexpr double kTinySquare = 1e-37;  // what float32 may flush of a smaller one
+// bfloat16 moves each factor by at most 2^-9 of itself.
+constexpr double kRounding = kTerms == 2 ? 0x1.01p-8 : 0.0;
 
 template <class T>
 struct Search {
@@ -53,10 +58,12 @@ struct Search {
   // Covers the rounding of a norm that was summed in float32.
   double norm_margin() const { return 1.0001 + static_cast<double>(args.d) * 0x1p-23; }
 
-  // l2 distances do not change when both sides move; near zero, float32 keeps more of them.
+  int64_t words() const { return (args.d + kTerms - 1) / kTerms; }
+
+  // l2 distances do not change when both sides move; near zero, the coarse pass keeps more of them.
   void find_center() const {
     float* out = center();
-    for (int64_t i = 0; i < plan.depth; ++i) out[i] = 0.0f;
+    for (int64_t i = 0; i < plan.padded_depth; ++i) out[i] = 0.0f;
     if (args.metric != Metric::l2) return;
     const int64_t count = args.k < 64 ? args.k : 64;
     for (int64_t i = 0; i < args.d; ++i) {
@@ -67,97 +74,127 @@ struct Search {
     }
   }
 
-  // Rows as [tile][d][row of the tile], so that a tile reads one stream.
+  // row[i..i + lanes) - center, zeros past the end.
+  V centred(const T* row, int64_t i) const {
+    const int64_t left = args.d - i;
+    if (left <= 0) return S::broadcast(0.0f);
+    const V x = left >= S::lanes ? S::load(row + i) : S::load_part(row + i, left);
+    return S::sub(x, S::load(center() + i));
+  }
+
+  float square(const T* row) const {
+    V sum = S::broadcast(0.0f);
+    for (int64_t i = 0; i < args.d; i += S::lanes) {
+      const V x = centred(row, i);
+      sum = S::fmadd(x, x, sum);
+    }
+    return S::sum(sum);
+  }
+
+  // For what float32 may overflow or flush.
+  double careful_square(const T* row) const {
+    double sum = 0.0;
+    for (int64_t i = 0; i < args.d; ++i) {
+      const float x = simd::widen(row[i]) - center()[i];
+      sum += static_cast<double>(x) * x;
+    }
+    return sum;
+  }
+
+  // kTerms consecutive values in each of a vector's words, from row[i] on, times `scale`.
+  V packed(const T* row, int64_t i, float scale) const {
+    const V factor = S::broadcast(scale);
+    return S::words([&](int part) { return S::mul(centred(row, i + part * S::lanes), factor); });
+  }
+
+  // Rows as [tile][word][row of the tile], so that a tile reads one stream.
   void prepare_rows(int64_t first, int64_t rows) const {
-    const float* c = center();
     const auto share = member.share(rows, kTileRows);
     const int64_t end = (share.end + kTileRows - 1) / kTileRows * kTileRows;
+    float buffer[S::lanes];
     for (int64_t r = share.begin; r < end; ++r) {
       float* out = z() + r / kTileRows * kTileRows * plan.depth + r % kTileRows;
-      double sum = 0.0;
+      double norm = kInfinity;
       if (r < share.end) {
         const T* row = z_row(first + r);
-        for (int64_t i = 0; i < args.d; ++i) {
-          const float value = simd::widen(row[i]) - c[i];
-          out[i * kTileRows] = value;
-          sum += static_cast<double>(value) * value;
-        }
+        const float quick = square(row);
+        const bool safe = quick >= kSmallSquare && quick <= kLargestSquare;
+        norm = std::sqrt(safe ? quick : careful_square(row));
       }
-      const double norm = std::sqrt(sum);
-      const bool coarse = r < share.end && norm <= kLargestNorm;
+      const bool coarse = norm <= kLargestNorm;
       z_norm()[r] = coarse ? static_cast<float>(norm * norm_margin()) : kInfinity;
-      if (!coarse) {
-        for (int64_t i = 0; i < args.d; ++i) out[i * kTileRows] = 0.0f;
+      for (int64_t w = 0; w < words(); w += S::lanes) {
+        S::store(buffer, coarse ? packed(z_row(first + r), w * kTerms, 1.0f) : S::broadcast(0.0f));
+        const int64_t count = words() - w < S::lanes ? words() - w : S::lanes;
+        for (int64_t i = 0; i < count; ++i) out[(w + i) * kTileRows] = buffer[i];
       }
     }
   }
 
-  // Codes [first, first + kTileCodes) as [bias][d][code]; a code that float32 cannot hold safely
-  // gets bias -inf and norm inf, which keeps its block out of the bounds and always rescored.
+  // Codes [first, first + kTileCodes) as [bias][word][code]; a code that the coarse pass cannot
+  // hold gets bias -inf and norm inf, which keeps its block out of the bounds and always rescored.
   void pack(int64_t first, bool first_of_block, float* norms) const {
-    const float* c = center();
     float* bias = panel();
-    float* out = bias + kTileCodes;
     const T* rows[kTileCodes];
-    for (int j = 0; j < kTileCodes; ++j)
+    float squares[kTileCodes], scales[kTileCodes];
+    for (int j = 0; j < kTileCodes; ++j) {
       rows[j] = code(first + j < args.k ? first + j : args.k - 1);
-
-    float squares[kTileCodes] = {};
-    for (int64_t i = 0; i < args.d; ++i, out += kTileCodes) {
-      for (int j = 0; j < kTileCodes; ++j) out[j] = simd::widen(rows[j][i]) - c[i];
-      for (int j = 0; j < kTileCodes; j += S::lanes) {
-        const V e = S::load(out + j);
-        S::store(squares + j, S::fmadd(e, e, S::load(squares + j)));
-      }
+      squares[j] = square(rows[j]);
+      scales[j] = 1.0f;
     }
 
-    out = bias + kTileCodes;
-    const bool cosine = args.metric == Metric::cosine;
-    float scales[kTileCodes];
+    bool edge = false;
     for (int j = 0; j < kTileCodes; j += S::lanes) {
       V square = S::load(squares + j);
       // Common case: every norm of the vector is neither tiny nor huge, and every code exists.
       if (S::all_between(square, kSmallSquare, kLargestSquare) && first + j + S::lanes <= args.k) {
         S::store(bias + j, args.metric == Metric::l2 ? S::mul(square, S::broadcast(-0.5f))
                                                      : S::broadcast(0.0f));
-        if (cosine) {
+        if (args.metric == Metric::cosine) {
           S::store(scales + j, S::div(S::broadcast(1.0f), S::sqrt(square)));
           square = S::broadcast(1.0f);
         }
       } else {
-        for (int l = j; l < j + S::lanes; ++l) pack_edge(first, l, out, bias, scales, squares);
+        for (int l = j; l < j + S::lanes; ++l) {
+          pack_edge(first + l, rows[l], bias[l], scales[l], squares[l]);
+        }
         square = S::load(squares + j);
+        edge = true;
       }
       S::store(norms, first_of_block && j == 0 ? square : S::max(square, S::load(norms)));
     }
-    if (!cosine) return;
-    for (int64_t i = 0; i < args.d; ++i, out += kTileCodes) {
-      for (int j = 0; j < kTileCodes; ++j) out[j] *= scales[j];
+
+    float* out = bias + kTileCodes;
+    V tile[S::lanes];
+    for (int j = 0; j < kTileCodes; j += S::lanes) {
+      for (int64_t w = 0; w < words(); w += S::lanes) {
+        for (int l = 0; l < S::lanes; ++l) tile[l] = packed(rows[j + l], w * kTerms, scales[j + l]);
+        S::transpose(tile);
+        const int64_t count = words() - w < S::lanes ? words() - w : S::lanes;
+        for (int64_t i = 0; i < count; ++i) S::store(out + (w + i) * kTileCodes + j, tile[i]);
+      }
+    }
+    if (!edge) return;
+    for (int j = 0; j < kTileCodes; ++j) {
+      if (bias[j] != -kInfinity) continue;
+      for (int64_t w = 0; w < words(); ++w) out[w * kTileCodes + j] = 0.0f;
     }
   }
 
-  // Code j of a packed tile, when it is past the end, huge, not finite, or so small that float32
-  // may have lost terms of its norm. Leaves the square of the scaled norm in `squares`.
-  void pack_edge(int64_t first, int j, float* out, float* bias, float* scales,
-                 float* squares) const {
-    double square = 0.0;
-    for (int64_t i = 0; i < args.d; ++i) {
-      square += static_cast<double>(out[i * kTileCodes + j]) * out[i * kTileCodes + j];
-    }
+  // Bias, scale and squared scaled norm of a code that is past the end, huge, not finite, or so
+  // small that float32 may have lost terms of its norm.
+  void pack_edge(int64_t k, const T* row, float& bias, float& scale, float& squared) const {
+    double square = careful_square(row);
     const bool coarse = square <= kLargestSquare;
-    bias[j] = args.metric == Metric::l2 ? static_cast<float>(-0.5 * square) : 0.0f;
-    scales[j] = 1.0f;
+    bias = args.metric == Metric::l2 ? static_cast<float>(-0.5 * square) : 0.0f;
     if (args.metric == Metric::cosine) {
       const double norm = std::sqrt(square);
-      scales[j] = static_cast<float>(1.0 / (norm > kNormFloor ? norm : kNormFloor));
-      square *= static_cast<double>(scales[j]) * scales[j];
+      scale = static_cast<float>(1.0 / (norm > kNormFloor ? norm : kNormFloor));
+      square *= static_cast<double>(scale) * scale;
     }
-    squares[j] = coarse ? static_cast<float>(square * kSquareMargin) : kInfinity;
-    if (!coarse) {
-      for (int64_t i = 0; i < args.d; ++i) out[i * kTileCodes + j] = 0.0f;
-    }
-    if (!coarse || first + j >= args.k) bias[j] = -kInfinity;
-    if (first + j >= args.k) squares[j] = 0.0f;
+    squared = coarse ? static_cast<float>(square * kSquareMargin) : kInfinity;
+    if (!coarse || k >= args.k) bias = -kInfinity;
+    if (k >= args.k) squared = 0.0f;
   }
 
   // One register tile: bias + z . e for kTileRows rows and kTileCodes codes, folded into the table.
@@ -171,7 +208,8 @@ struct Search {
 #pragma GCC unroll 8
       for (int v = 0; v < kTileVectors; ++v) acc[r][v] = S::load(bias + v * S::lanes);
     }
-    for (int64_t i = 0; i < args.d; ++i) {
+    const int64_t steps = words();
+    for (int64_t i = 0; i < steps; ++i) {
       V codes[kTileVectors];
 #pragma GCC unroll 8
       for (int v = 0; v < kTileVectors; ++v) codes[v] = S::load(e + i * kTileCodes + v * S::lanes);
@@ -179,7 +217,7 @@ struct Search {
       for (int r = 0; r < kTileRows; ++r) {
         const V value = S::broadcast(rows[i * kTileRows + r]);
 #pragma GCC unroll 8
-        for (int v = 0; v < kTileVectors; ++v) acc[r][v] = S::fmadd(value, codes[v], acc[r][v]);
+        for (int v = 0; v < kTileVectors; ++v) acc[r][v] = S::dot(value, codes[v], acc[r][v]);
       }
     }
 #pragma GCC unroll 8
@@ -200,7 +238,7 @@ struct Search {
     const Team::Member::Range all_rows{0, padded}, all_supers{0, supers};
     const auto my_rows = split_codes ? all_rows : member.share(padded, kTileRows);
     const auto my_supers = split_codes ? member.share(supers) : all_supers;
-    float* unused = panel() + (args.d + 1) * kTileCodes;  // norms that another member stores
+    float* unused = panel() + (words() + 1) * kTileCodes;  // norms that another member stores
     for (int64_t super = my_supers.begin; super < my_supers.end; ++super) {
       const bool owner = split_codes || member.index == 0;
       float* norms = owner ? block_norm() + super * plan.lanes : unused;
@@ -218,69 +256,6 @@ struct Search {
     }
   }
 
-  // Sums of eight interleaved parts, then pairs: the order that every backend follows.
-  static double reduce(const Double8& s) {
-    return ((s[0] + s[1]) + (s[2] + s[3])) + ((s[4] + s[5]) + (s[6] + s[7]));
-  }
-
-  static Double8 widen8(const T* p, int64_t count) {
-    Double8 out;
-    if (count >= 8) {
-      for (int i = 0; i < 8; ++i) out[i] = simd::widen(p[i]);
-    } else {
-      for (int i = 0; i < 8; ++i) out[i] = i < count ? simd::widen(p[i]) : 0.0f;
-    }
-    return out;
-  }
-
-  // Larger is nearer: minus the squared distance, the cosine or the logit.
-  double exact_score(int64_t k) const {
-    const double* zr = z64();
-    const T* e = code(k);
-    Double8 sum{}, square{};
-    for (int64_t i = 0; i < plan.depth; i += 8) {
-      const Double8 b = widen8(e + i, args.d - i);
-      Double8 a;
-      std::memcpy(&a, zr + i, sizeof a);
-      if (args.metric == Metric::l2) {
-        const Double8 difference = a - b;
-        sum += difference * difference;
-      } else {
-        sum += a * b;
-        if (args.metric == Metric::cosine) square += b * b;
-      }
-    }
-    if (args.metric == Metric::l2) return -reduce(sum);
-    if (args.metric == Metric::dot) return reduce(sum);
-    const double norm = std::sqrt(reduce(square));
-    return reduce(sum) / (norm < kNormFloor ? kNormFloor : norm);
-  }
-
-  double norm64(const T* row) const {
-    Double8 sum{};
-    for (int64_t i = 0; i < plan.depth; i += 8) {
-      const Double8 x = widen8(row + i, args.d - i);
-      sum += x * x;
-    }
-    const double norm = std::sqrt(reduce(sum));
-    return norm < kNormFloor ? kNormFloor : norm;
-  }
-
-  float distance(int64_t row, int64_t k, double score) const {
-    if (args.metric == Metric::l2) return static_cast<float>(-score);
-    if (args.metric == Metric::dot) return static_cast<float>(score);
-    const T* a = z_row(row);
-    const T* b = code(k);
-    const double a_norm = norm64(a), b_norm = norm64(b);
-    Double8 sum{};
-    for (int64_t i = 0; i < plan.depth; i += 8) {
-      const Double8 difference =
-          widen8(a + i, args.d - i) / a_norm - widen8(b + i, args.d - i) / b_norm;
-      sum += difference * difference;
-    }
-    return static_cast<float>(reduce(sum));
-  }
-
   struct Best {
     double score = std::numeric_limits<double>::quiet_NaN();
     int64_t index = -1;
@@ -294,7 +269,85 @@ struct Search {
         index = k;
       }
     }
+
+    // Whether sum / sqrt(square) is below the score by more than rounding, without the division.
+    bool beats_cosine(double sum, double square) const {
+      const double own = score * score * square;
+      return score > 0.0 && square > kCosineSquare && own > 1e-290 &&
+             (sum <= 0.0 || sum * sum < own * (1.0 - 1e-12));
+    }
   };
+
+  // Larger is nearer: minus the squared distance, the cosine or the logit.
+  template <Metric metric>
+  void offer(int64_t k, Best& best) const {
+    const double* zr = z64();
+    const T* e = code(k);
+    Double8 sum = Double8::zero(), square = Double8::zero();
+    for (int64_t i = 0; i < plan.depth; i += 8) {
+      const Double8 b = widen8(e + i, args.d - i), a = Double8::load(zr + i);
+      if constexpr (metric == Metric::l2) {
+        const Double8 difference = a - b;
+        sum = sum + difference * difference;
+      } else {
+        sum = sum + a * b;
+        if constexpr (metric == Metric::cosine) square = square + b * b;
+      }
+    }
+    double score = sum_pairs(sum);
+    if constexpr (metric == Metric::l2) score = -score;
+    if constexpr (metric == Metric::cosine) {
+      const double squared = sum_pairs(square);
+      if (best.beats_cosine(score, squared)) return;
+      const double norm = std::sqrt(squared);
+      score /= norm < kNormFloor ? kNormFloor : norm;
+    }
+    best.offer(score, k);
+  }
+
+  // Codes first, first + step, ... below `end`; returns how many.
+  int64_t offer_all(int64_t first, int64_t end, int64_t step, Best& best) const {
+    if (end > args.k) end = args.k;
+    for (int64_t k = first; k < end; k += step) {
+      switch (args.metric) {
+        case Metric::l2:
+          offer<Metric::l2>(k, best);
+          break;
+        case Metric::cosine:
+          offer<Metric::cosine>(k, best);
+          break;
+        case Metric::dot:
+          offer<Metric::dot>(k, best);
+          break;
+      }
+    }
+    return first < end ? (end - first + step - 1) / step : 0;
+  }
+
+  double norm64(const T* row) const {
+    Double8 sum = Double8::zero();
+    for (int64_t i = 0; i < plan.depth; i += 8) {
+      const Double8 x = widen8(row + i, args.d - i);
+      sum = sum + x * x;
+    }
+    const double norm = std::sqrt(sum_pairs(sum));
+    return norm < kNormFloor ? kNormFloor : norm;
+  }
+
+  float distance(int64_t row, int64_t k, double score) const {
+    if (args.metric == Metric::l2) return static_cast<float>(-score);
+    if (args.metric == Metric::dot) return static_cast<float>(score);
+    const T* a = z_row(row);
+    const T* b = code(k);
+    const Double8 a_norm = Double8::broadcast(norm64(a)), b_norm = Double8::broadcast(norm64(b));
+    Double8 sum = Double8::zero();
+    for (int64_t i = 0; i < plan.depth; i += 8) {
+      const Double8 difference =
+          widen8(a + i, args.d - i) / a_norm - widen8(b + i, args.d - i) / b_norm;
+      sum = sum + difference * difference;
+    }
+    return static_cast<float>(sum_pairs(sum));
+  }
 
   void rescore_row(int64_t row, int64_t table_row) const {
     double* zr = z64();
@@ -303,24 +356,21 @@ struct Search {
       zr[i] = i < args.d ? simd::widen(z_row(row)[i]) : 0.0;
       has_nan = has_nan || std::isnan(zr[i]);
     }
-    if (has_nan) {
-      args.indices[row] = 0;
-      args.distances[row] = std::numeric_limits<float>::quiet_NaN();
-      return;
-    }
-
-    Best best;
-    const float norm = z_norm()[table_row];
-    if (norm == kInfinity) {
-      for (int64_t k = 0; k < args.k; ++k) best.offer(exact_score(k), k);
-    } else {
-      rescore_blocks(norm, table() + table_row * plan.blocks, best);
+    Best best{std::numeric_limits<double>::quiet_NaN(), 0};
+    int64_t rescored = 0;
+    if (!has_nan) {
+      best.index = -1;
+      const float norm = z_norm()[table_row];
+      rescored = norm == kInfinity ? offer_all(0, args.k, 1, best)
+                                   : rescore_blocks(norm, table() + table_row * plan.blocks, best);
     }
     args.indices[row] = best.index;
-    args.distances[row] = distance(row, best.index, best.score);
+    args.distances[row] =
+        has_nan ? std::numeric_limits<float>::quiet_NaN() : distance(row, best.index, best.score);
+    if (args.rescored) args.rescored[row] = rescored;
   }
 
-  void rescore_blocks(double norm, const float* maxima, Best& best) const {
+  int64_t rescore_blocks(double norm, const float* maxima, Best& best) const {
     // error(M) = c0 + c1 M + c2 M^2 bounds |coarse - exact| for codes of norm up to M:
     // float32 products, sums and norms, float64 rescoring, and flushed subnormals.
     const double d = static_cast<double>(args.d);
@@ -329,7 +379,7 @@ struct Search {
     const bool l2 = args.metric == Metric::l2;
     const V c0 =
         S::broadcast(static_cast<float>((l2 ? fine * norm * norm : 0.0) + tiny * (1.0 + norm)));
-    const V c1 = S::broadcast(static_cast<float>((coarse + 2.0 * fine) * norm + tiny));
+    const V c1 = S::broadcast(static_cast<float>((coarse + kRounding + 2.0 * fine) * norm + tiny));
     const V c2 = S::broadcast(static_cast<float>(l2 ? 0.5 * coarse + fine : 0.0));
     const auto error = [&](int64_t b) {
       const V m = S::load(block_norm() + b);
@@ -347,18 +397,16 @@ struct Search {
     for (const float bound : bounds) threshold = bound > threshold ? bound : threshold;
 
     const V limit = S::broadcast(threshold);
+    int64_t rescored = 0;
     for (int64_t b = 0; b < plan.blocks; b += S::lanes) {
       unsigned hits = S::not_less(S::add(S::load(maxima + b), error(b)), limit);
       for (; hits; hits &= hits - 1) {
-        const int64_t lane = __builtin_ctz(hits);
-        const int64_t first = b / S::lanes * plan.super_codes + lane;
-        for (int64_t v = 0; v < plan.block_vectors; ++v) {
-          const int64_t k = first + v * S::lanes;
-          if (k >= args.k) break;
-          best.offer(exact_score(k), k);
-        }
+        const int64_t super = b / S::lanes * plan.super_codes;
+        rescored +=
+            offer_all(super + __builtin_ctz(hits), super + plan.super_codes, S::lanes, best);
       }
     }
+    return rescored;
   }
 
   void run() const {
@@ -388,7 +436,9 @@ void run(const NearestCodeArgs& args, const NearestCodePlan& plan, const Team::M
   }
 }
 
-constexpr NearestCodeKernels make_kernels() { return {kTileRows, kTileCodes, S::lanes, run}; }
+constexpr NearestCodeKernels make_kernels() {
+  return {kTileRows, kTileCodes, S::lanes, kTerms, run};
+}
 
 }  // namespace
 }  // namespace titok

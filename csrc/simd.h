@@ -15,106 +15,14 @@ namespace titok {
 namespace {
 namespace simd {
 
-#if defined(__AVX512F__)
-struct Avx512 {
-  static constexpr int lanes = 16;
-  static constexpr int tile_rows = 6, tile_vectors = 4;
-  using V = __m512;
-  static V load(const float* p) { return _mm512_loadu_ps(p); }
-  static void store(float* p, V v) { _mm512_storeu_ps(p, v); }
-  static V broadcast(float x) { return _mm512_set1_ps(x); }
-  static V fmadd(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
-  static V add(V a, V b) { return _mm512_add_ps(a, b); }
-  static V sub(V a, V b) { return _mm512_sub_ps(a, b); }
-  static V mul(V a, V b) { return _mm512_mul_ps(a, b); }
-  static V div(V a, V b) { return _mm512_div_ps(a, b); }
-  static V sqrt(V a) { return _mm512_sqrt_ps(a); }
-  static V max(V a, V b) { return _mm512_max_ps(a, b); }
-  static bool all_between(V a, float low, float high) {
-    return (_mm512_cmp_ps_mask(a, broadcast(low), _CMP_GE_OQ) &
-            _mm512_cmp_ps_mask(a, broadcast(high), _CMP_LE_OQ)) == 0xffff;
-  }
-  // Bit i: lane i is not less than the other (true for NaN).
-  static unsigned not_less(V a, V b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLT_UQ); }
-};
-using Native = Avx512;
-#elif defined(__AVX2__)
-struct Avx2 {
-  static constexpr int lanes = 8;
-  static constexpr int tile_rows = 6, tile_vectors = 2;
-  using V = __m256;
-  static V load(const float* p) { return _mm256_loadu_ps(p); }
-  static void store(float* p, V v) { _mm256_storeu_ps(p, v); }
-  static V broadcast(float x) { return _mm256_set1_ps(x); }
-  static V fmadd(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
-  static V add(V a, V b) { return _mm256_add_ps(a, b); }
-  static V sub(V a, V b) { return _mm256_sub_ps(a, b); }
-  static V mul(V a, V b) { return _mm256_mul_ps(a, b); }
-  static V div(V a, V b) { return _mm256_div_ps(a, b); }
-  static V sqrt(V a) { return _mm256_sqrt_ps(a); }
-  static V max(V a, V b) { return _mm256_max_ps(a, b); }
-  static bool all_between(V a, float low, float high) {
-    const V inside = _mm256_and_ps(_mm256_cmp_ps(a, broadcast(low), _CMP_GE_OQ),
-                                   _mm256_cmp_ps(a, broadcast(high), _CMP_LE_OQ));
-    return _mm256_movemask_ps(inside) == 255;
-  }
-  static unsigned not_less(V a, V b) {
-    return static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_NLT_UQ)));
-  }
-};
-using Native = Avx2;
-#else
-struct Portable {
-  static constexpr int lanes = 4;
-  static constexpr int tile_rows = 4, tile_vectors = 2;
-  typedef float V __attribute__((vector_size(16)));
-  static V load(const float* p) {
-    V v;
-    std::memcpy(&v, p, sizeof v);
-    return v;
-  }
-  static void store(float* p, V v) { std::memcpy(p, &v, sizeof v); }
-  static V broadcast(float x) { return V{x, x, x, x}; }
-  static V fmadd(V a, V b, V c) { return a * b + c; }
-  static V add(V a, V b) { return a + b; }
-  static V sub(V a, V b) { return a - b; }
-  static V mul(V a, V b) { return a * b; }
-  static V div(V a, V b) { return a / b; }
-  static V sqrt(V a) {
-    V v;
-    for (int i = 0; i < lanes; ++i) v[i] = std::sqrt(a[i]);
-    return v;
-  }
-  static bool all_between(V a, float low, float high) {
-    bool inside = true;
-    for (int i = 0; i < lanes; ++i) inside = inside && a[i] >= low && a[i] <= high;
-    return inside;
-  }
-  static V max(V a, V b) {
-    V v;
-    for (int i = 0; i < lanes; ++i) v[i] = a[i] > b[i] ? a[i] : b[i];
-    return v;
-  }
-  static unsigned not_less(V a, V b) {
-    unsigned mask = 0;
-    for (int i = 0; i < lanes; ++i) mask |= static_cast<unsigned>(!(a[i] < b[i])) << i;
-    return mask;
-  }
-};
-using Native = Portable;
-#endif
-
-// Eight doubles, whatever the machine: sums over them have one order everywhere.
-typedef double Double8 __attribute__((vector_size(64)));
-
-inline float widen(float x) { return x; }
-
 struct Half {
   uint16_t bits;
 };
 struct BFloat16 {
   uint16_t bits;
 };
+
+inline float widen(float x) { return x; }
 
 inline float widen(BFloat16 x) {
   const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
@@ -141,6 +49,353 @@ inline float widen(Half x) {
   return result;
 #endif
 }
+
+#if defined(__AVX2__)
+
+inline __m256 load8(const float* p) { return _mm256_loadu_ps(p); }
+inline __m256 load8(const Half* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline __m256 load8(const BFloat16* p) {
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+// The first `count` (fewer than eight), then zeros.
+inline __m256 load8_part(const float* p, int64_t count) {
+  const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm256_maskload_ps(p,
+                            _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), lane));
+}
+template <class T>
+__m256 load8_part(const T* p, int64_t count) {
+  T part[8] = {};
+  std::memcpy(part, p, static_cast<std::size_t>(count) * sizeof(T));
+  return load8(part);
+}
+
+#endif
+
+// Eight doubles, whatever the machine: sums over them have one order everywhere.
+#if defined(__AVX512F__)
+
+struct Double8 {
+  __m512d v;
+  static Double8 zero() { return {_mm512_setzero_pd()}; }
+  static Double8 broadcast(double x) { return {_mm512_set1_pd(x)}; }
+  static Double8 load(const double* p) { return {_mm512_loadu_pd(p)}; }
+  static Double8 widen(__m256 x) { return {_mm512_cvtps_pd(x)}; }
+  __m256d low() const { return _mm512_castpd512_pd256(v); }
+  __m256d high() const { return _mm512_extractf64x4_pd(v, 1); }
+};
+inline Double8 operator+(Double8 a, Double8 b) { return {_mm512_add_pd(a.v, b.v)}; }
+inline Double8 operator-(Double8 a, Double8 b) { return {_mm512_sub_pd(a.v, b.v)}; }
+inline Double8 operator*(Double8 a, Double8 b) { return {_mm512_mul_pd(a.v, b.v)}; }
+inline Double8 operator/(Double8 a, Double8 b) { return {_mm512_div_pd(a.v, b.v)}; }
+
+#elif defined(__AVX2__)
+
+struct Double8 {
+  __m256d a, b;
+  static Double8 zero() { return {_mm256_setzero_pd(), _mm256_setzero_pd()}; }
+  static Double8 broadcast(double x) { return {_mm256_set1_pd(x), _mm256_set1_pd(x)}; }
+  static Double8 load(const double* p) { return {_mm256_loadu_pd(p), _mm256_loadu_pd(p + 4)}; }
+  static Double8 widen(__m256 x) {
+    return {_mm256_cvtps_pd(_mm256_castps256_ps128(x)),
+            _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1))};
+  }
+  __m256d low() const { return a; }
+  __m256d high() const { return b; }
+};
+inline Double8 operator+(Double8 x, Double8 y) {
+  return {_mm256_add_pd(x.a, y.a), _mm256_add_pd(x.b, y.b)};
+}
+inline Double8 operator-(Double8 x, Double8 y) {
+  return {_mm256_sub_pd(x.a, y.a), _mm256_sub_pd(x.b, y.b)};
+}
+inline Double8 operator*(Double8 x, Double8 y) {
+  return {_mm256_mul_pd(x.a, y.a), _mm256_mul_pd(x.b, y.b)};
+}
+inline Double8 operator/(Double8 x, Double8 y) {
+  return {_mm256_div_pd(x.a, y.a), _mm256_div_pd(x.b, y.b)};
+}
+
+#else
+
+struct Double8 {
+  double v[8];
+  static Double8 zero() { return {}; }
+  static Double8 broadcast(double x) { return {{x, x, x, x, x, x, x, x}}; }
+  static Double8 load(const double* p) {
+    Double8 out;
+    std::memcpy(out.v, p, sizeof out.v);
+    return out;
+  }
+};
+template <class Fn>
+Double8 each(Double8 a, Double8 b, Fn fn) {
+  Double8 out;
+  for (int i = 0; i < 8; ++i) out.v[i] = fn(a.v[i], b.v[i]);
+  return out;
+}
+inline Double8 operator+(Double8 a, Double8 b) {
+  return each(a, b, [](double x, double y) { return x + y; });
+}
+inline Double8 operator-(Double8 a, Double8 b) {
+  return each(a, b, [](double x, double y) { return x - y; });
+}
+inline Double8 operator*(Double8 a, Double8 b) {
+  return each(a, b, [](double x, double y) { return x * y; });
+}
+inline Double8 operator/(Double8 a, Double8 b) {
+  return each(a, b, [](double x, double y) { return x / y; });
+}
+
+#endif
+
+// ((0+1)+(2+3)) + ((4+5)+(6+7)): the order that every backend follows.
+inline double sum_pairs(Double8 s) {
+#if defined(__AVX2__)
+  const __m256d pairs = _mm256_hadd_pd(s.low(), s.high());  // 0+1, 4+5, 2+3, 6+7
+  const __m128d halves = _mm_add_pd(_mm256_castpd256_pd128(pairs), _mm256_extractf128_pd(pairs, 1));
+  return _mm_cvtsd_f64(_mm_add_sd(halves, _mm_unpackhi_pd(halves, halves)));
+#else
+  return ((s.v[0] + s.v[1]) + (s.v[2] + s.v[3])) + ((s.v[4] + s.v[5]) + (s.v[6] + s.v[7]));
+#endif
+}
+
+// p[0..8) as doubles, zeros from `count` on.
+template <class T>
+Double8 widen8(const T* p, int64_t count) {
+#if defined(__AVX2__)
+  return Double8::widen(count >= 8 ? load8(p) : load8_part(p, count));
+#else
+  Double8 out = Double8::zero();
+  const int64_t end = count < 8 ? count : 8;
+  for (int64_t i = 0; i < end; ++i) out.v[i] = widen(p[i]);
+  return out;
+#endif
+}
+
+// A Native set: `lanes` floats a vector; a register tile of tile_rows x tile_vectors accumulators;
+// `terms` products that one dot() adds per lane, so that a packed word holds `terms` values and
+// words() packs load(0), load(1), ...: `terms` vectors of consecutive values.
+#if defined(__AVX512F__)
+struct Avx512 {
+  static constexpr int lanes = 16;
+  static constexpr int tile_rows = 6, tile_vectors = 4;
+  using V = __m512;
+  static V load(const float* p) { return _mm512_loadu_ps(p); }
+  static V load(const Half* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static V load(const BFloat16* p) {
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+  }
+  // The first `count` (fewer than a vector), then zeros.
+  static V load_part(const float* p, int64_t count) {
+    return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), p);
+  }
+  template <class T>
+  static V load_part(const T* p, int64_t count) {
+    T part[lanes] = {};
+    std::memcpy(part, p, static_cast<std::size_t>(count) * sizeof(T));
+    return load(part);
+  }
+  static void store(float* p, V v) { _mm512_storeu_ps(p, v); }
+  static V broadcast(float x) { return _mm512_set1_ps(x); }
+  static V fmadd(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+  static V add(V a, V b) { return _mm512_add_ps(a, b); }
+  static V sub(V a, V b) { return _mm512_sub_ps(a, b); }
+  static V mul(V a, V b) { return _mm512_mul_ps(a, b); }
+  static V div(V a, V b) { return _mm512_div_ps(a, b); }
+  static V sqrt(V a) { return _mm512_sqrt_ps(a); }
+  static V max(V a, V b) { return _mm512_max_ps(a, b); }
+  static float sum(V a) { return _mm512_reduce_add_ps(a); }
+  static bool all_between(V a, float low, float high) {
+    return (_mm512_cmp_ps_mask(a, broadcast(low), _CMP_GE_OQ) &
+            _mm512_cmp_ps_mask(a, broadcast(high), _CMP_LE_OQ)) == 0xffff;
+  }
+  // Bit i: lane i is not less than the other (true for NaN).
+  static unsigned not_less(V a, V b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLT_UQ); }
+  // Row i of the result is column i.
+  static void transpose(V (&rows)[lanes]) {
+    V t[lanes];
+    for (int i = 0; i < lanes; i += 2) {
+      t[i] = _mm512_unpacklo_ps(rows[i], rows[i + 1]);
+      t[i + 1] = _mm512_unpackhi_ps(rows[i], rows[i + 1]);
+    }
+    for (int i = 0; i < lanes; i += 4) {
+      const __m512d a = _mm512_castps_pd(t[i]), b = _mm512_castps_pd(t[i + 1]);
+      const __m512d c = _mm512_castps_pd(t[i + 2]), d = _mm512_castps_pd(t[i + 3]);
+      rows[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, c));
+      rows[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, c));
+      rows[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, d));
+      rows[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
+    }
+    for (int i = 0; i < 4; ++i) {  // rows[4 q + i] holds columns i, i + 4, ... of rows 4 q..4 q + 3
+      const V low = _mm512_shuffle_f32x4(rows[i], rows[i + 4], 0x88);
+      const V high = _mm512_shuffle_f32x4(rows[i + 8], rows[i + 12], 0x88);
+      t[i] = _mm512_shuffle_f32x4(low, high, 0x88);
+      t[i + 8] = _mm512_shuffle_f32x4(low, high, 0xdd);
+      const V odd_low = _mm512_shuffle_f32x4(rows[i], rows[i + 4], 0xdd);
+      const V odd_high = _mm512_shuffle_f32x4(rows[i + 8], rows[i + 12], 0xdd);
+      t[i + 4] = _mm512_shuffle_f32x4(odd_low, odd_high, 0x88);
+      t[i + 12] = _mm512_shuffle_f32x4(odd_low, odd_high, 0xdd);
+    }
+    for (int i = 0; i < lanes; ++i) rows[i] = t[i];
+  }
+  static constexpr int terms = 1;
+  template <class Load>
+  static V words(const Load& load) {
+    return load(0);
+  }
+  static V dot(V a, V b, V c) { return fmadd(a, b, c); }
+};
+#if defined(__AVX512BF16__)
+// Products of pairs of bfloat16, summed in float32: half the steps.
+struct Avx512Bf16 : Avx512 {
+  static constexpr int terms = 2;
+  static V dot(V a, V b, V c) {
+    return _mm512_dpbf16_ps(c, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+  }
+  template <class Load>
+  static V words(const Load& load) {
+    const V low = load(0), high = load(1);
+    return reinterpret_cast<V>(_mm512_cvtne2ps_pbh(high, low));
+  }
+};
+using Native = Avx512Bf16;
+#else
+using Native = Avx512;
+#endif
+#elif defined(__AVX2__)
+struct Avx2 {
+  static constexpr int lanes = 8;
+  static constexpr int tile_rows = 6, tile_vectors = 2;
+  using V = __m256;
+  template <class T>
+  static V load(const T* p) {
+    return load8(p);
+  }
+  template <class T>
+  static V load_part(const T* p, int64_t count) {
+    return load8_part(p, count);
+  }
+  static void store(float* p, V v) { _mm256_storeu_ps(p, v); }
+  static V broadcast(float x) { return _mm256_set1_ps(x); }
+  static V fmadd(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
+  static V add(V a, V b) { return _mm256_add_ps(a, b); }
+  static V sub(V a, V b) { return _mm256_sub_ps(a, b); }
+  static V mul(V a, V b) { return _mm256_mul_ps(a, b); }
+  static V div(V a, V b) { return _mm256_div_ps(a, b); }
+  static V sqrt(V a) { return _mm256_sqrt_ps(a); }
+  static V max(V a, V b) { return _mm256_max_ps(a, b); }
+  static float sum(V a) {
+    __m128 half = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+  }
+  static bool all_between(V a, float low, float high) {
+    const V inside = _mm256_and_ps(_mm256_cmp_ps(a, broadcast(low), _CMP_GE_OQ),
+                                   _mm256_cmp_ps(a, broadcast(high), _CMP_LE_OQ));
+    return _mm256_movemask_ps(inside) == 255;
+  }
+  static unsigned not_less(V a, V b) {
+    return static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_NLT_UQ)));
+  }
+  static void transpose(V (&rows)[lanes]) {
+    V t[lanes];
+    for (int i = 0; i < lanes; i += 2) {
+      t[i] = _mm256_unpacklo_ps(rows[i], rows[i + 1]);
+      t[i + 1] = _mm256_unpackhi_ps(rows[i], rows[i + 1]);
+    }
+    for (int i = 0; i < lanes; i += 4) {
+      rows[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+      rows[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+      rows[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+      rows[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+    }
+    for (int i = 0; i < 4; ++i) {
+      t[i] = _mm256_permute2f128_ps(rows[i], rows[i + 4], 0x20);
+      t[i + 4] = _mm256_permute2f128_ps(rows[i], rows[i + 4], 0x31);
+    }
+    for (int i = 0; i < lanes; ++i) rows[i] = t[i];
+  }
+  static constexpr int terms = 1;
+  template <class Load>
+  static V words(const Load& load) {
+    return load(0);
+  }
+  static V dot(V a, V b, V c) { return fmadd(a, b, c); }
+};
+using Native = Avx2;
+#else
+struct Portable {
+  static constexpr int lanes = 4;
+  static constexpr int tile_rows = 4, tile_vectors = 2;
+  typedef float V __attribute__((vector_size(16)));
+  static V load(const float* p) {
+    V v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+  }
+  template <class T>
+  static V load(const T* p) {
+    return load_part(p, lanes);
+  }
+  template <class T>
+  static V load_part(const T* p, int64_t count) {
+    V v{};
+    for (int64_t i = 0; i < count; ++i) v[i] = widen(p[i]);
+    return v;
+  }
+  static void store(float* p, V v) { std::memcpy(p, &v, sizeof v); }
+  static V broadcast(float x) { return V{x, x, x, x}; }
+  static V fmadd(V a, V b, V c) { return a * b + c; }
+  static V add(V a, V b) { return a + b; }
+  static V sub(V a, V b) { return a - b; }
+  static V mul(V a, V b) { return a * b; }
+  static V div(V a, V b) { return a / b; }
+  static V sqrt(V a) {
+    V v;
+    for (int i = 0; i < lanes; ++i) v[i] = std::sqrt(a[i]);
+    return v;
+  }
+  static V max(V a, V b) {
+    V v;
+    for (int i = 0; i < lanes; ++i) v[i] = a[i] > b[i] ? a[i] : b[i];
+    return v;
+  }
+  static float sum(V a) { return (a[0] + a[1]) + (a[2] + a[3]); }
+  static bool all_between(V a, float low, float high) {
+    bool inside = true;
+    for (int i = 0; i < lanes; ++i) inside = inside && a[i] >= low && a[i] <= high;
+    return inside;
+  }
+  static unsigned not_less(V a, V b) {
+    unsigned mask = 0;
+    for (int i = 0; i < lanes; ++i) mask |= static_cast<unsigned>(!(a[i] < b[i])) << i;
+    return mask;
+  }
+  static void transpose(V (&rows)[lanes]) {
+    for (int i = 0; i < lanes; ++i) {
+      for (int j = 0; j < i; ++j) {
+        const float x = rows[i][j];
+        rows[i][j] = rows[j][i];
+        rows[j][i] = x;
+      }
+    }
+  }
+  static constexpr int terms = 1;
+  template <class Load>
+  static V words(const Load& load) {
+    return load(0);
+  }
+  static V dot(V a, V b, V c) { return fmadd(a, b, c); }
+};
+using Native = Portable;
+#endif
 
 }  // namespace simd
 }  // namespace

@@ -12,10 +12,25 @@ namespace {
 
 std::atomic<int> forced{-1};
 
+Isa probe() {
+#if defined(__x86_64__)
+  // __builtin_cpu_supports also checks that the operating system saves the registers.
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  const bool f16c = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+  if (f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    if (!__builtin_cpu_supports("avx512f")) return Isa::avx2;
+    return __builtin_cpu_supports("avx512bf16") ? Isa::avx512bf16 : Isa::avx512;
+  }
+#endif
+  return Isa::portable;
+}
+
 }  // namespace
 
 const char* isa_name(Isa isa) {
   switch (isa) {
+    case Isa::avx512bf16:
+      return "avx512bf16";
     case Isa::avx512:
       return "avx512";
     case Isa::avx2:
@@ -26,15 +41,8 @@ const char* isa_name(Isa isa) {
 }
 
 Isa detected_isa() {
-#if defined(__x86_64__)
-  // __builtin_cpu_supports also checks that the operating system saves the registers.
-  unsigned a = 0, b = 0, c = 0, d = 0;
-  const bool f16c = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
-  if (f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
-    return __builtin_cpu_supports("avx512f") ? Isa::avx512 : Isa::avx2;
-  }
-#endif
-  return Isa::portable;
+  static const Isa isa = probe();  // cpuid leaves a virtual machine: microseconds
+  return isa;
 }
 
 Isa active_isa() {
@@ -47,7 +55,7 @@ void force_isa(const std::string& name) {
     forced = -1;
     return;
   }
-  for (const Isa isa : {Isa::portable, Isa::avx2, Isa::avx512}) {
+  for (const Isa isa : {Isa::portable, Isa::avx2, Isa::avx512, Isa::avx512bf16}) {
     if (name != isa_name(isa)) continue;
     if (isa > detected_isa()) {
       throw std::invalid_argument("isa: '" + name +
@@ -57,7 +65,8 @@ void force_isa(const std::string& name) {
     forced = static_cast<int>(isa);
     return;
   }
-  throw std::invalid_argument("isa: '" + name + "' is not one of 'portable', 'avx2', 'avx512'");
+  throw std::invalid_argument("isa: '" + name +
+                              "' is not one of 'portable', 'avx2', 'avx512', 'avx512bf16'");
 }
 
 }  // namespace titok

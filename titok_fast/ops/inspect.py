@@ -93,13 +93,13 @@ def choose_backend(backend: str, device_type: str, order: dict[str, tuple[str, .
         ValueError: an unknown backend.
         RuntimeError: a backend that does not run on this type of device.
     """
+    here = order.get(device_type, ())
+    if backend == "auto" and here:
+        return here[0]
     names = sorted({name for row in order.values() for name in row})
     if backend not in ("auto", "reference", *names):
         allowed = ", ".join(repr(name) for name in ("auto", *names, "reference"))
         raise ValueError(f"backend: {backend!r} is not one of {allowed}")
-    here = order.get(device_type, ())
-    if backend == "auto" and here:
-        return here[0]
     if backend != "reference" and backend not in here:
         raise RuntimeError(f"backend {backend!r} is not available: it has no {device_type} version")
     return backend

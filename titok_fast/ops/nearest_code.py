@@ -47,9 +47,11 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _cpu(z: Tensor, codebook: Tensor, metric: str, backend: str) -> tuple[Tensor, Tensor]:
+def _cpu(
+    z: Tensor, codebook: Tensor, metric: str, backend: str, rescored: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     if backend == "triton":
-        return _triton(z, codebook, metric, backend)
+        return _triton(z, codebook, metric, backend, rescored)
     inspect.require_backend(backend, "cpu")
     extension = inspect.extension()
     z, codebook = _rows(z), _rows(codebook)
@@ -71,18 +73,21 @@ def _cpu(z: Tensor, codebook: Tensor, metric: str, backend: str) -> tuple[Tensor
         metric=metric,
         indices=indices.data_ptr(),
         distances=distances.data_ptr(),
+        rescored=0 if rescored is None else rescored.data_ptr(),
         workspace=workspace.data_ptr(),
         threads=threads,
     )
     return indices, distances
 
 
-def _triton(z: Tensor, codebook: Tensor, metric: str, backend: str) -> tuple[Tensor, Tensor]:
+def _triton(
+    z: Tensor, codebook: Tensor, metric: str, backend: str, rescored: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     inspect.require_backend(backend, z.device.type)
     launch = inspect.kernels("nearest_code").launch_nearest_code
     # Triton launches on the current device, which need not be that of the tensors.
     with torch.cuda.device(z.device) if z.is_cuda else nullcontext():
-        indices, distances = launch(_rows(z), _rows(codebook), metric)
+        indices, distances = launch(_rows(z), _rows(codebook), metric, rescored)
     return indices, distances
 
 
@@ -149,7 +154,9 @@ def nearest_code(
     (arXiv 2412.02692, section 3.2).
     """
     _check(z, codebook, metric)
-    rows, codes = z.detach().reshape(-1, z.shape[-1]), codebook.detach()
+    rows = z.detach() if z.requires_grad else z
+    rows = rows if z.ndim == 2 else rows.reshape(-1, z.shape[-1])
+    codes = codebook.detach() if codebook.requires_grad else codebook
     if backend == "auto" and z.device.type not in BACKENDS:
         rows, codes = rows.cpu(), codes.cpu()
     backend = inspect.choose_backend(backend, rows.device.type, BACKENDS)
@@ -157,7 +164,34 @@ def nearest_code(
         indices, distances = reference.nearest_code(rows, codes, metric)
     else:
         indices, distances = _op(rows, codes, metric, backend)
-    indices = indices.to(z.device).reshape(z.shape[:-1])
-    if return_distance:
-        return indices, distances.to(z.device).reshape(z.shape[:-1])
-    return indices
+    if rows.device != z.device:
+        indices, distances = indices.to(z.device), distances.to(z.device)
+    if z.ndim != 2:
+        indices, distances = indices.view(z.shape[:-1]), distances.view(z.shape[:-1])
+    return (indices, distances) if return_distance else indices
+
+
+def rescored_codes(
+    z: Tensor, codebook: Tensor, *, metric: str = "l2", backend: str = "auto"
+) -> Tensor:
+    """How many codes `nearest_code` scores in float64 for each row: what exactness costs.
+
+    Args:
+        z: as for `nearest_code`, on a CPU or CUDA device.
+        codebook: as for `nearest_code`.
+        metric: as for `nearest_code`.
+        backend: "cpu", "triton" or "auto".
+
+    Returns:
+        [...], int64: K where the row needed every code, 0 for a row with a NaN.
+    """
+    _check(z, codebook, metric)
+    backend = inspect.choose_backend(backend, z.device.type, BACKENDS)
+    if backend == "reference":
+        raise ValueError("backend: 'reference' has no coarse pass; allowed: 'cpu', 'triton'")
+    rescored = torch.zeros(z.shape[:-1], dtype=torch.int64, device=z.device)
+    rows = z.detach().reshape(-1, z.shape[-1])
+    (_cpu if z.device.type == "cpu" else _triton)(
+        rows, codebook.detach(), metric, backend, rescored.view(-1)
+    )
+    return rescored

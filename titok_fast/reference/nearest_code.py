@@ -1,5 +1,6 @@
 """Nearest code in float64, materialising the N x K scores."""
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -22,6 +23,13 @@ def _sum_of(terms: Iterable[Tensor]) -> Tensor:
     return parts[0]
 
 
+def _sqrt(x: Tensor) -> Tensor:
+    """Correctly rounded, as in C++ and on GPUs; torch's on CPU is an ulp off for 1% of values."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return x.sqrt()
+    return x.clone().apply_(math.sqrt)
+
+
 def nearest_code(z: Tensor, codebook: Tensor, metric: str) -> tuple[Tensor, Tensor]:
     """Indices [N] int64 and distances [N] float32 of `z` [N, D] against `codebook` [K, D].
 
@@ -37,8 +45,8 @@ def nearest_code(z: Tensor, codebook: Tensor, metric: str) -> tuple[Tensor, Tens
         score = -_sum_of((rows[:, i, None] - codes[None, :, i]).square() for i in columns)
     else:
         score = _sum_of(rows[:, i, None] * codes[None, :, i] for i in columns)  # [N, K]
-    row_norm = _sum_of(rows[:, i].square() for i in columns).sqrt().clamp_min(1e-12)  # [N]
-    code_norm = _sum_of(codes[:, i].square() for i in columns).sqrt().clamp_min(1e-12)  # [K]
+    row_norm = _sqrt(_sum_of(rows[:, i].square() for i in columns)).clamp_min(1e-12)  # [N]
+    code_norm = _sqrt(_sum_of(codes[:, i].square() for i in columns)).clamp_min(1e-12)  # [K]
     if metric == "cosine":
         score = score / code_norm
 
