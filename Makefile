@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test venv bench lint wheel clean
+.PHONY: demo test venv bench report lint wheel clean
 
 demo: venv
 	$(BIN)/python examples/digits.py
@@ -25,6 +25,9 @@ $(VENV)/.bench: $(VENV)/.installed
 
 bench: $(VENV)/.bench
 	$(BIN)/python -m bench.run
+
+report: venv
+	$(BIN)/python -m bench.report
 
 lint: venv
 	$(BIN)/ruff check .

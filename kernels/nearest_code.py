@@ -1,10 +1,12 @@
-"""Nearest-code search on the GPU: fp16 tensor-core maxima of code blocks, then float64.
+"""Nearest-code search on the GPU: tensor-core maxima of code blocks, then float64.
 
-Four kernels. `prepare` turns rows and codes into scaled fp16 with rigorous error norms, `coarse`
-keeps one maximum per (row, block of codes), `rescore` evaluates in float64 every block that the
-error bound cannot exclude. Derivation: docs/ops/nearest_code.md.
+A small problem takes one launch: `direct` scores every code in float64. Otherwise `prepare` bounds
+rows and codes and, where the tensor cores cannot take the inputs as they are, copies them to scaled
+fp16; `coarse` keeps the two largest sub-block maxima of each (row, block of codes); `rescore`
+evaluates in float64 what the error bound cannot exclude. Derivation: docs/ops/nearest_code.md.
 """
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -22,345 +24,820 @@ _METRICS = {"l2": 0, "cosine": 1, "dot": 2}
 # Above this norm a row or code leaves the coarse pass; below it float32 cannot overflow.
 _LARGEST_NORM = tl.constexpr(1e18)
 _NORM_FLOOR = tl.constexpr(1e-12)
+_CENTER_CODES = tl.constexpr(8)
+_NONE = tl.constexpr(2147483647)
 _TABLE_BYTES = 256 << 20
-_TILE_CODES = 128
-_CENTER_CODES = 64
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Shape of the coarse kernel for one range of D.
+
+    A program multiplies `rows` rows by `codes` codes, `depth` columns at a time; when `depth`
+    covers D, the rows stay in shared memory. `group` products are merged element by element before
+    `fold` neighbouring maxima are, so that a sub-block has group x fold codes; a product gives
+    `parts` blocks (4: one to a lane of a row, so that no lane talks to another).
+    """
+
+    rows: int
+    codes: int
+    depth: int
+    group: int
+    fold: int
+    parts: int
+    num_warps: int
+    num_stages: int
+    programs: int  # that a multiprocessor holds at a time
+
+    @property
+    def span(self) -> int:
+        """Codes that share one scale and one error bound."""
+        return self.codes * self.group
+
+    @property
+    def block(self) -> int:
+        """Codes to one entry of the table."""
+        return self.span // self.parts
+
+    @property
+    def subs(self) -> int:
+        """Sub-blocks of a block."""
+        return self.codes // self.parts // self.fold
 
 
 @dataclass(frozen=True)
 class Config:
-    """Tile of the coarse kernel and its pipeline."""
+    """`tiles` by the largest D they serve, the last one any D; limits of the direct kernel."""
 
-    depth: int
-    num_warps: int
-    num_stages: int
+    tiles: dict[int, Tile]
+    direct: int  # N K D
+    direct_row: int  # K D, which one multiprocessor scans
 
 
+_AMPERE = {
+    16: Tile(64, 64, 16, 8, 1, 4, num_warps=4, num_stages=3, programs=3),
+    32: Tile(64, 64, 32, 4, 2, 4, num_warps=4, num_stages=2, programs=3),
+    64: Tile(128, 128, 64, 1, 8, 1, num_warps=8, num_stages=3, programs=1),
+    512: Tile(128, 128, 32, 1, 8, 1, num_warps=8, num_stages=4, programs=1),
+}
+_HOPPER = {
+    16: Tile(64, 64, 16, 8, 1, 4, num_warps=4, num_stages=3, programs=4),
+    32: Tile(64, 64, 32, 8, 1, 4, num_warps=4, num_stages=2, programs=3),
+    64: Tile(128, 128, 64, 1, 8, 1, num_warps=8, num_stages=3, programs=2),
+    128: Tile(128, 64, 128, 1, 4, 1, num_warps=8, num_stages=3, programs=2),
+    256: Tile(256, 64, 256, 1, 4, 1, num_warps=8, num_stages=3, programs=1),
+    512: Tile(128, 256, 64, 1, 8, 1, num_warps=8, num_stages=4, programs=1),
+}
+_BLACKWELL = _HOPPER | {
+    16: Tile(64, 64, 16, 4, 2, 4, num_warps=4, num_stages=3, programs=4),
+    32: Tile(64, 64, 32, 4, 2, 4, num_warps=4, num_stages=2, programs=4),
+}
 # By compute capability; a capability that is not listed takes the nearest lower one.
 CONFIGS = {
-    80: Config(depth=32, num_warps=8, num_stages=4),
-    90: Config(depth=64, num_warps=8, num_stages=4),
-    100: Config(depth=64, num_warps=8, num_stages=4),
-    120: Config(depth=32, num_warps=8, num_stages=4),
+    80: Config(_AMPERE, direct=1 << 24, direct_row=1 << 17),
+    90: Config(_HOPPER, direct=1 << 24, direct_row=1 << 17),
+    100: Config(_BLACKWELL, direct=1 << 24, direct_row=1 << 17),
+    120: Config(_AMPERE, direct=1 << 21, direct_row=1 << 16),  # float64 at 1/64 of the rate
 }
+# Small enough that tests reach every kernel.
+_INTERPRETER = Config(_HOPPER, direct=1 << 11, direct_row=1 << 11)
 
 
-# n and row_tiles differ from call to call: no variant for a multiple of 16 or for 1.
-@triton.jit(do_not_specialize=["n"])
-def nearest_code_prepare_kernel(
-    x,  # [n, D]
-    center,  # [D] float32
-    out,  # [rows padded to a tile, PADDED_D] float16
-    scale,  # a power of two per row, or per block: x ~ out * scale
-    norm,  # of the row, or the block's largest; inf: not representable
-    error,  # norm of what float16 lost, likewise
-    half_norm,  # [padded rows] ||x||^2 / 2 for l2 codes, inf for what must never score
-    n,
-    x_stride,
+@triton.jit
+def _load_rows(
+    x,
+    row,  # [ROWS], clamped to the last row
+    last,
+    stride,
+    center,  # [WIDTH]
     D: tl.constexpr,
-    PADDED_D: tl.constexpr,
-    BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr,
-    METRIC: tl.constexpr,
-    CODES: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
-    block = tl.program_id(0).to(tl.int64)
-    rows = block * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
-    inside = rows < n
-    x_rows = x + rows[:, None] * x_stride
+    columns = tl.arange(0, WIDTH)
+    where = x + tl.minimum(row, last).to(tl.int64)[:, None] * stride + columns[None, :]
+    values = tl.load(where, mask=(columns < D)[None, :], other=0.0).to(tl.float32)
+    return values - center[None, :]
 
-    largest = tl.zeros([BLOCK], tl.float32)
-    multiplier = tl.full([BLOCK], 1.0, tl.float32)
-    finite = inside
-    square = tl.zeros([BLOCK], tl.float64)
-    for start in range(0, D, CHUNK):
-        columns = start + tl.arange(0, CHUNK)
-        mask = inside[:, None] & (columns < D)[None, :]
-        values = tl.load(x_rows + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-        if METRIC == L2:
-            values -= tl.load(center + columns, mask=columns < D, other=0.0)[None, :]
-        magnitude = tl.abs(values)
-        finite &= tl.min((magnitude <= _LARGEST_NORM).to(tl.int32), axis=1) == 1
-        largest = tl.maximum(largest, tl.max(magnitude, axis=1))
-        if CODES and METRIC == COSINE:
-            square += tl.sum(values.to(tl.float64) * values.to(tl.float64), axis=1)
-    if CODES and METRIC == COSINE:
-        multiplier = (1.0 / tl.maximum(tl.sqrt(square), _NORM_FLOOR)).to(tl.float32)
-    largest = tl.where(finite, largest * multiplier, 0.0)
 
-    if CODES:  # one scale for the block
-        largest = tl.zeros([BLOCK], tl.float32) + tl.max(largest, axis=0)
+@triton.jit
+def _center(codebook, k, stride, D: tl.constexpr, WIDTH: tl.constexpr, CENTERED: tl.constexpr):
+    # The mean of some codes: any vector is valid, this one keeps float16 small.
+    columns = tl.arange(0, WIDTH)
+    total = tl.zeros([WIDTH], tl.float32)
+    if CENTERED:
+        for i in tl.static_range(_CENTER_CODES):
+            code = tl.cast(i, tl.int64) * k // _CENTER_CODES
+            total += tl.load(codebook + code * stride + columns, columns < D, 0.0).to(tl.float32)
+        total /= _CENTER_CODES
+    return tl.where(tl.abs(total) < _LARGEST_NORM, total, 0.0)
+
+
+@triton.jit
+def _powers(largest):
     # Powers of two that bring the largest entry to 2^9..2^10 and back.
     exponent = tl.maximum(largest.to(tl.int32, bitcast=True) >> 23, 21)
     down = ((263 - exponent) << 23).to(tl.float32, bitcast=True)
     up = ((exponent - 9) << 23).to(tl.float32, bitcast=True)
-
-    lost = tl.zeros([BLOCK], tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, PADDED_D, CHUNK):
-        columns = start + tl.arange(0, CHUNK)
-        mask = finite[:, None] & (columns < D)[None, :]
-        values = tl.load(x_rows + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-        if METRIC == L2:
-            shift = tl.load(center + columns, mask=columns < D, other=0.0)
-            values = tl.where(mask, values - shift[None, :], 0.0)
-        scaled = values * multiplier[:, None] * down[:, None]
-        rounded = scaled.to(tl.float16)
-        tl.store(
-            out + rows[:, None] * PADDED_D + columns[None, :],
-            rounded,
-            mask=(columns < PADDED_D)[None, :],
-        )
-        loss = scaled - rounded.to(tl.float32)
-        lost += tl.sum(loss * loss, axis=1)
-        total += tl.sum(scaled * scaled, axis=1)
-
-    length = tl.sqrt(total) * up
-    finite &= length <= _LARGEST_NORM
-    # 1.001 and (D + 8) 2^-24 cover the float32 roundings above.
-    shortfall = tl.sqrt(lost) * up * 1.001 + length * ((D + 8) * 2.0**-24)
-    bound = tl.where(finite, length * 1.001 + shortfall, float("inf"))
-    if CODES:
-        tl.store(scale + block, tl.max(up, axis=0))
-        tl.store(norm + block, tl.max(tl.where(inside, bound, 0.0), axis=0))
-        tl.store(error + block, tl.max(tl.where(finite, shortfall, 0.0), axis=0))
-        half = length * length * 0.5 if METRIC == L2 else length * 0.0
-        tl.store(half_norm + rows, tl.where(finite, half, float("inf")))
-    else:
-        tl.store(scale + rows, up)
-        tl.store(norm + rows, bound)
-        tl.store(error + rows, shortfall)
+    return down, up
 
 
-@triton.jit(do_not_specialize=["row_tiles"])
-def nearest_code_coarse_kernel(
-    z,  # [padded N, PADDED_D] float16
-    codes,  # [padded K, PADDED_D] float16
-    z_scale,  # [padded N] float32
-    code_scale,  # [blocks] float32
-    half_norm,  # [padded K] float32
-    table,  # [padded N, blocks] float32: the largest coarse score of each block
-    row_tiles,
-    blocks,
+@triton.jit
+def _measure(values):  # [ROWS, WIDTH]
+    # (representable, largest entry, norm) of each row, at any scale.
+    magnitude = tl.abs(values)
+    finite = tl.min((magnitude <= _LARGEST_NORM).to(tl.int32), axis=1) == 1
+    magnitude = tl.where(finite[:, None], magnitude, 0.0)
+    largest = tl.max(magnitude, axis=1)
+    down, up = _powers(largest)
+    scaled = magnitude * down[:, None]
+    length = tl.sqrt(tl.sum(scaled * scaled, axis=1)) * up
+    return finite & (length <= _LARGEST_NORM), largest, length
+
+
+@triton.jit
+def _round(
+    values,  # [ROWS, WIDTH]
+    finite,  # [ROWS]
+    down,  # [ROWS]
+    up,  # [ROWS]
+    out,
+    row,  # [ROWS]
+    D: tl.constexpr,
     PADDED_D: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    # Stores the rows as float16; their length, and at most how far from them the copy is.
+    columns = tl.arange(0, WIDTH)
+    scaled = tl.where(finite[:, None], values, 0.0) * down[:, None]
+    rounded = scaled.to(tl.float16)
+    where = out + row.to(tl.int64)[:, None] * PADDED_D + columns[None, :]
+    tl.store(where, rounded, mask=(columns < PADDED_D)[None, :])
+    loss = scaled - rounded.to(tl.float32)
+    length = tl.sqrt(tl.sum(scaled * scaled, axis=1)) * up
+    # 1.001 and (D + 8) 2^-24 cover the float32 roundings.
+    shortfall = tl.sqrt(tl.sum(loss * loss, axis=1)) * up * 1.001 + length * ((D + 8) * 2.0**-24)
+    return length, shortfall
+
+
+@triton.jit(do_not_specialize=["n", "k", "spans"])
+def nearest_code_prepare_kernel(
+    z,  # [N, D]
+    codebook,  # [K, D]
+    z_half,  # [N, PADDED_D] float16, with COPY
+    code_half,  # [spans SPAN, PADDED_D] float16, with COPY; past K, the last code again
+    z_scale,  # [N] a power of two: z ~ z_half * z_scale
+    z_norm,  # [N]; inf: not representable, NaN: has a NaN
+    z_error,  # [N] norm of what float16 lost
+    span_scale,  # [spans]
+    span_bound,  # [3, spans]: see _coarse_error
+    column,  # [spans SPAN] -||e||^2 / 2 for l2, 1 / ||e|| for cosine without COPY
+    n,
+    k,
+    spans,
+    z_stride,
+    codebook_stride,
+    D: tl.constexpr,
+    PADDED_D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SPAN: tl.constexpr,
+    ROWS: tl.constexpr,
+    SUBS: tl.constexpr,
+    METRIC: tl.constexpr,
+    COPY: tl.constexpr,
+):
+    program = tl.program_id(0)
+    center = _center(codebook, k, codebook_stride, D, WIDTH, COPY and METRIC == L2)
+    if program < spans:
+        first = program * SPAN
+        down, up = tl.full([ROWS], 1.0, tl.float32), tl.full([ROWS], 1.0, tl.float32)
+        if COPY:
+            largest = tl.zeros([ROWS], tl.float32)
+            for start in range(0, SPAN, ROWS):
+                code = first + start + tl.arange(0, ROWS)
+                values = _load_rows(codebook, code, k - 1, codebook_stride, center, D, WIDTH)
+                finite, entry, length = _measure(values)
+                if METRIC == COSINE:
+                    entry = entry / tl.maximum(length, _NORM_FLOOR)
+                largest = tl.maximum(largest, tl.where(finite, entry, 0.0))
+            down, up = _powers(tl.zeros([ROWS], tl.float32) + tl.max(largest, axis=0))
+        norm = tl.zeros([ROWS], tl.float32)
+        error = tl.zeros([ROWS], tl.float32)
+        for start in range(0, SPAN, ROWS):
+            code = first + start + tl.arange(0, ROWS)
+            values = _load_rows(codebook, code, k - 1, codebook_stride, center, D, WIDTH)
+            finite, _, length = _measure(values)
+            if METRIC == COSINE:
+                inverse = 1.0 / tl.maximum(length, _NORM_FLOOR)
+                if COPY:
+                    values *= inverse[:, None]
+                else:
+                    length *= inverse
+                    tl.store(column + code, inverse)
+            if COPY:
+                length, lost = _round(values, finite, down, up, code_half, code, D, PADDED_D, WIDTH)
+            else:
+                lost = length * ((D + 8) * 2.0**-22) if METRIC == COSINE else length * 0.0
+            if METRIC == L2:
+                tl.store(column + code, length * length * -0.5)
+            bound = length * 1.001 + lost
+            norm = tl.maximum(norm, tl.where(finite, bound, float("inf")))
+            error = tl.maximum(error, tl.where(finite, lost, 0.0))
+        m, most_lost = tl.max(norm, axis=0), tl.max(error, axis=0)
+        # Tensor cores may truncate each partial sum; the lowest bits hold a number.
+        per_norm = most_lost + m * ((D + 32 + SUBS) * 2.0**-22) + (D + 16) * 2.0**-124
+        alone = (1.0 + m) * ((D + 16) * 2.0**-124)
+        if METRIC == L2:  # the rounded ||e||^2 / 2, and float64 distances
+            alone += m * m * ((D + 16 + SUBS) * 2.0**-22)
+        tl.store(span_bound + program, m * 1.001)
+        tl.store(span_bound + spans + program, per_norm * 1.001)
+        tl.store(span_bound + 2 * spans + program, alone * 1.001)
+        if COPY:
+            tl.store(span_scale + program, tl.max(up, axis=0))
+    else:
+        row = (program - spans) * ROWS + tl.arange(0, ROWS)
+        inside = row < n
+        values = _load_rows(z, row, n - 1, z_stride, center, D, WIDTH)
+        finite, largest, length = _measure(values)
+        lost = tl.zeros([ROWS], tl.float32)
+        if COPY:
+            # Rows past the end write the last row again, with the same values.
+            down, up = _powers(tl.where(finite, largest, 0.0))
+            row = tl.minimum(row, n - 1)
+            length, lost = _round(values, finite, down, up, z_half, row, D, PADDED_D, WIDTH)
+            tl.store(z_scale + row, up, mask=inside)
+        bound = tl.where(finite, length * 1.001 + lost, float("inf"))
+        nans = tl.max((values != values).to(tl.int32), axis=1)
+        tl.store(z_norm + row, tl.where(nans == 1, float("nan"), bound), mask=inside)
+        tl.store(z_error + row, lost, mask=inside)
+
+
+@triton.jit
+def _bits(x):
+    return x.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _load_slice(where, depth, D: tl.constexpr, DEPTH: tl.constexpr):  # masked only if it must be
+    if D % DEPTH == 0:
+        return tl.load(where)
+    return tl.load(where, mask=depth < D, other=0.0)
+
+
+@triton.jit
+def _product(
+    rows,  # [TILE_ROWS, D], or the pointers to its first columns where it is not RESIDENT
+    codes,
+    column,
+    scale,  # [TILE_ROWS]
+    start,  # first code
+    k,
+    code_stride,
+    D: tl.constexpr,
+    TILE_CODES: tl.constexpr,
+    DEPTH: tl.constexpr,
+    METRIC: tl.constexpr,
+    COPY: tl.constexpr,
+):
+    within = tl.arange(0, TILE_CODES)
+    depth = tl.arange(0, DEPTH)
+    if METRIC == L2 or (METRIC == COSINE and not COPY):
+        of_code = tl.load(column + start.to(tl.int64) + within)[None, :]
+    # Past the end comes the last code again: maxima do not change.
+    code = tl.minimum(within, k - 1 - start).to(tl.int64)
+    base = codes + start.to(tl.int64) * (code_stride * 16)
+    where = base + code[None, :] * (code_stride * 16) + depth[:, None]
+    if DEPTH >= D:
+        scores = tl.dot(rows, _load_slice(where, depth[:, None], D, DEPTH))
+    else:
+        scores = tl.zeros([rows.shape[0], TILE_CODES], tl.float32)
+        for at in range(0, D, DEPTH):
+            a = _load_slice(rows + at, at + depth[None, :], D, DEPTH)
+            b = _load_slice(where + at, at + depth[:, None], D, DEPTH)
+            scores = tl.dot(a, b, scores)
+    if METRIC == L2:
+        scores = scores * scale[:, None] + of_code if COPY else scores + of_code
+    elif METRIC == COSINE and not COPY:
+        scores *= of_code
+    return scores
+
+
+@triton.jit(
+    do_not_specialize=["first", "n", "k", "row_tiles", "spans", "steps", "z_stride", "code_stride"]
+)
+def nearest_code_coarse_kernel(
+    z,  # rows of `z`, or their float16 copies
+    codes,  # likewise
+    z_scale,  # [N] float32
+    span_scale,  # [spans] float32
+    column,  # [spans SPAN] float32
+    table,  # [spans PARTS, rows of the chunk] int64: the two largest sub-block maxima
+    first,  # row of the chunk
+    n,
+    k,
+    row_tiles,
+    spans,
+    steps,  # spans to a program
+    z_stride,  # in units of 16 elements, which tells the compiler about alignment
+    code_stride,
+    D: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_CODES: tl.constexpr,
     DEPTH: tl.constexpr,
-    BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
+    FOLD: tl.constexpr,
+    PARTS: tl.constexpr,
+    METRIC: tl.constexpr,
+    COPY: tl.constexpr,
 ):
-    # Neighbouring programs share the code tile: z is small and stays in the cache.
+    # Neighbouring programs share their codes, which thus come from memory once.
     tile = tl.program_id(0)
-    row_tile, code_tile = (tile % row_tiles).to(tl.int64), (tile // row_tiles).to(tl.int64)
-    rows = row_tile * TILE_ROWS + tl.arange(0, TILE_ROWS)
-    columns = code_tile * TILE_CODES + tl.arange(0, TILE_CODES)
-    depth = tl.arange(0, DEPTH)
+    entry = (tile % row_tiles).to(tl.int64) * TILE_ROWS + tl.arange(0, TILE_ROWS)
+    row = first + entry
+    inside = row < n
+    row = tl.minimum(row, n - 1)
+    begin = tile // row_tiles * steps
+    end = tl.minimum(begin + steps, spans)
 
-    acc = tl.zeros([TILE_ROWS, TILE_CODES], tl.float32)
-    for start in range(0, PADDED_D, DEPTH):
-        a = tl.load(z + rows[:, None] * PADDED_D + (start + depth)[None, :])
-        b = tl.load(codes + columns[None, :] * PADDED_D + (start + depth)[:, None])
-        acc = tl.dot(a, b, acc)
+    depth = tl.arange(0, DEPTH)[None, :]
+    rows = z + row[:, None] * (z_stride * 16) + depth
+    if DEPTH >= D:
+        rows = _load_slice(rows, depth, D, DEPTH)
+    row_scale = tl.full([TILE_ROWS], 1.0, tl.float32)
+    if COPY:
+        row_scale = tl.load(z_scale + row)
 
-    PARTS: tl.constexpr = TILE_CODES // BLOCK
-    part = code_tile * PARTS + tl.arange(0, PARTS)
-    scale = tl.load(z_scale + rows)[:, None] * tl.load(code_scale + part)[None, :]  # [rows, PARTS]
-    scores = tl.reshape(acc, [TILE_ROWS, PARTS, BLOCK]) * scale[:, :, None]
-    scores -= tl.reshape(tl.load(half_norm + columns), [PARTS, BLOCK])[None, :, :]
-    tl.store(table + rows[:, None] * blocks + part[None, :], tl.max(scores, axis=2))
+    SUBS: tl.constexpr = TILE_CODES // PARTS // FOLD
+    for span in tl.range(begin, end):
+        scale = row_scale
+        if COPY:
+            scale = row_scale * tl.load(span_scale + span)
+        start = span * (GROUP * TILE_CODES)
+        best = _product(
+            rows, codes, column, scale, start, k, code_stride, D, TILE_CODES, DEPTH, METRIC, COPY
+        )
+        for g in tl.static_range(1, GROUP):
+            scores = _product(
+                rows, codes, column, scale, start + g * TILE_CODES, k, code_stride,
+                D, TILE_CODES, DEPTH, METRIC, COPY,
+            )  # fmt: skip
+            best = tl.maximum(best, scores)
+
+        # In each group of 8 columns a lane of the tensor-core layout holds two: no data moves.
+        best = tl.reshape(best, [TILE_ROWS, TILE_CODES // 8, 4, 2])
+        best = tl.permute(best, [0, 2, 1, 3])
+        if FOLD > 1:
+            best = tl.max(tl.reshape(best, [TILE_ROWS, PARTS, SUBS, FOLD]), axis=3)
+        else:
+            best = tl.reshape(best, [TILE_ROWS, PARTS, SUBS])
+        if COPY and METRIC != L2:
+            best *= scale[:, None, None]
+        # The lowest bits make room for the number of the sub-block.
+        best = (_bits(best) & -SUBS) | tl.arange(0, SUBS)[None, None, :]
+        best = best.to(tl.float32, bitcast=True)
+        top = tl.max(best, axis=2)  # [TILE_ROWS, PARTS]
+        second = tl.max(tl.where(best == top[:, :, None], float("-inf"), best), axis=2)
+        packed = (_bits(top).to(tl.int64) << 32) | (_bits(second).to(tl.int64) & 0xFFFFFFFF)
+        part = span * PARTS + tl.arange(0, PARTS)
+        to = table + part.to(tl.int64)[None, :] * (n - first) + entry[:, None]
+        tl.store(to, packed, mask=inside[:, None])
 
 
 @triton.jit
 def _coarse_error(
-    code_norm,
-    code_error,
-    block,  # [CHUNK]
-    inside,
-    norm,
-    error,
-    D: tl.constexpr,
-    PADDED_D: tl.constexpr,
-    METRIC: tl.constexpr,
+    span_bound,
+    span,  # [CHUNK]
+    spans,
+    real,  # [CHUNK]
+    norm,  # [ROWS]
+    error,  # [ROWS]
+    own,  # [ROWS]
 ):
-    # Bounds |coarse - exact| of a row with these norms for every code of the block.
-    m = tl.load(code_norm + block, mask=inside, other=0.0)
-    lost = tl.load(code_error + block, mask=inside, other=0.0)
-    # Tensor cores may truncate each partial sum.
-    bound = error * m + norm * lost + norm * m * ((PADDED_D + 16) * 2.0**-22)
-    if METRIC == L2:  # the rounded ||e||^2 / 2, and float64 distances
-        bound += m * m * ((D + 8) * 2.0**-22) + (norm + m) * (norm + m) * ((D + 8) * 2.0**-50)
-    subnormal = (1.0 + norm + m) * (D * 2.0**-124)
-    return (bound + subnormal) * 1.001
+    # Bounds |coarse - exact| of these rows for every code of the span.
+    per_error = tl.load(span_bound + span, mask=real, other=0.0)[:, None]
+    per_norm = tl.load(span_bound + spans + span, mask=real, other=0.0)[:, None]
+    alone = tl.load(span_bound + 2 * spans + span, mask=real, other=0.0)[:, None]
+    return error[None, :] * per_error + norm[None, :] * per_norm + (alone + own[None, :])
 
 
 @triton.jit
-def _sum_pairs(x, ROWS: tl.constexpr):
-    # [ROWS, 8] -> [ROWS] in the order of every backend.
-    a, b = tl.split(tl.reshape(x, [ROWS, 4, 2]))
-    a, b = tl.split(tl.reshape(a + b, [ROWS, 2, 2]))
+def _widen(x):
+    return x.to(tl.float32).to(tl.float64)
+
+
+@triton.jit
+def _part(
+    row,  # [1, A] pointers
+    code_row,  # [B, A] pointers
+    inside,  # [B, A]
+    part: tl.constexpr,
+    D: tl.constexpr,
+    METRIC: tl.constexpr,
+):
+    # Every eighth term of the sum, and of the code's squares.
+    total = tl.zeros(inside.shape, tl.float64)
+    square = tl.zeros(inside.shape, tl.float64)
+    for i in tl.static_range(part, D, 8):
+        a, b = _widen(tl.load(row + i)), _widen(tl.load(code_row + i, mask=inside, other=0.0))
+        if METRIC == L2:
+            total += (a - b) * (a - b)
+        else:
+            total += a * b
+            square += b * b
+    return total, square
+
+
+@triton.jit
+def _sum_pairs(x):
+    # [B, A, 8] -> [B, A] in the order of every backend.
+    a, b = tl.split(tl.reshape(x, [x.shape[0], x.shape[1], 4, 2]))
+    a, b = tl.split(tl.reshape(a + b, [x.shape[0], x.shape[1], 2, 2]))
     a, b = tl.split(a + b)
     return a + b
 
 
 @triton.jit
+def _floored(length):
+    return tl.where(length < _NORM_FLOOR, _NORM_FLOOR, length)
+
+
+@triton.jit
 def _exact_scores(
-    z_row,
+    z_row,  # [A] pointers
     codebook,
-    code,  # [ROWS] int64
-    inside,  # [ROWS]
+    code,  # [B, A]
+    inside,  # [B, A]
     codebook_stride,
     D: tl.constexpr,
     METRIC: tl.constexpr,
-    ROWS: tl.constexpr,
 ):
-    score = tl.zeros([ROWS, 8], tl.float64)
-    square = tl.zeros([ROWS, 8], tl.float64)
-    for start in range(0, D, 8):
-        columns = start + tl.arange(0, 8)
-        mask = inside[:, None] & (columns < D)[None, :]
-        where = codebook + code[:, None] * codebook_stride + columns[None, :]
-        e = tl.load(where, mask=mask, other=0.0).to(tl.float32).to(tl.float64)
-        row = tl.load(z_row + columns, mask=columns < D, other=0.0).to(tl.float32).to(tl.float64)
-        if METRIC == L2:
-            difference = row[None, :] - e
-            score += difference * difference
-        else:
-            score += row[None, :] * e
-            if METRIC == COSINE:
-                square += e * e
-    total = _sum_pairs(score, ROWS)
+    code_row = codebook + code.to(tl.int64) * codebook_stride
+    row = z_row[None, :]
+    if D <= 16:  # a thread to a score: nothing moves between lanes
+        total0, square0 = _part(row, code_row, inside, 0, D, METRIC)
+        total1, square1 = _part(row, code_row, inside, 1, D, METRIC)
+        total2, square2 = _part(row, code_row, inside, 2, D, METRIC)
+        total3, square3 = _part(row, code_row, inside, 3, D, METRIC)
+        total4, square4 = _part(row, code_row, inside, 4, D, METRIC)
+        total5, square5 = _part(row, code_row, inside, 5, D, METRIC)
+        total6, square6 = _part(row, code_row, inside, 6, D, METRIC)
+        total7, square7 = _part(row, code_row, inside, 7, D, METRIC)
+        total = (total0 + total1) + (total2 + total3)
+        total += (total4 + total5) + (total6 + total7)
+        square = (square0 + square1) + (square2 + square3)
+        square += (square4 + square5) + (square6 + square7)
+    else:  # eight threads to a score, so that loads are wide
+        totals = tl.zeros([code.shape[0], code.shape[1], 8], tl.float64)
+        squares = tl.zeros([code.shape[0], code.shape[1], 8], tl.float64)
+        for start in tl.range(0, D, 8, loop_unroll_factor=4):
+            columns = start + tl.arange(0, 8)[None, None, :]
+            a = _widen(tl.load(row[:, :, None] + columns, mask=columns < D, other=0.0))
+            b = _widen(
+                tl.load(
+                    code_row[:, :, None] + columns,
+                    mask=inside[:, :, None] & (columns < D),
+                    other=0.0,
+                )
+            )
+            if METRIC == L2:
+                totals += (a - b) * (a - b)
+            else:
+                totals += a * b
+                if METRIC == COSINE:
+                    squares += b * b
+        total = _sum_pairs(totals)
+        square = _sum_pairs(squares)
     if METRIC == L2:
         total = -total
     if METRIC == COSINE:
-        length = tl.sqrt(_sum_pairs(square, ROWS))
-        total = total / tl.where(length < _NORM_FLOOR, _NORM_FLOOR, length)
+        total = total / _floored(tl.sqrt(square))
     return total
 
 
 @triton.jit
-def _length(row, D: tl.constexpr):
-    square = tl.zeros([1, 8], tl.float64)
-    for start in range(0, D, 8):
-        columns = start + tl.arange(0, 8)
-        x = tl.load(row + columns, mask=columns < D, other=0.0).to(tl.float32).to(tl.float64)
-        square += (x * x)[None, :]
-    length = tl.sqrt(_sum_pairs(square, 1))
-    return tl.where(length < _NORM_FLOOR, _NORM_FLOOR, length)  # [1]
+def _best_of(score, code, inside):
+    # The best of [B, A] scores along B and its code: NaN is worst, then _NONE; ties go low.
+    real = inside & (score == score)
+    top = tl.max(tl.where(real, score, float("-inf")), axis=0)
+    index = tl.min(tl.where(real & (score == top[None, :]), code, _NONE), axis=0)
+    return top, index
 
 
 @triton.jit
-def nearest_code_rescore_kernel(
-    z,  # [N, D]
-    codebook,  # [K, D]
-    table,  # [padded N, blocks] float32
-    z_norm,  # [padded N] float32
-    z_error,  # [padded N] float32
-    code_norm,  # [blocks] float32
-    code_error,  # [blocks] float32
-    indices,  # [N] int64
-    distances,  # [N] float32
-    k,
-    blocks,
-    z_stride,
+def _merge(best, best_index, top, index):
+    nearer = (best_index == _NONE) | (top > best) | ((top == best) & (index < best_index))
+    nearer &= index != _NONE
+    return tl.where(nearer, top, best), tl.where(nearer, index, best_index)
+
+
+@triton.jit
+def _length(row, D: tl.constexpr):  # [A] pointers -> [1, A, 1]
+    square = tl.zeros([1, row.shape[0], 8], tl.float64)
+    for start in tl.range(0, D, 8, loop_unroll_factor=2):
+        columns = start + tl.arange(0, 8)[None, None, :]
+        x = _widen(tl.load(row[None, :, None] + columns, mask=columns < D, other=0.0))
+        square += x * x
+    return _floored(tl.sqrt(_sum_pairs(square)))[:, :, None]
+
+
+@triton.jit
+def _store(
+    indices,
+    distances,
+    row,  # [A]
+    inside,  # [A]
+    z_row,  # [A] pointers
+    codebook,
     codebook_stride,
+    best,  # [A] float64
+    best_index,  # [A]
+    has_nan,  # [A]
     D: tl.constexpr,
-    PADDED_D: tl.constexpr,
     METRIC: tl.constexpr,
-    BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    z_row = z + row * z_stride
-    table_row = table + row * blocks
-    norm, error = tl.load(z_norm + row), tl.load(z_error + row)
-
-    threshold = float("-inf")
-    for start in range(0, blocks, CHUNK):
-        block = start + tl.arange(0, CHUNK)
-        inside = block < blocks
-        coarse = tl.load(table_row + block, mask=inside, other=float("-inf"))
-        bound = _coarse_error(
-            code_norm, code_error, block, inside, norm, error, D, PADDED_D, METRIC
-        )
-        lower = coarse - bound
-        threshold = tl.maximum(threshold, tl.max(tl.where(lower == lower, lower, float("-inf"))))
-
-    nans = 0
-    for start in range(0, D, 8):
-        columns = start + tl.arange(0, 8)
-        x = tl.load(z_row + columns, mask=columns < D, other=0.0).to(tl.float32)
-        nans += tl.sum((x != x).to(tl.int32))
-
-    best = tl.full([], float("nan"), tl.float64)
-    best_index = tl.full([], 0, tl.int64)
-    for start in range(0, blocks, CHUNK):
-        block = start + tl.arange(0, CHUNK)
-        inside = block < blocks
-        coarse = tl.load(table_row + block, mask=inside, other=float("-inf"))
-        bound = _coarse_error(
-            code_norm, code_error, block, inside, norm, error, D, PADDED_D, METRIC
-        )
-        # A NaN bound excludes nothing.
-        excluded = (coarse + bound < threshold) | (nans > 0)
-        pending = (inside & ~excluded).to(tl.int32)
-        left = tl.sum(pending)
-        while left > 0:
-            hit = tl.min(tl.where(pending == 1, block, 2147483647))
-            pending = tl.where(block == hit, 0, pending)
-            left -= 1
-            code = hit.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-            real = code < k
-            score = _exact_scores(z_row, codebook, code, real, codebook_stride, D, METRIC, BLOCK)
-            real &= score == score
-            top = tl.max(tl.where(real, score, float("-inf")))
-            top_index = tl.min(tl.where(real & (score == top), code, 9223372036854775807))
-            any_real = tl.max(real.to(tl.int32)) == 1
-            nearer = (best != best) | (top > best) | ((top == best) & (top_index < best_index))
-            nearer &= any_real
-            best = tl.where(nearer, top, best)
-            best_index = tl.where(nearer, top_index, best_index)
-
+    none = best_index == _NONE
+    best_index = tl.where(none, 0, best_index).to(tl.int64)
     distance = best
     if METRIC == L2:
         distance = -best
     if METRIC == COSINE:
-        e_row = codebook + best_index * codebook_stride
-        z_length, e_length = _length(z_row, D), _length(e_row, D)
-        square = tl.zeros([1, 8], tl.float64)
-        for start in range(0, D, 8):
-            columns = start + tl.arange(0, 8)
-            mask = columns < D
-            a = tl.load(z_row + columns, mask=mask, other=0.0).to(tl.float32).to(tl.float64)
-            b = tl.load(e_row + columns, mask=mask, other=0.0).to(tl.float32).to(tl.float64)
-            difference = a / z_length - b / e_length
-            square += (difference * difference)[None, :]
-        distance = tl.sum(_sum_pairs(square, 1))
-    tl.store(indices + row, best_index)
-    tl.store(distances + row, tl.where(nans > 0, float("nan"), distance.to(tl.float32)))
+        code_row = codebook + best_index * codebook_stride
+        z_length, code_length = _length(z_row, D), _length(code_row, D)
+        square = tl.zeros([1, best.shape[0], 8], tl.float64)
+        for start in tl.range(0, D, 8, loop_unroll_factor=2):
+            columns = start + tl.arange(0, 8)[None, None, :]
+            a = (
+                _widen(tl.load(z_row[None, :, None] + columns, mask=columns < D, other=0.0))
+                / z_length
+            )
+            b = (
+                _widen(tl.load(code_row[None, :, None] + columns, mask=columns < D, other=0.0))
+                / code_length
+            )
+            square += (a - b) * (a - b)
+        distance = tl.max(_sum_pairs(square), axis=0)
+    distance = tl.where(has_nan | none, float("nan"), distance.to(tl.float32))
+    tl.store(indices + row, best_index, mask=inside)
+    tl.store(distances + row, distance, mask=inside)
 
 
-def _config(device: torch.device) -> Config:
+@triton.jit
+def _code(
+    block,
+    position,  # of a column in the block's part of a product
+    product,
+    TILE_CODES: tl.constexpr,
+    GROUP: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    # Undoes what the coarse kernel does to its columns.
+    position = block % PARTS * (TILE_CODES // PARTS) + position
+    lane, i = position // (TILE_CODES // 4), position % (TILE_CODES // 4)
+    product = block // PARTS * GROUP + product
+    return product * TILE_CODES + i // 2 * 8 + lane * 2 + i % 2
+
+
+@triton.jit(do_not_specialize=["first", "n", "k", "spans"])
+def nearest_code_rescore_kernel(
+    z,  # [N, D]
+    codebook,  # [K, D]
+    table,  # [spans PARTS, rows of the chunk] int64
+    z_norm,  # [N] float32
+    z_error,  # [N] float32
+    span_bound,  # [3, spans] float32
+    indices,  # [N] int64
+    distances,  # [N] float32
+    rescored,  # [N] int32, with COUNT
+    first,
+    n,
+    k,
+    spans,
+    z_stride,
+    codebook_stride,
+    D: tl.constexpr,
+    TILE_CODES: tl.constexpr,
+    GROUP: tl.constexpr,
+    FOLD: tl.constexpr,
+    PARTS: tl.constexpr,
+    METRIC: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    STEP: tl.constexpr,
+    PIECE: tl.constexpr,
+    COUNT: tl.constexpr,
+):
+    SIZE: tl.constexpr = TILE_CODES // PARTS  # columns of a product that belong to one block
+    SUBS: tl.constexpr = SIZE // FOLD
+    blocks = spans * PARTS
+    one = tl.arange(0, ROWS)
+    row = first + tl.program_id(0).to(tl.int64) * ROWS + one
+    inside = row < n
+    row = tl.minimum(row, n - 1)
+    entry = table + (row - first)
+    z_row = z + row * z_stride
+    norm, error = tl.load(z_norm + row), tl.load(z_error + row)
+    has_nan = norm != norm
+    wanted = (inside & ~has_nan)[None, :]
+    own = norm * 0.0
+    if METRIC == L2:  # float64 distances
+        own = norm * norm * ((D + 8) * 2.0**-48)
+
+    threshold = tl.full([ROWS], float("-inf"), tl.float32)
+    for start in range(0, blocks, CHUNK):
+        block = start + tl.arange(0, CHUNK)
+        in_table = block < blocks
+        real = wanted & in_table[:, None]
+        where = entry[None, :] + block.to(tl.int64)[:, None] * (n - first)
+        top = (tl.load(where, mask=real, other=0) >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+        lower = top - _coarse_error(span_bound, block // PARTS, spans, in_table, norm, error, own)
+        lower = tl.where((lower == lower) & real, lower, float("-inf"))
+        threshold = tl.maximum(threshold, tl.max(lower, axis=0))
+
+    best = tl.full([ROWS], float("nan"), tl.float64)
+    best_index = tl.full([ROWS], _NONE, tl.int32)
+    count = tl.zeros([ROWS], tl.int32)
+    for start in range(0, blocks, CHUNK):
+        block = start + tl.arange(0, CHUNK)
+        in_table = block < blocks
+        real = wanted & in_table[:, None]
+        where = entry[None, :] + block.to(tl.int64)[:, None] * (n - first)
+        pair = tl.load(where, mask=real, other=0)
+        top = (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+        second = pair.to(tl.int32).to(tl.float32, bitcast=True)
+        bound = _coarse_error(span_bound, block // PARTS, spans, in_table, norm, error, own)
+        # A NaN excludes nothing.
+        whole = real & ~(second + bound < threshold[None, :])
+        pending = real & ~(top + bound < threshold[None, :]) & ~whole
+
+        # Rows advance together, each through its own sub-blocks.
+        hit = tl.min(tl.where(pending, block[:, None], _NONE), axis=0)  # [ROWS]
+        while tl.min(hit, axis=0) < _NONE:
+            active = hit < _NONE
+            number = tl.load(entry + hit.to(tl.int64) * (n - first), mask=active, other=0) >> 32
+            position = (number.to(tl.int32) & (SUBS - 1))[None, :] * FOLD
+            for at in range(0, GROUP * FOLD, STEP):
+                i = at + tl.arange(0, STEP)[:, None]
+                code = _code(hit[None, :], position + i % FOLD, i // FOLD, TILE_CODES, GROUP, PARTS)
+                present = active[None, :] & (code < k)
+                score = _exact_scores(z_row, codebook, code, present, codebook_stride, D, METRIC)
+                top_here, index = _best_of(score, code, present)
+                best, best_index = _merge(best, best_index, top_here, index)
+                if COUNT:
+                    count += tl.sum(present.to(tl.int32), axis=0)
+            pending &= block[:, None] != hit[None, :]
+            hit = tl.min(tl.where(pending, block[:, None], _NONE), axis=0)
+
+        # Whole blocks, one row at a time.
+        key = one[None, :] * CHUNK + tl.arange(0, CHUNK)[:, None]
+        least = tl.min(tl.min(tl.where(whole, key, _NONE), axis=0), axis=0)
+        while least < _NONE:
+            this_row = first + tl.program_id(0).to(tl.int64) * ROWS + least // CHUNK
+            this_z = z + (this_row + tl.zeros([1], tl.int64)) * z_stride
+            this_block = start + least % CHUNK
+            for at in range(0, GROUP * SIZE, PIECE):
+                i = at + tl.arange(0, PIECE)[:, None]
+                code = _code(this_block, i % SIZE, i // SIZE, TILE_CODES, GROUP, PARTS)
+                score = _exact_scores(this_z, codebook, code, code < k, codebook_stride, D, METRIC)
+                top_here, index = _best_of(score, code, code < k)
+                index = tl.where(one == least // CHUNK, index, _NONE)
+                best, best_index = _merge(best, best_index, top_here, index)
+                if COUNT:
+                    real_codes = tl.sum((code < k).to(tl.int32), axis=0)
+                    count += tl.where(one == least // CHUNK, real_codes, 0)
+            whole &= key != least
+            least = tl.min(tl.min(tl.where(whole, key, _NONE), axis=0), axis=0)
+
+    _store(
+        indices, distances, row, inside, z_row, codebook, codebook_stride, best, best_index,
+        has_nan, D, METRIC,
+    )  # fmt: skip
+    if COUNT:
+        tl.store(rescored + row, count, mask=inside)
+
+
+@triton.jit(do_not_specialize=["k"])
+def nearest_code_direct_kernel(
+    z,  # [N, D]
+    codebook,  # [K, D]
+    indices,  # [N] int64
+    distances,  # [N] float32
+    rescored,  # [N] int32, with COUNT
+    k,
+    z_stride,
+    codebook_stride,
+    D: tl.constexpr,
+    METRIC: tl.constexpr,
+    CODES: tl.constexpr,
+    COUNT: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) + tl.zeros([1], tl.int64)
+    z_row = z + row * z_stride
+    best = tl.full([1], float("nan"), tl.float64)
+    best_index = tl.full([1], _NONE, tl.int32)
+    for start in range(0, k, CODES):
+        code = start + tl.arange(0, CODES)[:, None]
+        score = _exact_scores(z_row, codebook, code, code < k, codebook_stride, D, METRIC)
+        top, index = _best_of(score, code, code < k)
+        best, best_index = _merge(best, best_index, top, index)
+    # A NaN in the row makes every score NaN, and only a NaN in every code does too.
+    every = tl.full([1], 1, tl.int1)
+    _store(
+        indices, distances, row, every, z_row, codebook, codebook_stride, best, best_index,
+        ~every, D, METRIC,
+    )  # fmt: skip
+    if COUNT:
+        tl.store(rescored + row, tl.zeros([1], tl.int32) + k)
+
+
+@functools.cache
+def _device(device: torch.device) -> tuple[Config, int]:
+    """Configuration and number of multiprocessors."""
     if device.type != "cuda":
-        return CONFIGS[80]
+        return _INTERPRETER, 1
     major, minor = torch.cuda.get_device_capability(device)
-    return CONFIGS[max(c for c in CONFIGS if c <= max(10 * major + minor, min(CONFIGS)))]
+    capability = max(10 * major + minor, min(CONFIGS))
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    return CONFIGS[max(c for c in CONFIGS if c <= capability)], multiprocessors
 
 
-def _center(codebook: Tensor) -> Tensor:
-    """The mean of some codes: any vector is valid, this one keeps float16 small."""
-    k, count = codebook.shape[0], min(codebook.shape[0], _CENTER_CODES)
-    sample = codebook[torch.arange(count, device=codebook.device) * k // count].float()
-    center = sample.mean(0)
-    return torch.where(center.abs() < _LARGEST_NORM.value, center, 0.0)
+def _tile(d: int, tiles: dict[int, Tile]) -> tuple[Tile, int]:
+    """The tile for `d` and the padded D of copies."""
+    tile = next((tile for largest, tile in tiles.items() if d <= largest), None)
+    tile = tile or list(tiles.values())[-1]
+    return tile, triton.cdiv(d, tile.depth) * tile.depth
 
 
-def _tiling(d: int, config: Config) -> tuple[int, int, int]:
-    """(D padded, depth of a tile, codes per block): small D wants small blocks."""
-    depth = min(config.depth, max(16, triton.next_power_of_2(d)))
-    return triton.cdiv(d, depth) * depth, depth, 32 if d <= 64 else _TILE_CODES
+def _steps(row_tiles: int, spans: int, slots: int) -> int:
+    """Spans to a program, such that the last wave of `slots` programs is nearly full."""
+
+    def cost(steps: int) -> int:
+        waves = triton.cdiv(row_tiles * triton.cdiv(spans, steps), slots)
+        return waves * (steps + 1)
+
+    splits = (max(1, waves * slots // row_tiles) for waves in range(1, 9))
+    return min((triton.cdiv(spans, split) for split in splits), key=cost)
 
 
-def launch_nearest_code(z: Tensor, codebook: Tensor, metric: str) -> tuple[Tensor, Tensor]:
-    """Indices [N] int64 and distances [N] float32; `z` [N, D] and `codebook` [K, D] by row."""
+def _prepare_options(d: int, padded_d: int, tile: Tile) -> dict[str, Any]:
+    width = triton.next_power_of_2(padded_d)
+    rows = min(tile.span, max(1, 4096 // width))
+    return {"WIDTH": width, "SPAN": tile.span, "ROWS": rows, "SUBS": tile.subs, "num_warps": 8}
+
+
+def _coarse_options(tile: Tile, rows: int) -> dict[str, Any]:
+    return {
+        "TILE_ROWS": rows,
+        "TILE_CODES": tile.codes,
+        "DEPTH": tile.depth,
+        "GROUP": tile.group,
+        "FOLD": tile.fold,
+        "PARTS": tile.parts,
+        "num_warps": 4 if rows == 64 else tile.num_warps,
+        "num_stages": tile.num_stages,
+    }
+
+
+def _rescore_options(d: int, tile: Tile, rows: int) -> dict[str, Any]:
+    sub_block = tile.group * tile.fold
+    # A register limit keeps the compiler from trading spills for occupancy.
+    if rows <= 4096:  # a warp or two to a row, or most multiprocessors would idle
+        shape = {"ROWS": 4, "CHUNK": 256} if d <= 16 else {"ROWS": 8, "CHUNK": 512}
+        shape |= {"STEP": sub_block, "num_warps": 8, "maxnreg": 255}
+    elif d <= 16:
+        shape = {"ROWS": 8, "CHUNK": 32, "STEP": sub_block, "num_warps": 1, "maxnreg": 168}
+    else:
+        step = min(sub_block, 4)
+        shape = {"ROWS": 8, "CHUNK": 64, "STEP": step, "num_warps": 1, "maxnreg": 255}
+    return {
+        "TILE_CODES": tile.codes,
+        "GROUP": tile.group,
+        "FOLD": tile.fold,
+        "PARTS": tile.parts,
+        "PIECE": min(tile.block, 32 * shape["num_warps"]),
+        "enable_fp_fusion": False,
+        **shape,
+    }
+
+
+_DIRECT = {"CODES": 256, "num_warps": 8, "enable_fp_fusion": False}
+
+
+def launch_nearest_code(
+    z: Tensor,
+    codebook: Tensor,
+    metric: str,
+    rescored: Tensor | None = None,
+    *,
+    config: Config | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Indices [N] int64 and distances [N] float32; `z` [N, D] and `codebook` [K, D] by row.
+
+    Args:
+        z: float32, float16 or bfloat16.
+        codebook: likewise.
+        metric: "l2", "cosine" or "dot".
+        rescored: [N] int32, filled with the number of codes that were scored in float64.
+        config: instead of the device's own, to try out tiles.
+    """
     (n, d), k = z.shape, codebook.shape[0]
     device = z.device
     indices = torch.empty(n, dtype=torch.int64, device=device)
@@ -368,56 +845,58 @@ def launch_nearest_code(z: Tensor, codebook: Tensor, metric: str) -> tuple[Tenso
     if n == 0:
         return indices, distances
 
-    config = _config(device)
-    padded_d, depth, block = _tiling(d, config)
-    code_tiles = triton.cdiv(k, _TILE_CODES)
-    blocks = code_tiles * (_TILE_CODES // block)
-    tile_rows = 64 if n <= 64 else 128
-    chunk = max(tile_rows, _TABLE_BYTES // (4 * blocks) // tile_rows * tile_rows)
-    rows = min(triton.cdiv(n, tile_rows) * tile_rows, chunk)
-
-    def floats(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=device)
-
-    def halves(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float16, device=device)
-
+    own, multiprocessors = _device(device)
+    config = config or own
     kind = _METRICS[metric]
-    center = _center(codebook) if metric == "l2" else floats(0)
-    sizes = {"D": d, "PADDED_D": padded_d, "METRIC": kind}
+    z_stride, codebook_stride = z.stride(0), codebook.stride(0)
+    if k * d <= config.direct_row and n * k * d <= config.direct:
+        nearest_code_direct_kernel[(n,)](
+            z, codebook, indices, distances, rescored, k, z_stride, codebook_stride,
+            D=d, METRIC=kind, COUNT=rescored is not None, **_DIRECT,
+        )  # fmt: skip
+        return indices, distances
 
-    padded_k = code_tiles * _TILE_CODES
-    codes, half_norm = halves(padded_k, padded_d), floats(padded_k)
-    code_scale, code_norm, code_error = floats(blocks), floats(blocks), floats(blocks)
-    nearest_code_prepare_kernel[(blocks,)](
-        codebook, center, codes, code_scale, code_norm, code_error, half_norm,
-        k, codebook.stride(0), **sizes, BLOCK=block, CHUNK=32, CODES=True, num_warps=8,
+    tile, padded_d = _tile(d, config.tiles)
+    spans = triton.cdiv(k, tile.span)
+    copy = z.dtype == torch.float32 or bool((d | z_stride | codebook_stride) % 16)
+    # Whole 16-byte units: a kernel is compiled again for a pointer of another alignment.
+    sizes = [-size % 4 + size for size in (n, n, n, spans, 3 * spans, spans * tile.span)]
+    z_scale, z_norm, z_error, span_scale, span_bound, column = torch.empty(
+        sum(sizes), dtype=torch.float32, device=device
+    ).split(sizes)
+    z_half, code_half = z, codebook
+    if device.type == "cpu" and z.dtype == torch.bfloat16:
+        z_half, code_half = z.float(), codebook.float()  # the interpreter cannot multiply bfloat16
+    if copy:
+        halves = torch.empty((n + spans * tile.span, padded_d), dtype=torch.float16, device=device)
+        z_half, code_half = halves[:n], halves[n:]
+
+    options = _prepare_options(d, padded_d, tile)
+    nearest_code_prepare_kernel[(spans + triton.cdiv(n, options["ROWS"]),)](
+        z, codebook, z_half, code_half, z_scale, z_norm, z_error, span_scale, span_bound,
+        column, n, k, spans, z_stride, codebook_stride,
+        D=d, PADDED_D=padded_d, METRIC=kind, COPY=copy, **options,
     )  # fmt: skip
 
-    z_half, z_scale, z_norm, z_error = (
-        halves(rows, padded_d),
-        floats(rows),
-        floats(rows),
-        floats(rows),
-    )
-    table = floats(rows, blocks)
-    for first in range(0, n, rows):
-        part = z[first : first + rows]
-        count = part.shape[0]
-        tiles = triton.cdiv(count, tile_rows)
-        nearest_code_prepare_kernel[(tiles * tile_rows // 32,)](
-            part, center, z_half, z_scale, z_norm, z_error, z_norm,
-            count, z.stride(0), **sizes, BLOCK=32, CHUNK=32, CODES=False,
+    blocks = spans * tile.parts
+    tile_rows = min(tile.rows, max(64, triton.next_power_of_2(n)))
+    chunk = min(n, max(tile_rows, _TABLE_BYTES // (8 * blocks) // tile_rows * tile_rows))
+    table = torch.empty(chunk * blocks, dtype=torch.int64, device=device)
+    coarse = _coarse_options(tile, tile_rows)
+    rescore = _rescore_options(d, tile, chunk)
+    for first in range(0, n, chunk):
+        end = min(first + chunk, n)
+        row_tiles = triton.cdiv(end - first, tile_rows)
+        steps = _steps(row_tiles, spans, multiprocessors * tile.programs)
+        nearest_code_coarse_kernel[(row_tiles * triton.cdiv(spans, steps),)](
+            z_half, code_half, z_scale, span_scale, column, table, first, end, k, row_tiles,
+            spans, steps, z_half.stride(0) // 16, code_half.stride(0) // 16,
+            D=padded_d if copy else d, METRIC=kind, COPY=copy, **coarse,
         )  # fmt: skip
-        nearest_code_coarse_kernel[(tiles * code_tiles,)](
-            z_half, codes, z_scale, code_scale, half_norm, table, tiles, blocks,
-            PADDED_D=padded_d, TILE_ROWS=tile_rows, TILE_CODES=_TILE_CODES, DEPTH=depth,
-            BLOCK=block, num_warps=config.num_warps, num_stages=config.num_stages,
-        )  # fmt: skip
-        nearest_code_rescore_kernel[(count,)](
-            part, codebook, table, z_norm, z_error, code_norm, code_error,
-            indices[first:], distances[first:], k, blocks, z.stride(0), codebook.stride(0),
-            **sizes, BLOCK=block, CHUNK=512, num_warps=8, enable_fp_fusion=False,
+        nearest_code_rescore_kernel[(triton.cdiv(end - first, rescore["ROWS"]),)](
+            z, codebook, table, z_norm, z_error, span_bound, indices, distances,
+            rescored, first, end, k, spans, z_stride, codebook_stride,
+            D=d, METRIC=kind, COUNT=rescored is not None, **rescore,
         )  # fmt: skip
     return indices, distances
 
@@ -425,34 +904,41 @@ def launch_nearest_code(z: Tensor, codebook: Tensor, metric: str) -> tuple[Tenso
 def specializations(capability: int) -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
     """(kernel, argument types, constants and options) of what a launch on `capability` compiles.
 
-    One entry for each kind of D that the models use; the static report compiles them all.
+    Every tile, with the inputs that the models use; the static report compiles them all.
     """
-    config = CONFIGS[capability]
-    for d, dtype, metric in (
-        (12, "fp32", "cosine"),
-        (64, "fp32", "l2"),
-        (256, "fp32", "l2"),
-        (256, "bf16", "cosine"),
-        (512, "fp16", "dot"),
+    tiles = CONFIGS[capability].tiles
+    for d, dtype, metric, whole in (  # whole: with the kernels whose code the tile hardly changes
+        (12, "fp32", "cosine", True),
+        (12, "fp32", "l2", False),
+        (32, "bf16", "l2", False),
+        (64, "fp32", "l2", True),
+        (128, "bf16", "l2", False),
+        (256, "fp32", "l2", False),
+        (256, "bf16", "cosine", True),
+        (512, "fp16", "dot", True),
     ):
-        padded_d, depth, block = _tiling(d, config)
-        sizes = {"D": d, "PADDED_D": padded_d, "METRIC": _METRICS[metric]}
-        types = {"x": f"*{dtype}", "out": "*fp16", "n": "i32", "x_stride": "i32"}
-        types |= dict.fromkeys(("scale", "norm", "error", "half_norm", "center"), "*fp32")
-        chunk = {"CHUNK": 32}
-        codes = {**sizes, **chunk, "BLOCK": block, "CODES": True, "num_warps": 8}
-        yield nearest_code_prepare_kernel, types, codes
-        yield nearest_code_prepare_kernel, types, {**sizes, **chunk, "BLOCK": 32, "CODES": False}
+        tile, padded_d = _tile(d, tiles)
+        copy = dtype == "fp32"
+        half = "fp16" if copy else dtype
+        types = dict.fromkeys(("z", "codebook"), f"*{dtype}")
+        types |= dict.fromkeys(("z_half", "code_half", "codes"), f"*{half}")
+        names = ("z_scale", "z_norm", "z_error", "span_scale", "span_bound", "column", "distances")
+        types |= dict.fromkeys(names, "*fp32")
+        types |= {"indices": "*i64", "table": "*i64", "rescored": "*i32"}
+        names = ("z_stride", "codebook_stride", "code_stride", "row_tiles", "spans", "steps")
+        types |= dict.fromkeys(("first", "n", "k", *names), "i32")
 
-        types = {"z": "*fp16", "codes": "*fp16", "row_tiles": "i32", "blocks": "i32"}
-        types |= dict.fromkeys(("z_scale", "code_scale", "half_norm", "table"), "*fp32")
-        tile = {"PADDED_D": padded_d, "TILE_CODES": _TILE_CODES, "DEPTH": depth, "BLOCK": block}
-        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-        for tile_rows in (64, 128):
-            yield nearest_code_coarse_kernel, types, {**tile, "TILE_ROWS": tile_rows, **options}
-
-        types = {"z": f"*{dtype}", "codebook": f"*{dtype}", "indices": "*i64", "distances": "*fp32"}
-        types |= dict.fromkeys(("table", "z_norm", "z_error", "code_norm", "code_error"), "*fp32")
-        types |= dict.fromkeys(("k", "blocks", "z_stride", "codebook_stride"), "i32")
-        options = {"num_warps": 8, "enable_fp_fusion": False}
-        yield nearest_code_rescore_kernel, types, {**sizes, "BLOCK": block, "CHUNK": 512, **options}
+        sizes = {"D": d, "METRIC": _METRICS[metric]}
+        prepare = {"PADDED_D": padded_d, "COPY": copy, **_prepare_options(d, padded_d, tile)}
+        yield nearest_code_prepare_kernel, types, {**sizes, **prepare}
+        operands = {**types, "z": f"*{half}"}
+        for rows in (64, 128, 256):
+            if rows <= tile.rows:
+                coarse = {"COPY": copy, **_coarse_options(tile, rows)}
+                constants = {**sizes, "D": padded_d if copy else d, **coarse}
+                yield nearest_code_coarse_kernel, operands, constants
+        if whole:
+            for rows in (1024, 65536):
+                rescore = {"COUNT": False, **_rescore_options(d, tile, rows)}
+                yield nearest_code_rescore_kernel, types, {**sizes, **rescore}
+            yield nearest_code_direct_kernel, types, {**sizes, "COUNT": False, **_DIRECT}

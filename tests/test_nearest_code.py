@@ -4,13 +4,15 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 
 from titok_fast import nearest_code
 from titok_fast.ops import inspect
-from titok_fast.testing import peak_extra_bytes, rows_and_codes
+from titok_fast.ops.nearest_code import rescored_codes
+from titok_fast.testing import cpu_isa, peak_extra_bytes, rows_and_codes, supported_isas
 
 METRICS = ("l2", "cosine", "dot")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -75,6 +77,116 @@ def test_equals_reference_over_many_blocks(metric, n, k, d, backend, device):
         n, k = 4, k // 2  # the interpreter runs one program at a time
     z, codebook = rows_and_codes(n, k, d, device=device)
     assert_exact(z, codebook, metric, backend)
+
+
+def _clustered(n, k, d):
+    centers = 10 * torch.randn(5, d)
+    rows, codes = (centers[torch.randint(5, (m,))] + 1e-3 * torch.randn(m, d) for m in (n, k))
+    return rows, codes
+
+
+def _duplicated(n, k, d):
+    return torch.randn(n, d), torch.randn(1 + k // 9, d)[torch.randint(1 + k // 9, (k,))]
+
+
+def _near_duplicates(n, k, d):
+    """Codes one float32 step from each other in one entry."""
+    codes = torch.randn(1 + k // 7, d)[torch.randint(1 + k // 7, (k,))]
+    entry, side = torch.randint(d, (k, 1)), torch.randn(k, 1).sign() * torch.inf
+    return torch.randn(n, d), codes.scatter(1, entry, codes.gather(1, entry).nextafter(side))
+
+
+def _midpoints(n, k, d):
+    """Rows between two codes, up to float32 rounding."""
+    codes = torch.randn(k, d)
+    return (codes[torch.randint(k, (n,))] + codes[torch.randint(k, (n,))]) / 2, codes
+
+
+def _small_spread(n, k, d):
+    return 1000 + 1e-2 * torch.randn(n, d), 1000 + 1e-2 * torch.randn(k, d)
+
+
+def _scales(n, k, d):
+    """Every row and code at its own scale from 1e-30 to 1e30."""
+    rows, codes = (torch.randn(m, d) * 10 ** (60 * torch.rand(m, 1) - 30) for m in (n, k))
+    return rows, codes
+
+
+def _denormals(n, k, d):
+    rows, codes = (torch.randint(-9, 10, (m, d)) * 2.0**-149 for m in (n, k))
+    return rows, codes
+
+
+def _constant_rows(n, k, d):
+    rows, codes = (torch.randint(-20, 21, (m, 1)).float().expand(m, d) for m in (n, k))
+    return rows, codes
+
+
+def _not_finite(n, k, d):
+    special = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    rows, codes = (
+        torch.where(
+            torch.rand(m, d) < 0.3 / d, special[torch.randint(3, (m, d))], torch.randn(m, d)
+        )
+        for m in (n, k)
+    )
+    return rows, codes
+
+
+HARD = {
+    f.__name__[1:]: f
+    for f in (
+        _clustered,
+        _duplicated,
+        _near_duplicates,
+        _midpoints,
+        _small_spread,
+        _scales,
+        _denormals,
+        _constant_rows,
+        _not_finite,
+    )
+}
+ODD_SHAPES = ((1, 1, 1), (37, 1, 7), (61, 997, 1), (67, 2111, 13), (13, 523, 67), (7, 1409, 131))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("kind", HARD)
+def test_hard_data(backend, device, kind, metric):
+    interpreted = backend == "triton" and device == "cpu"
+    large = ((70, 20011, 13), (67, 3001, 131)) if device == "cuda" else ()  # past the direct kernel
+    for n, k, d in ((3, 131, 13),) if interpreted else (*ODD_SHAPES, *large):
+        for seed, dtype in enumerate(DTYPES[:1] if interpreted else (torch.float32, *DTYPES)):
+            torch.manual_seed(seed)
+            z, codebook = HARD[kind](n, k, d)
+            assert_exact(z.to(device, dtype), codebook.to(device, dtype), metric, backend)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_few_codes_are_rescored(backend, device, metric):
+    n, k, d = (6, 2000, 12) if backend == "triton" and device == "cpu" else (500, 8192, 12)
+    z, codebook = rows_and_codes(n, k, d, device=device)
+    rescored = rescored_codes(z, codebook, metric=metric, backend=backend)
+    assert rescored.dtype == torch.int64 and rescored.shape == (n,)
+    assert int(rescored.min()) >= 1 and float(rescored.double().mean()) < k / 10
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_collapsed_codebook_is_rescored_whole(backend, device, metric):
+    """Codes too close for the coarse pass, the nearest of them last."""
+    k = 300 if backend == "triton" and device == "cpu" else 6007
+    z, codebook = torch.ones(5, 24), torch.full((k, 24), 0.5)
+    if metric == "l2":  # a sphere of codes around the row
+        z, codebook = torch.zeros(5, 24), torch.randn(k, 24).sign()
+        codebook[-1, 3] *= 1 - 2**-24
+    elif metric == "cosine":
+        codebook[:-1, 3] = 0.5001
+    else:
+        codebook[-1, 3] *= 1 + 2**-23
+    z, codebook = z.to(device), codebook.to(device)
+    indices, _ = assert_exact(z, codebook, metric, backend)
+    assert bool((indices == k - 1).all())
+    assert bool((rescored_codes(z, codebook, metric=metric, backend=backend) == k).all())
 
 
 def test_large_mean(backend, device):
@@ -233,20 +345,33 @@ def test_leading_shapes(backend, device, shape):
     assert torch.equal(indices.flatten(), expected)
 
 
-def test_batch_and_threads_do_not_matter():
-    z, codebook = rows_and_codes(700, 3000, 20)
-    expected = nearest_code(z, codebook, return_distance=True)
-    alone = [nearest_code(row, codebook, return_distance=True) for row in z[::50]]
-    for i, (index, distance) in enumerate(alone):
-        assert index == expected[0][50 * i] and distance == expected[1][50 * i]
+@pytest.mark.parametrize("metric", METRICS)
+def test_same_bits_however_it_is_run(metric):
+    """Batch split, stride, thread count and instruction set, on data full of ties."""
+    z, codebook = _duplicated(701, 3001, 20)
+    z[::3] = codebook[torch.randint(3001, (234,))]
+
+    def search(z=z, codebook=codebook):
+        return torch.stack(nearest_code(z, codebook, metric=metric, return_distance=True))
+
+    expected = search()
+    for size in (1, 7, 350, 700):
+        parts = (z if size > 1 else z[:40]).split(size)
+        again = torch.cat([search(part) for part in parts], 1)
+        assert torch.equal(again, expected[:, : again.shape[1]])
+    wide = torch.full((701, 33), torch.nan)
+    wide[:, 5:25] = z
+    assert torch.equal(search(wide[:, 5:25], codebook.T.contiguous().T), expected)
+    assert torch.equal(search(z.flip(0)[::2]), expected.flip(1)[:, ::2])
     threads = torch.get_num_threads()
-    try:
-        for count in (1, 2, 5):
-            torch.set_num_threads(count)
-            again = nearest_code(z, codebook, return_distance=True)
-            assert torch.equal(again[0], expected[0]) and torch.equal(again[1], expected[1])
-    finally:
-        torch.set_num_threads(threads)
+    for isa in supported_isas():
+        with cpu_isa(isa):
+            try:
+                for count in (1, 2, 3, 8):
+                    torch.set_num_threads(count)
+                    assert torch.equal(search(), expected)
+            finally:
+                torch.set_num_threads(threads)
 
 
 def test_works_in_a_forked_child():
@@ -266,12 +391,42 @@ def test_workspace_stays_small(n, k, d):
     assert size <= min(n * k // 128 * 4, 256 << 20) + (16 << 20)
 
 
-def test_never_holds_the_scores():
-    z, codebook = rows_and_codes(2048, 32_768, 16)
-    peak = peak_extra_bytes(lambda: nearest_code(z, codebook))
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("n", "k", "d"), [(2048, 32_768, 16), (20_000, 4096, 12), (64, 131_072, 64), (3000, 3000, 300)]
+)
+def test_never_holds_the_scores(n, k, d, dtype, metric):
+    z, codebook = rows_and_codes(n, k, d, dtype=dtype)
+    nearest_code(z[:1], codebook, metric=metric)
+    peak = peak_extra_bytes(lambda: nearest_code(z, codebook, metric=metric))
     if peak is None:
         pytest.skip("this system does not count peak memory")
-    assert peak < 40 << 20, f"{peak / 2**20:.0f} MiB; N x K floats are 256 MiB"
+    assert peak <= min(n * k // 128 * 4, 256 << 20) + (16 << 20), f"{peak / 2**20:.1f} MiB"
+
+
+def test_time_grows_linearly_with_the_codebook():
+    """At most 3 times the linear growth, on one thread; a busy machine gets five tries."""
+    z, codebook = rows_and_codes(48, 2**20, 8)
+
+    def seconds(k):
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            nearest_code(z, codebook[:k])
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for _ in range(5):
+            small, middle, large = (seconds(2**i) for i in (10, 15, 20))
+            if middle <= 3 * 32 * small and large <= 3 * 32 * middle:
+                return
+    finally:
+        torch.set_num_threads(threads)
+    pytest.fail(f"{small:.2e} s at 2^10 codes, {middle:.2e} s at 2^15, {large:.2e} s at 2^20")
 
 
 @pytest.mark.parametrize("metric", METRICS)

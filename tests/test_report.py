@@ -1,0 +1,188 @@
+"""bench.report: what the documents say, what it refuses, and that the committed tables are true."""
+
+import copy
+import json
+import subprocess
+
+import pytest
+
+from bench import report
+from bench.plot import Axis, label
+
+MACHINE = {
+    "cpu_name": "Some CPU",
+    "cpus": 4,
+    "threads": 2,
+    "isa": "avx2",
+    "gpu_name": "Some GPU",
+    "versions": {"torch": "2.99", "triton": "3.99"},
+    "git": {"commit": "0123456789abcdef", "dirty": False},
+    "quick": False,
+    "peaks": {"gemm_gflops cuda float32": 50000.4, "gemm_gflops cpu float32": 150.0},
+}
+
+
+def entry(provider, device, median, **info):
+    return {
+        "group": f"my_op N=32,K=4096 soft float32 {device}",
+        "extra_info": {
+            "op": "my_op",
+            "provider": provider,
+            "device": device,
+            "gflops": 1234.56,
+            "share_of_gemm_peak": 0.5,
+            "peak_extra_bytes": 3 << 20,
+            "other_cpus": 0.0,
+            **info,
+        },
+        "stats": {"median": median},
+    }
+
+
+RESULT = {
+    "datetime": "2030-01-02T03:04:05+00:00",
+    "machine_info": MACHINE,
+    "benchmarks": [
+        entry("titok_fast-cpu", "cpu", 0.002, wrong_indices=0, checked_rows=1024),
+        entry("titok_fast-cpu[portable]", "cpu", 0.004, peak_extra_bytes=2048),
+        entry("official", "cpu", 0.5, wrong_indices=3, checked_rows=1024),
+        entry("faiss", "cpu", 0.001, other_cpus=0.9, peak_extra_bytes=None),
+        entry("titok_fast-triton", "cuda", 0.3, device_ms=0.05),
+    ],
+}
+
+
+@pytest.fixture
+def tree(tmp_path, monkeypatch):
+    """A tree with one document of each kind and one results file; returns the file's writer."""
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    (tmp_path / "docs" / "ops").mkdir(parents=True)
+    (tmp_path / "bench" / "results").mkdir(parents=True)
+    regions = {"README.md": ["performance"], "docs/ops/my_op.md": ["measured", "exactness"]}
+    for name, names in regions.items():
+        marks = [f"<!-- begin generated: {n} -->\nold\n<!-- end generated -->\n" for n in names]
+        (tmp_path / name).write_text("# Title\n\n" + "between\n".join(marks) + "after\n")
+
+    def write(change=None, name="some-gpu-2030-01-02.json"):
+        result = copy.deepcopy(RESULT)
+        if change:
+            change(result)
+        (tmp_path / "bench" / "results" / name).write_text(json.dumps(result))
+        return tmp_path
+
+    return write
+
+
+def test_tables(tree):
+    root = tree()
+    assert report.main([]) == 0
+    readme = (root / "README.md").read_text()
+    assert readme.startswith("# Title\n\n<!-- begin generated: performance -->\n\n**Some GPU,")
+    assert readme.endswith("<!-- end generated -->\nafter\n") and "old" not in readme
+    for text in (
+        "**Some GPU, Some CPU, avx2**: 4 CPUs, 2 threads, torch 2.99, triton 3.99, 2030-01-02, "
+        "commit 0123456, [`some-gpu-2030-01-02.json`](bench/results/some-gpu-2030-01-02.json)",
+        "| N = 32, K = 4,096, soft, float32 | 2.00 ms | 500 ms | **1.00 ms†** | 250x | "
+        "3 MiB / 3 MiB |",
+        "| N = 32, K = 4,096, soft, float32 | **0.050 ms** | - | 3 MiB |",
+        report.CONTENDED_NOTE,
+    ):
+        assert text in readme, readme
+    assert "portable" not in readme and "No GPU" not in readme
+
+    page = (root / "docs/ops/my_op.md").read_text()
+    for text in (
+        "](../../bench/results/some-gpu-2030-01-02.json)",
+        "| N = 32, K = 4,096, soft, float32 | faiss | 1.00† | 1,234.6 | 50.0% |  | 0.50† | 0.25† |",
+        "|  | titok_fast-cpu[portable] | 4.00 | 1,234.6 | 50.0% | 2 KiB | 2.00 | 1.00 |  |",
+        "|  | official | 500 | 1,234.6 | 50.0% | 3 MiB | 250 | 125 | 3 of 1,024 |",
+        "soft, float32 | titok_fast-triton | 0.050 | 300 | 1,234.6 |",
+        "Peaks: gemm_gflops cuda float32 50,000.",
+        "between",
+        "No run is on record yet.",
+    ):
+        assert text in page, page
+    assert report.main(["--check"]) == 0
+
+
+def test_check_changes_nothing(tree, capsys):
+    root = tree()
+    before = (root / "README.md").read_text()
+    assert report.main(["--check"]) == 1
+    assert (root / "README.md").read_text() == before
+    assert "README.md is not up to date" in capsys.readouterr().out
+
+
+def test_the_newest_file_of_each_machine(tree):
+    tree(name="some-gpu-2029-12-31.json")
+    tree(lambda result: result["machine_info"].update(quick=True), "some-gpu-2030-01-03-quick.json")
+    root = tree()
+    (root / "bench/results/some-gpu-2029-12-31.json").write_text("not even JSON")
+    tree(lambda result: result["machine_info"].update(cpu_name="Another"), "z-2030-01-01.json")
+    assert report.main([]) == 0
+    readme = (root / "README.md").read_text()
+    assert readme.index("some-gpu-2030-01-02.json") < readme.index("z-2030-01-01.json")
+
+
+def test_exactness(tree):
+    def counts(result):
+        del result["benchmarks"]
+        shape = {"K": 4096, "D": 12, "metric": "l2", "dtype": "float32", "device": "cpu"}
+        shape |= {"queries": 9480, "wrong": 0, "rescored_mean": 16.04, "rescored_max": 32}
+        result |= {"op": "my_op", "exactness": [shape]}
+
+    tree(counts, "exactness-some-gpu-2030-01-02.json")
+    root = tree()
+    assert report.main([]) == 0
+    page = (root / "docs/ops/my_op.md").read_text()
+    line = "| K = 4,096, D = 12, l2, float32, cpu | 9,480 | 0 | 16.0 (0.39%) | 32 |"
+    assert line in page and "(my_op_exactness.png)" in page
+    assert (root / "README.md").read_text().count("**Some GPU") == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"git": {"commit": "01", "dirty": True}}, "was not a clean commit"),
+        ({"git": {"commit": None, "dirty": None}}, "was not a clean commit"),
+        ({"git": None}, "does not describe its machine: no git"),
+        ({"cpu_name": ""}, "does not describe its machine: no cpu_name"),
+        ({"quick": True}, "a quick run"),
+    ],
+)
+def test_refuses(tree, capsys, change, words):
+    root = tree(lambda result: result["machine_info"].update(change))
+    before = (root / "README.md").read_text()
+    assert report.main([]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("bench.report: some-gpu-2030-01-02.json: ") and words in error
+    assert error.count("\n") == 1 and (root / "README.md").read_text() == before
+
+
+def test_refuses_what_it_cannot_read(tree, capsys):
+    root = tree(lambda result: result.pop("machine_info"))
+    assert report.main([]) == 2 and "no cpu_name" in capsys.readouterr().err
+    (root / "bench/results/some-gpu-2030-01-02.json").write_text("{")
+    assert report.main([]) == 2 and capsys.readouterr().err.count("\n") == 1
+    tree()
+    (root / "README.md").write_text("<!-- begin generated: weather -->\n<!-- end generated -->\n")
+    assert report.main([]) == 2 and "'weather'" in capsys.readouterr().err
+
+
+def test_committed_documents_say_what_the_committed_results_say(capsys):
+    listed = subprocess.run(
+        ["git", "ls-files", "bench/results/*.json"], cwd=report.ROOT, capture_output=True, text=True
+    )
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    committed = [report.ROOT / name for name in listed.stdout.split()]
+    files = [str(path) for path in report.newest(committed)]
+    assert files and report.main(["--check", *files]) == 0, capsys.readouterr()
+
+
+def test_axes():
+    log = Axis(1e-12, 10, log=True)
+    assert log.at(1e-12) == 0 and log.at(0) == 0 and log.at(10) == 1 and 0.5 < log.at(1e-5) < 0.6
+    assert [label(tick) for tick in log.ticks()] == ["1e-12", "1e-9", "1e-6", "0.001", "1"]
+    assert Axis(0, 270).ticks() == [0, 100, 200] and Axis(0, 17).ticks() == [0, 5, 10, 15]
+    assert [label(t) for t in Axis(0.5, 2e6, log=True).ticks()] == ["1", "100", "10,000", "1e6"]
