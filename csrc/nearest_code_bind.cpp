@@ -4,18 +4,12 @@
 #include <stdexcept>
 #include <string>
 
+#include "bind.h"
 #include "nearest_code.h"
 
 namespace py = pybind11;
 
 namespace {
-
-titok::DType parse_dtype(const std::string& name) {
-  if (name == "float32") return titok::DType::float32;
-  if (name == "float16") return titok::DType::float16;
-  if (name == "bfloat16") return titok::DType::bfloat16;
-  throw std::invalid_argument("dtype: '" + name + "' is not float32, float16 or bfloat16");
-}
 
 titok::Metric parse_metric(const std::string& name) {
   if (name == "l2") return titok::Metric::l2;
@@ -43,7 +37,7 @@ void bind_nearest_code(py::module_& m) {
         args.n = n;
         args.k = k;
         args.d = d;
-        args.dtype = parse_dtype(dtype);
+        args.dtype = titok::parse_dtype(dtype);
         args.metric = parse_metric(metric);
         args.indices = reinterpret_cast<int64_t*>(indices);
         args.distances = reinterpret_cast<float*>(distances);

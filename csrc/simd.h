@@ -212,6 +212,16 @@ struct Avx512 {
   static V sqrt(V a) { return _mm512_sqrt_ps(a); }
   static V max(V a, V b) { return _mm512_max_ps(a, b); }
   static float sum(V a) { return _mm512_reduce_add_ps(a); }
+  static float largest(V a) { return _mm512_reduce_max_ps(a); }
+  // p * 2^n for the n that sits in the low bits of `shifted`.
+  static V scale(V p, V shifted) {
+    return _mm512_castsi512_ps(_mm512_add_epi32(
+        _mm512_castps_si512(p), _mm512_slli_epi32(_mm512_castps_si512(shifted), 23)));
+  }
+  // `value`, and zero in the lanes where x < limit.
+  static V zero_below(V value, V x, float limit) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, broadcast(limit), _CMP_NLT_UQ), value);
+  }
   static bool all_between(V a, float low, float high) {
     return (_mm512_cmp_ps_mask(a, broadcast(low), _CMP_GE_OQ) &
             _mm512_cmp_ps_mask(a, broadcast(high), _CMP_LE_OQ)) == 0xffff;
@@ -264,6 +274,12 @@ struct Avx512Bf16 : Avx512 {
     const V low = load(0), high = load(1);
     return reinterpret_cast<V>(_mm512_cvtne2ps_pbh(high, low));
   }
+  // Words of one value each of two vectors.
+  static V zip(V low, V high) {
+    const __m512i a = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(low)));
+    const __m512i b = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(high)));
+    return _mm512_castsi512_ps(_mm512_or_si512(a, _mm512_slli_epi32(b, 16)));
+  }
 };
 using Native = Avx512Bf16;
 #else
@@ -295,6 +311,18 @@ struct Avx2 {
     __m128 half = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
     half = _mm_add_ps(half, _mm_movehl_ps(half, half));
     return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+  }
+  static float largest(V a) {
+    __m128 half = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    half = _mm_max_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
+  }
+  static V scale(V p, V shifted) {
+    return _mm256_castsi256_ps(_mm256_add_epi32(
+        _mm256_castps_si256(p), _mm256_slli_epi32(_mm256_castps_si256(shifted), 23)));
+  }
+  static V zero_below(V value, V x, float limit) {
+    return _mm256_and_ps(value, _mm256_cmp_ps(x, broadcast(limit), _CMP_NLT_UQ));
   }
   static bool all_between(V a, float low, float high) {
     const V inside = _mm256_and_ps(_mm256_cmp_ps(a, broadcast(low), _CMP_GE_OQ),
@@ -368,6 +396,18 @@ struct Portable {
     return v;
   }
   static float sum(V a) { return (a[0] + a[1]) + (a[2] + a[3]); }
+  static float largest(V a) {
+    const float low = a[0] > a[1] ? a[0] : a[1], high = a[2] > a[3] ? a[2] : a[3];
+    return low > high ? low : high;
+  }
+  static V scale(V p, V shifted) {
+    typedef int32_t I __attribute__((vector_size(16)));
+    return reinterpret_cast<V>(reinterpret_cast<I>(p) + (reinterpret_cast<I>(shifted) << 23));
+  }
+  static V zero_below(V value, V x, float limit) {
+    for (int i = 0; i < lanes; ++i) value[i] = x[i] < limit ? 0.0f : value[i];
+    return value;
+  }
   static bool all_between(V a, float low, float high) {
     bool inside = true;
     for (int i = 0; i < lanes; ++i) inside = inside && a[i] >= low && a[i] <= high;
@@ -396,6 +436,31 @@ struct Portable {
 };
 using Native = Portable;
 #endif
+
+// row[0..lanes) where `left` values remain, zeros past them.
+template <class T>
+Native::V load_row(const T* row, int64_t left) {
+  if (left >= Native::lanes) return Native::load(row);
+  return left > 0 ? Native::load_part(row, left) : Native::broadcast(0.0f);
+}
+
+// e^x for x <= 88, to 2 ulp; 0 below -60, so that products with it are not slow denormals; NaN
+// stays.
+inline Native::V exp(Native::V x) {
+  using S = Native;
+  constexpr float kLowest = -60.0f, kMagic = 12582912.0f;  // 1.5 * 2^23: its sum rounds to integer
+  const S::V y = S::max(S::broadcast(kLowest), x);         // max keeps its second operand for a NaN
+  const S::V shifted = S::fmadd(y, S::broadcast(1.44269504f), S::broadcast(kMagic));
+  const S::V n = S::sub(shifted, S::broadcast(kMagic));
+  S::V r = S::fmadd(n, S::broadcast(-0.693359375f), y);
+  r = S::fmadd(n, S::broadcast(2.12194440e-4f), r);
+  S::V p = S::broadcast(1.9841270e-4f);
+  for (const float c :
+       {1.3888889e-3f, 8.3333333e-3f, 4.1666667e-2f, 0.16666667f, 0.5f, 1.0f, 1.0f}) {
+    p = S::fmadd(p, r, S::broadcast(c));
+  }
+  return S::zero_below(S::scale(p, shifted), x, kLowest);
+}
 
 }  // namespace simd
 }  // namespace

@@ -1,5 +1,6 @@
 """Shared set-up: fixed seeds, poisoned memory, and Triton's interpreter where there is no GPU."""
 
+import importlib.util
 import os
 
 import pytest
@@ -11,6 +12,7 @@ if not torch.cuda.is_available():
 with torch.device("meta"):
     torch.empty(0)  # torch caches its constructors here, before a test replaces torch.empty
 
+from titok_fast.ops import inspect
 from titok_fast.testing import cpu_isa, supported_isas
 
 
@@ -51,6 +53,24 @@ def backend(request: pytest.FixtureRequest):
     if request.param == "triton":
         yield "triton"
         return
+    if request.param not in supported_isas():
+        pytest.skip(f"this CPU has no {request.param}")
+    with cpu_isa(request.param):
+        yield "cpu"
+
+
+@pytest.fixture(params=["portable", "avx2", "avx512", "avx512bf16", "triton", "streaming"])
+def ibq_backend(request: pytest.FixtureRequest):
+    """Each backend of index_propagation but the reference."""
+    if request.param in ("triton", "streaming"):
+        if request.param == "triton" and not importlib.util.find_spec(
+            "titok_fast.kernels.index_propagation"
+        ):
+            pytest.skip("there is no Triton kernel yet")
+        yield request.param
+        return
+    if not hasattr(inspect.extension(), "index_propagation_fwd_cpu"):
+        pytest.skip("the extension is built without the op")
     if request.param not in supported_isas():
         pytest.skip(f"this CPU has no {request.param}")
     with cpu_isa(request.param):

@@ -113,3 +113,95 @@ def test_our_own_layers_and_other_models_are_left_alone():
     _, report = accelerate(model)
     assert model.shared is quantizer
     assert str(report) == "found no quantizer to replace"
+
+
+def seed_voken(name="IndexPropagationQuantize", **changes):
+    """SEED-Voken's quantizers by name and attributes, the arithmetic that of the first."""
+
+    def init(self, use_entropy_loss=False):
+        nn.Module.__init__(self)
+        attributes = {
+            "n_e": 32, "e_dim": 6, "beta": 0.5, "use_entropy_loss": use_entropy_loss,
+            "cosine_similarity": False, "entropy_temperature": 0.2,
+            "sample_minimization_weight": 2.0, "batch_maximization_weight": 0.5,
+            "remap": None, "re_embed": 32,
+        } | changes  # fmt: skip
+        for key, value in attributes.items():
+            if value is not None or key == "remap":
+                setattr(self, key, value)
+        self.embedding = nn.Embedding(32, 6)
+
+    def forward(self, z, temp=None, return_logits=False):
+        rows, codebook = z.permute(0, 2, 3, 1), self.embedding.weight
+        logits = rows @ codebook.T
+        soft = logits.softmax(-1)
+        indices = soft.argmax(-1)
+        hard = F.one_hot(indices, 32).float()
+        quantized, codes = (hard - soft.detach() + soft) @ codebook, hard @ codebook
+        loss = (
+            (quantized - rows).square().mean() + (codes.detach() - rows).square().mean()
+            + self.beta * (codes - rows.detach()).square().mean()
+        )  # fmt: skip
+        if self.use_entropy_loss:
+            sharp = (logits / self.entropy_temperature).flatten(0, 2)
+            sample = -(sharp.softmax(1) * sharp.log_softmax(1)).sum(1).mean()
+            mean = sharp.softmax(1).mean(0)
+            batch = -(mean * (mean + 1e-5).log()).sum()
+            weights = self.sample_minimization_weight, self.batch_maximization_weight
+            loss = loss, sample, batch, weights[0] * sample - weights[1] * batch
+        return quantized.permute(0, 3, 1, 2), loss, (None, None, indices.flatten())
+
+    return type(
+        name, (nn.Module,), {"__init__": init, "forward": forward, "__module__": "src.quantize"}
+    )
+
+
+@pytest.mark.parametrize("use_entropy_loss", [False, True])
+def test_ibq_quantizers_train_on_as_before(use_entropy_loss):
+    model = Model(seed_voken()(use_entropy_loss))
+    x = torch.randn(2, 3, 1, 10)
+    weight = model.shared.embedding.weight
+
+    def step():
+        output, losses, (_, _, indices) = model(x)
+        losses = losses if use_entropy_loss else (losses,)
+        grads = torch.autograd.grad(output.square().sum() + sum(losses), list(model.parameters()))
+        return output, torch.stack(losses), indices, grads
+
+    expected, expected_losses, expected_indices, expected_grads = step()
+    _, report = accelerate(model)
+    assert isinstance(model.shared, titok_fast.IndexPropagationQuantize)
+    assert set(report.replaced) == {"inner.quantize", "shared"} and not report.left
+    assert model.shared.embedding.weight is weight
+    output, losses, indices, grads = step()
+    assert torch.equal(indices, expected_indices)
+    assert relative_error(output, expected) < 1e-6
+    torch.testing.assert_close(losses, expected_losses, rtol=1e-5, atol=1e-6)
+    for ours, theirs in zip(grads, expected_grads, strict=True):
+        assert relative_error(ours, theirs) < 1e-4
+
+
+def test_the_remap_of_an_ibq_quantizer_moves_along():
+    quantizer = seed_voken(remap="used.npy", re_embed=4, unknown_index=3)()
+    used = torch.tensor([4, 9, 30])
+    quantizer.register_buffer("used", used)
+    layer, _ = accelerate(quantizer)
+    assert layer.used is used and layer.re_embed == 4 and layer.unknown_index == 3
+    _, _, (_, _, indices) = layer(torch.randn(1, 6, 2, 2))
+    assert indices.shape == (4, 1) and int(indices.max()) <= 2
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "reason"),
+    [
+        ("IndexPropagationQuantize", {"beta": None}, "has no beta, so it is not SEED-Voken's"),
+        ("VectorQuantizer", {}, "is SEED-Voken's, whose result holds the one-hot rows [N, K]"),
+        ("VectorQuantizer2", {}, "has other losses and returns than the layers here"),
+    ],
+)
+def test_what_cannot_be_replaced_is_left_with_a_reason(name, changes, reason):
+    quantizer = seed_voken(name, **changes)()
+    model, report = accelerate(quantizer)
+    assert model is quantizer and not report.replaced
+    assert report.left[""] == f"src.quantize.{name} {reason}"
+    assert "\n" not in str(report)

@@ -2,8 +2,18 @@
 
 __version__ = "0.1.0"
 
-from titok_fast.layers import VectorQuantizer, accelerate
+from titok_fast.layers import IndexPropagationQuantize, VectorQuantizer, accelerate, ibq_quantize
 from titok_fast.models import MaskGITVQGAN, TiTok
-from titok_fast.ops import nearest_code
+from titok_fast.ops import index_propagation, nearest_code
 
-__all__ = ["MaskGITVQGAN", "TiTok", "VectorQuantizer", "__version__", "accelerate", "nearest_code"]
+__all__ = [
+    "IndexPropagationQuantize",
+    "MaskGITVQGAN",
+    "TiTok",
+    "VectorQuantizer",
+    "__version__",
+    "accelerate",
+    "ibq_quantize",
+    "index_propagation",
+    "nearest_code",
+]

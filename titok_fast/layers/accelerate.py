@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from titok_fast.layers.index_propagation_quantize import IndexPropagationQuantize
 from titok_fast.layers.vector_quantizer import VectorQuantizer
 
 
@@ -30,9 +31,11 @@ class AcceleratedReport:
 def accelerate(model: nn.Module, *, backend: str = "auto") -> tuple[nn.Module, AcceleratedReport]:
     """Replace the quantizers inside an upstream model by the fused layers.
 
-    Modules are recognised by class name and attributes, without importing their package. Today
-    that is `VectorQuantizer` of 1d-tokenizer. Parameters and buffers stay the same tensors, so
-    optimizers, state dicts and checkpoints go on working; hooks and the training mode move along.
+    Modules are recognised by class name and attributes, without importing their package:
+    `VectorQuantizer` of 1d-tokenizer and `IndexPropagationQuantize` of SEED-Voken. Parameters and
+    buffers stay the same tensors, so optimizers, state dicts and checkpoints go on working; hooks
+    and the training mode move along. SEED-Voken's `VectorQuantizer` and `VectorQuantizer2` return
+    other things than the layers here and are left, with that reason in the report.
 
     Args:
         model: changed in place; a quantizer itself is fine too.
@@ -64,6 +67,8 @@ def accelerate(model: nn.Module, *, backend: str = "auto") -> tuple[nn.Module, A
 
 
 def _vector_quantizer(module: nn.Module, backend: str) -> nn.Module | str:
+    if all(hasattr(module, name) for name in ("n_e", "e_dim", "beta")):
+        return f"{_name(module)} is SEED-Voken's, whose result holds the one-hot rows [N, K]"
     needed = ("codebook_size", "token_size", "commitment_cost", "use_l2_norm", "embedding")
     missing = [name for name in needed if not hasattr(module, name)]
     if missing:
@@ -74,8 +79,33 @@ def _vector_quantizer(module: nn.Module, backend: str) -> nn.Module | str:
         return VectorQuantizer(**values, clustering_vq=clustering, backend=backend)
 
 
+def _vector_quantizer2(module: nn.Module, backend: str) -> nn.Module | str:
+    return f"{_name(module)} has other losses and returns than the layers here"
+
+
+def _index_propagation_quantize(module: nn.Module, backend: str) -> nn.Module | str:
+    needed = (
+        "n_e", "e_dim", "beta", "use_entropy_loss", "cosine_similarity", "entropy_temperature",
+        "sample_minimization_weight", "batch_maximization_weight",
+    )  # fmt: skip
+    remap = ("remap", "re_embed")
+    missing = [name for name in (*needed, *remap, "embedding") if not hasattr(module, name)]
+    if missing:
+        return f"{_name(module)} has no {', '.join(missing)}, so it is not SEED-Voken's"
+    with torch.device("meta"):
+        layer = IndexPropagationQuantize(
+            **{name: getattr(module, name) for name in needed}, backend=backend
+        )
+    for name in (*remap, "unknown_index"):
+        if hasattr(module, name):
+            setattr(layer, name, getattr(module, name))
+    return layer
+
+
 _BUILDERS: dict[str, Callable[[nn.Module, str], nn.Module | str]] = {
     "VectorQuantizer": _vector_quantizer,
+    "VectorQuantizer2": _vector_quantizer2,
+    "IndexPropagationQuantize": _index_propagation_quantize,
 }
 
 

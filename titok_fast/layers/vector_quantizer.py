@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from titok_fast.ops import nearest_code
+from titok_fast.ops.nearest_code import nearest_code
 
 
 def _gather(x: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ def interpreting() -> bool:
 
 def why_not(backend: str, device_type: str) -> str | None:
     """Why `backend` cannot run tensors of `device_type`, or None when it can."""
-    if backend == "reference":
+    if backend in ("reference", "streaming"):
         return None
     if backend == "triton":
         if device_type != "cuda" and not interpreting():

@@ -14,11 +14,14 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BACKENDS = {"cpu": ("cpu", "triton"), "cuda": ("triton",), "meta": ("cpu", "triton")}
 
 
-def _check(z: Tensor, codebook: Tensor, metric: str) -> None:
+def check_rows_and_codes(
+    z: Tensor, codebook: Tensor, dtypes: tuple[torch.dtype, ...] = DTYPES
+) -> None:
+    """TypeError or ValueError unless `z` is [..., D] and `codebook` [K, D] of the same kind."""
     for name, tensor in (("z", z), ("codebook", codebook)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
-        if tensor.dtype not in DTYPES:
+        if tensor.dtype not in dtypes:
             raise TypeError(f"{name}: dtype {tensor.dtype} is not float32, float16 or bfloat16")
     if codebook.ndim != 2:
         raise ValueError(f"codebook: expected [K, D], got shape {list(codebook.shape)}")
@@ -33,6 +36,10 @@ def _check(z: Tensor, codebook: Tensor, metric: str) -> None:
         raise TypeError(f"codebook: dtype {codebook.dtype} differs from z's {z.dtype}; cast one")
     if z.device != codebook.device:
         raise ValueError(f"codebook: on {codebook.device}, but z is on {z.device}")
+
+
+def _check(z: Tensor, codebook: Tensor, metric: str) -> None:
+    check_rows_and_codes(z, codebook)
     if metric not in METRICS:
         raise ValueError(f"metric: {metric!r} is not one of 'l2', 'cosine', 'dot'")
 
@@ -42,7 +49,7 @@ def _fake(z: Tensor, codebook: Tensor, metric: str, backend: str) -> tuple[Tenso
     return z.new_empty(n, dtype=torch.int64), z.new_empty(n, dtype=torch.float32)
 
 
-def _rows(x: Tensor) -> Tensor:
+def dense_rows(x: Tensor) -> Tensor:
     """`x` itself where each row is contiguous, otherwise a copy."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
@@ -54,7 +61,7 @@ def _cpu(
         return _triton(z, codebook, metric, backend, rescored)
     inspect.require_backend(backend, "cpu")
     extension = inspect.extension()
-    z, codebook = _rows(z), _rows(codebook)
+    z, codebook = dense_rows(z), dense_rows(codebook)
     (n, d), k = z.shape, codebook.shape[0]
     indices = torch.empty(n, dtype=torch.int64)
     distances = torch.empty(n, dtype=torch.float32)
@@ -87,7 +94,7 @@ def _triton(
     launch = inspect.kernels("nearest_code").launch_nearest_code
     # Triton launches on the current device, which need not be that of the tensors.
     with torch.cuda.device(z.device) if z.is_cuda else nullcontext():
-        indices, distances = launch(_rows(z), _rows(codebook), metric, rescored)
+        indices, distances = launch(dense_rows(z), dense_rows(codebook), metric, rescored)
     return indices, distances
 
 

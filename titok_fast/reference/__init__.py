@@ -1,5 +1,10 @@
 """Eager PyTorch truth for every op; imports torch alone."""
 
+from titok_fast.reference.index_propagation import index_propagation
+from titok_fast.reference.index_propagation_streaming import (
+    index_propagation_bwd,
+    index_propagation_fwd,
+)
 from titok_fast.reference.nearest_code import nearest_code
 
-__all__ = ["nearest_code"]
+__all__ = ["index_propagation", "index_propagation_bwd", "index_propagation_fwd", "nearest_code"]

@@ -1,0 +1,99 @@
+#include <algorithm>
+
+#include "index_propagation.h"
+#include "system.h"
+
+namespace titok {
+namespace {
+
+constexpr int64_t kRows = 2048;  // bounds the table of maxima and the packed rows
+
+const IndexPropagationKernels& kernels() {
+#if defined(__x86_64__)
+  switch (active_isa()) {
+    case Isa::avx512bf16:
+      return index_propagation_avx512bf16;
+    case Isa::avx512:
+      return index_propagation_avx512;
+    case Isa::avx2:
+      return index_propagation_avx2;
+    default:
+      break;
+  }
+#endif
+  return index_propagation_portable;
+}
+
+int64_t round_up(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
+IndexPropagationPlan make_plan(const IndexPropagationKernels& set, int64_t n, int64_t k, int64_t d,
+                               int threads, bool backward) {
+  IndexPropagationPlan plan{};
+  plan.blocks = round_up(k, kIndexPropagationChunk) / kIndexPropagationBlock;
+  plan.padded_depth = round_up(d, set.tile_codes);
+  plan.row_block = 8 * set.tile_rows;
+  plan.rows = round_up(std::min<int64_t>(std::max<int64_t>(n, 1), kRows), set.tile_rows);
+  // A thread costs some 20 us to start: give each at least 4 MFLOP.
+  const double work = 4.0 * n * k * d;
+  plan.threads = static_cast<int>(std::max(1.0, std::min<double>(threads, work / 4e6)));
+
+  std::size_t at = 0;
+  const auto take = [&](int64_t bytes) {
+    const std::size_t here = at;
+    at += static_cast<std::size_t>(round_up(bytes, 64));
+    return here;
+  };
+  const auto take_floats = [&](int64_t count) { return take(count * 4); };
+  const int64_t score_row = kIndexPropagationChunk + 16;  // an odd number of cache lines
+  plan.row_state = take(plan.rows * 64);
+  plan.rows_a = take_floats(plan.rows * d);
+  plan.columns_t = take_floats(kIndexPropagationChunk * d);
+  plan.columns_n = take_floats(kIndexPropagationChunk * plan.padded_depth);
+  plan.accumulator = take_floats(plan.rows * plan.padded_depth);
+  plan.counts = take(k * 8);
+  const int64_t teams = backward ? 1 : plan.threads;
+  const int64_t score_floats = (backward ? plan.rows : plan.row_block) * score_row;
+  plan.score_bytes =
+      static_cast<std::size_t>(round_up(std::max(score_floats, d * set.tile_codes) * 4, 64));
+  plan.scores = take(static_cast<int64_t>(plan.score_bytes) * teams);
+  plan.logit_bytes = static_cast<std::size_t>(round_up(k * 8, 64));
+  plan.logits = take(static_cast<int64_t>(plan.logit_bytes) * teams);
+  plan.z64_bytes = static_cast<std::size_t>(round_up(d, 8) * 8);
+  plan.z64 = take(static_cast<int64_t>(plan.z64_bytes) * plan.threads);
+  if (backward) {
+    plan.pairs_a = take_floats(2 * plan.rows * d);
+    plan.code_weights = take_floats(round_up(k, kIndexPropagationChunk));
+    plan.rows_n = take_floats(plan.rows * plan.padded_depth);
+    plan.chunk_grad = take_floats(kIndexPropagationChunk * plan.padded_depth);
+  } else {
+    plan.table = take_floats(plan.rows * plan.blocks);
+    plan.block_norm = take_floats(plan.blocks);
+    plan.candidate_bytes = static_cast<std::size_t>(round_up(k * 4, 64));
+    plan.candidates = take(static_cast<int64_t>(plan.candidate_bytes) * plan.threads);
+  }
+  plan.total = at;
+  return plan;
+}
+
+}  // namespace
+
+std::size_t index_propagation_cpu_workspace(int64_t n, int64_t k, int64_t d, int threads,
+                                            bool backward) {
+  return make_plan(kernels(), n, k, d, threads, backward).total;
+}
+
+void index_propagation_fwd_cpu(const IndexPropagationArgs& args) {
+  const IndexPropagationKernels& set = kernels();
+  const auto plan = make_plan(set, args.n, args.k, args.d, args.threads, false);
+  Team::run(plan.threads, [&](const Team::Member& member) { set.forward(args, plan, member); });
+}
+
+void index_propagation_bwd_cpu(const IndexPropagationArgs& args) {
+  const IndexPropagationKernels& set = kernels();
+  const auto plan = make_plan(set, args.n, args.k, args.d, args.threads, true);
+  Team::run(plan.threads, [&](const Team::Member& member) { set.backward(args, plan, member); });
+}
+
+}  // namespace titok

@@ -1,0 +1,896 @@
+// Index back-propagation of one instruction set. Everything here is local to the including file,
+// so that code compiled for one set is never linked into the path of another.
+#pragma once
+
+#include <cmath>
+#include <limits>
+#include <type_traits>
+
+#include "index_propagation.h"
+#include "simd.h"
+
+namespace titok {
+namespace {
+
+using S = simd::Native;
+using V = S::V;
+using simd::Double8;
+
+constexpr int kTileRows = S::tile_rows, kPairs = kTileRows / 2;
+constexpr int kTileVectors = S::tile_vectors;
+constexpr int kTileCodes = kTileVectors * S::lanes;
+constexpr int64_t kChunk = kIndexPropagationChunk, kBlock = kIndexPropagationBlock;
+constexpr int64_t kScoreRow = kChunk + 16;
+constexpr int64_t kGradRows = 256;  // rows whose scores and columns stay in the first cache
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+constexpr double kLargestNorm = 1e18;
+constexpr double kUnit = 0x1p-24;
+// Of (s - max) / T: below, float32 and a sum of a million terms lose nothing.
+constexpr double kSharpReach = 36.0;
+constexpr float kSmallestWeight = 0x1p-40f;
+// What float32 logits may cost the sharp softmax, relative, before it needs float64 ones.
+constexpr double kSharpError = 2e-5;
+constexpr double kFixedPoint = 0x1p40;  // sums of integers do not depend on their order
+
+inline int64_t round_up(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
+// acc += A B: A[r][i] at a[r * row_stride + i * step], B[i] a row of kTileCodes; a value is a word
+// of `Set::terms` products.
+template <class Set, class Stride>
+inline void multiply(V (&acc)[kTileRows][kTileVectors], const float* a, Stride row_stride,
+                     int64_t step, const float* b, int64_t steps) {
+  for (int64_t i = 0; i < steps; ++i, a += step, b += kTileCodes) {
+    V columns[kTileVectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < kTileVectors; ++v) columns[v] = S::load(b + v * S::lanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < kTileRows; ++r) {
+      const V value = S::broadcast(a[r * row_stride]);
+#pragma GCC unroll 8
+      for (int v = 0; v < kTileVectors; ++v) acc[r][v] = Set::dot(value, columns[v], acc[r][v]);
+    }
+  }
+}
+
+inline void clear(V (&acc)[kTileRows][kTileVectors]) {
+  for (auto& row : acc) {
+    for (V& v : row) v = S::broadcast(0.0f);
+  }
+}
+
+// To and from `out`, rows `stride` apart.
+inline void load_tile(V (&acc)[kTileRows][kTileVectors], const float* out, int64_t stride) {
+  for (int r = 0; r < kTileRows; ++r) {
+    for (int v = 0; v < kTileVectors; ++v) acc[r][v] = S::load(out + r * stride + v * S::lanes);
+  }
+}
+inline void store_tile(const V (&acc)[kTileRows][kTileVectors], float* out, int64_t stride) {
+  for (int r = 0; r < kTileRows; ++r) {
+    for (int v = 0; v < kTileVectors; ++v) S::store(out + r * stride + v * S::lanes, acc[r][v]);
+  }
+}
+
+using One = std::integral_constant<int64_t, 1>;
+
+struct RowState {
+  float max = -kInfinity;
+  float norm = 0.0f;                   // rounded up; inf: float32 cannot score the row
+  double sum = 0.0;                    // of exp(s - max)
+  double sharp = 0.0, weighted = 0.0;  // of exp(x) and exp(x) x, x = (s - max) / T
+  float log_sum = 0.0f, sharp_log_sum = 0.0f, entropy = 0.0f;
+  float mean_logit_gradient = 0.0f;  // g . mean_code
+  float mean_code_weight = 0.0f;     // sum q code_weight
+  float residual = 0.0f;  // of the straight-through dL/ds, which sum to 0 but for rounding
+};
+static_assert(sizeof(RowState) <= 64, "the plan's row_state");
+
+// bfloat16 inputs multiply as pairs where the CPU does; all others in float32.
+struct Single {
+  static constexpr int terms = 1;
+  static V dot(V a, V b, V c) { return S::fmadd(a, b, c); }
+  template <class Load>
+  static V words(const Load& load) {
+    return load(0);
+  }
+  static V zip(V low, V) { return low; }
+};
+
+template <class T>
+struct Propagation {
+  using Words = std::conditional_t<S::terms == 2 && std::is_same_v<T, simd::BFloat16>, S, Single>;
+  static constexpr int kTerms = Words::terms;
+
+  const IndexPropagationArgs& args;
+  const IndexPropagationPlan& plan;
+  const Team::Member& member;
+
+  int64_t d() const { return args.d; }
+  int64_t words() const { return (args.d + kTerms - 1) / kTerms; }
+  const T* z_row(int64_t row) const { return static_cast<const T*>(args.z) + row * args.z_stride; }
+  const T* code(int64_t k) const {
+    return static_cast<const T*>(args.codebook) + k * args.codebook_stride;
+  }
+  template <class U>
+  U* at(std::size_t offset) const {
+    return reinterpret_cast<U*>(static_cast<char*>(args.workspace) + offset);
+  }
+  RowState& state(int64_t row) const { return at<RowState>(plan.row_state)[row]; }
+  float* statistics(int64_t row) const { return args.statistics + row * kStatistics; }
+  float* rows_a() const { return at<float>(plan.rows_a); }
+  float* pairs_a() const { return at<float>(plan.pairs_a); }
+  float* rows_n() const { return at<float>(plan.rows_n); }
+  float* columns_t() const { return at<float>(plan.columns_t); }
+  float* columns_n() const { return at<float>(plan.columns_n); }
+  float* accumulator() const { return at<float>(plan.accumulator); }
+  float* table() const { return at<float>(plan.table); }
+  float* block_norm() const { return at<float>(plan.block_norm); }
+  int64_t* counts() const { return at<int64_t>(plan.counts); }
+  double* z64() const { return at<double>(plan.z64 + member.index * plan.z64_bytes); }
+  float* scores(int owner) const { return at<float>(plan.scores + owner * plan.score_bytes); }
+  double* logits(int owner) const { return at<double>(plan.logits + owner * plan.logit_bytes); }
+  int32_t* candidates() const {
+    return at<int32_t>(plan.candidates + member.index * plan.candidate_bytes);
+  }
+
+  // A column panel over D: out[word][c] = code c0 + c; zeros past the codebook.
+  void pack_transposed(int64_t c0, float* out) const {
+    V tile[S::lanes];
+    for (int64_t c = 0; c < kTileCodes; c += S::lanes) {
+      for (int64_t w = 0; w < words(); w += S::lanes) {
+        for (int l = 0; l < S::lanes; ++l) {
+          const int64_t k = c0 + c + l;
+          const T* row = code(k < args.k ? k : 0);
+          tile[l] = Words::words([&](int part) {
+            const int64_t i = w * kTerms + part * S::lanes;
+            return simd::load_row(row + i, k < args.k ? d() - i : 0);
+          });
+        }
+        S::transpose(tile);
+        const int64_t count = words() - w < S::lanes ? words() - w : S::lanes;
+        for (int64_t j = 0; j < count; ++j) S::store(out + (w + j) * kTileCodes + c, tile[j]);
+      }
+    }
+  }
+
+  // Column panels over rows: word `to` of `steps` holds kTerms of `rows`, null for zeros.
+  void pack_natural(const T* const (&rows)[kTerms], int64_t to, int64_t steps, float* out) const {
+    for (int64_t i = 0; i < plan.padded_depth; i += S::lanes) {
+      const auto part = [&](int t) {
+        return rows[t] ? simd::load_row(rows[t] + i, d() - i) : S::broadcast(0.0f);
+      };
+      S::store(out + (i / kTileCodes * steps + to) * kTileCodes + i % kTileCodes,
+               Words::zip(part(0), part(kTerms - 1)));
+    }
+  }
+
+  // Codes [c0, c0 + kChunk), as columns over D (transposed) and, with `natural`, over the codes.
+  void pack_chunk(int64_t c0, bool natural) const {
+    const auto share = member.share(kChunk, kTileCodes);
+    for (int64_t c = share.begin; c < share.end; c += kTileCodes) {
+      pack_transposed(c0 + c, columns_t() + c * d());
+      if (!natural) continue;
+      for (int64_t j = c; j < c + kTileCodes; j += kTerms) {
+        const T* codes[kTerms];
+        for (int t = 0; t < kTerms; ++t) {
+          codes[t] = c0 + j + t < args.k ? code(c0 + j + t) : nullptr;
+        }
+        pack_natural(codes, j / kTerms, kChunk / kTerms, columns_n());
+      }
+    }
+  }
+
+  // One row of a packed tile, zeros where it is null; its words are kTileRows apart.
+  template <class U>
+  void pack_row(const U* row, float* out) const {
+    float buffer[S::lanes];
+    for (int64_t w = 0; w < words(); w += S::lanes) {
+      S::store(buffer, Words::words([&](int part) {
+                 const int64_t i = w * kTerms + part * S::lanes;
+                 return row ? simd::load_row(row + i, d() - i) : S::broadcast(0.0f);
+               }));
+      const int64_t count = words() - w < S::lanes ? words() - w : S::lanes;
+      for (int64_t j = 0; j < count; ++j) out[(w + j) * kTileRows] = buffer[j];
+    }
+  }
+
+  // Replaces a row of kChunk values by their words.
+  static void narrow(float* row) {
+    if constexpr (kTerms == 1) return;
+    for (int64_t w = 0; w < kChunk / kTerms; w += S::lanes) {
+      S::store(row + w,
+               Words::words([&](int part) { return S::load(row + w * kTerms + part * S::lanes); }));
+    }
+  }
+
+  double norm(const T* row) const {
+    Double8 sum = Double8::zero();
+    for (int64_t i = 0; i < d(); i += 8) {
+      const Double8 x = simd::widen8(row + i, d() - i);
+      sum = sum + x * x;
+    }
+    return std::sqrt(simd::sum_pairs(sum));
+  }
+
+  // Rows first + [0, rows) as tiles of kTileRows, the last filled with zeros; norms to the state.
+  void pack_rows(int64_t first, int64_t rows) const {
+    const auto share = member.share(round_up(rows, kTileRows), kTileRows);
+    for (int64_t r = share.begin; r < share.end; ++r) {
+      const T* row = r < rows ? z_row(first + r) : nullptr;
+      pack_row(row, rows_a() + r / kTileRows * kTileRows * d() + r % kTileRows);
+    }
+  }
+
+  // Block maxima of norms, for the exact index and the choice of the sharp softmax's logits.
+  void measure_codes() const {
+    const auto share = member.share(plan.blocks);
+    for (int64_t b = share.begin; b < share.end; ++b) {
+      double largest = 0.0;
+      for (int64_t k = b * kBlock; k < (b + 1) * kBlock && k < args.k; ++k) {
+        const double length = norm(code(k));
+        if (!(length <= largest)) largest = length <= kLargestNorm ? length : kInfinity;
+      }
+      block_norm()[b] = static_cast<float>(largest * 1.0001);
+    }
+  }
+
+  // Whether float32 logits are good enough for the sharp softmax of every row.
+  bool sharp_in_float(int64_t rows) const {
+    float codes = 0.0f, z = 0.0f;
+    for (int64_t b = 0; b < plan.blocks; ++b) codes = std::fmax(codes, block_norm()[b]);
+    for (int64_t r = 0; r < rows; ++r) z = std::fmax(z, state(r).norm);
+    return static_cast<double>(codes) * z * kUnit / args.temperature <= kSharpError;
+  }
+
+  // ---- forward ----
+
+  void score_rows(int64_t begin, int64_t end, int64_t c0, float* out) const {
+    for (int64_t c = 0; c < kChunk; c += kTileCodes) {
+      for (int64_t r = begin; r < end; r += kTileRows) {
+        V acc[kTileRows][kTileVectors];
+        clear(acc);
+        multiply<Words>(acc, rows_a() + r * d(), One{}, kTileRows, columns_t() + c * d(), words());
+        store_tile(acc, out + (r - begin) * kScoreRow + c, kScoreRow);
+      }
+    }
+    for (int64_t c = args.k - c0; c < kChunk; ++c) {
+      for (int64_t r = 0; r < end - begin; ++r) out[r * kScoreRow + c] = -kInfinity;
+    }
+  }
+
+  // Turns a row of scores into exp(s - max), keeps its sums, and returns the factor that brings
+  // what was summed before to the new maximum.
+  float soften(RowState& row, float* s, float* maxima, bool sharp) const {
+    float largest = row.max;
+    for (int64_t b = 0; b < kChunk; b += kBlock) {
+      V best = S::load(s + b);
+      for (int64_t c = b + S::lanes; c < b + kBlock; c += S::lanes) {
+        best = S::max(S::load(s + c), best);  // keeps its second operand for a NaN
+      }
+      const float block = S::largest(best);
+      maxima[b / kBlock] = block;
+      if (block > largest) largest = block;
+    }
+    const V max = S::broadcast(largest > -kInfinity ? largest : 0.0f),
+            lowest = S::broadcast(-200.0f);
+    const V inverse = S::broadcast(1.0f / args.temperature);
+    V sum = S::broadcast(0.0f), sharp_sum = sum, weighted = sum;
+    for (int64_t c = 0; c < kChunk; c += S::lanes) {
+      const V x = S::sub(S::load(s + c), max);
+      const V p = simd::exp(x);
+      S::store(s + c, p);
+      sum = S::add(sum, p);
+      if (sharp) {
+        const V y = S::max(lowest, S::mul(x, inverse));
+        const V q = simd::exp(y);
+        sharp_sum = S::add(sharp_sum, q);
+        weighted = S::fmadd(q, y, weighted);
+      }
+    }
+    float factor = 0.0f;
+    if (row.max > -kInfinity) {
+      const double step = static_cast<double>(row.max) - largest;
+      factor = static_cast<float>(std::exp(step));
+      const double sharp_step = step / args.temperature, sharp_factor = std::exp(sharp_step);
+      row.sum *= std::exp(step);
+      if (sharp_factor > 0.0) {
+        row.weighted = sharp_factor * (row.weighted + row.sharp * sharp_step);
+        row.sharp *= sharp_factor;
+      } else {
+        row.weighted = row.sharp = 0.0;
+      }
+    }
+    row.max = largest;
+    row.sum += S::sum(sum);
+    row.sharp += S::sum(sharp_sum);
+    row.weighted += S::sum(weighted);
+    return factor;
+  }
+
+  // accumulator = accumulator * factor + P E for the rows [begin, end).
+  void average_codes(int64_t begin, int64_t end, const float* p, const float* factors) const {
+    for (int64_t i = 0; i < plan.padded_depth; i += kTileCodes) {
+      for (int64_t r = begin; r < end; r += kTileRows) {
+        V acc[kTileRows][kTileVectors];
+        float* out = accumulator() + r * plan.padded_depth + i;
+        load_tile(acc, out, plan.padded_depth);
+        for (int j = 0; j < kTileRows; ++j) {
+          const V factor = S::broadcast(factors[r - begin + j]);
+          for (V& v : acc[j]) v = S::mul(v, factor);
+        }
+        multiply<Words>(acc, p + (r - begin) * kScoreRow, kScoreRow, 1,
+                        columns_n() + i * (kChunk / kTerms), kChunk / kTerms);
+        store_tile(acc, out, plan.padded_depth);
+      }
+    }
+  }
+
+  // In the order of nearest_code, so that indices agree with it.
+  double exact_logit(int64_t k) const {
+    Double8 sum = Double8::zero();
+    for (int64_t i = 0; i < d(); i += 8) {
+      sum = sum + Double8::load(z64() + i) * simd::widen8(code(k) + i, d() - i);
+    }
+    return simd::sum_pairs(sum);
+  }
+
+  // Returns whether the row has a NaN.
+  bool load_z64(int64_t row) const {
+    bool has_nan = false;
+    for (int64_t i = 0; i < round_up(d(), 8); ++i) {
+      z64()[i] = i < d() ? simd::widen(z_row(row)[i]) : 0.0;
+      has_nan = has_nan || std::isnan(z64()[i]);
+    }
+    return has_nan;
+  }
+
+  // The exact index of a row and, unless float32 did it, its sharp softmax in float64.
+  void finish_row(int64_t row, int64_t local, bool sharp_float) const {
+    RowState& own = state(local);
+    float* out = statistics(row);
+    const bool has_nan = load_z64(row);
+    const bool sharp = args.entropy && !sharp_float;
+    double* values = logits(member.index);
+    int32_t* codes = candidates();
+    int64_t count = 0;
+    const float* maxima = table() + local * plan.blocks;
+    const double unit = (2.0 * d() + 16.0) * kUnit * 1.05;
+    const double tiny = 4.0 * static_cast<double>(d()) * 0x1p-126;
+    const auto error = [&](int64_t b) {
+      const double m = block_norm()[b];
+      return unit * own.norm * m + tiny * (1.0 + own.norm + m);
+    };
+    double threshold = -kInfinity;
+    if (own.norm < kInfinity) {
+      for (int64_t b = 0; b < plan.blocks; ++b) {
+        const double lower = maxima[b] - error(b);
+        if (lower > threshold) threshold = lower;
+      }
+      if (sharp) threshold -= kSharpReach * args.temperature;
+    }
+    for (int64_t b = 0; b < plan.blocks && !has_nan; ++b) {
+      if (maxima[b] + error(b) < threshold) continue;  // a NaN excludes nothing
+      for (int64_t k = b * kBlock; k < (b + 1) * kBlock && k < args.k; ++k) {
+        codes[count] = static_cast<int32_t>(k);
+        values[count++] = exact_logit(k);
+      }
+    }
+
+    double best = kNaN;
+    int64_t index = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      if (values[i] > best || (std::isnan(best) && !std::isnan(values[i]))) {
+        best = values[i];
+        index = codes[i];
+      }
+    }
+    args.indices[row] = index;
+    out[kLogitMax] = own.max;
+    out[kLogSum] = own.log_sum = static_cast<float>(std::log(own.sum));
+    out[kMaxProbability] = static_cast<float>(1.0 / own.sum);
+    out[kSharpInFloat] = sharp_float ? 1.0f : 0.0f;
+    out[kSharpMax] = own.max;
+    out[kSharpMaxLow] = out[kSharpLogSum] = out[kEntropy] = 0.0f;
+    if (!args.entropy) return;
+    if (sharp_float) {
+      out[kSharpLogSum] = own.sharp_log_sum = static_cast<float>(std::log(own.sharp));
+      out[kEntropy] = static_cast<float>(std::log(own.sharp) - own.weighted / own.sharp);
+    } else {
+      sharpen(row, values, codes, count, has_nan ? kNaN : best);
+    }
+  }
+
+  void sharpen(int64_t row, double* values, const int32_t* codes, int64_t count,
+               double best) const {
+    float* out = statistics(row);
+    double sum = 0.0, weighted = 0.0;
+    for (int64_t i = 0; i < count; ++i) {
+      const double x = (values[i] - best) / args.temperature;
+      values[i] = x;
+      if (x < -2 * kSharpReach) continue;
+      const double q = std::exp(x);
+      sum += q;
+      weighted += q * x;
+    }
+    if (std::isnan(best)) sum = kNaN;
+    out[kSharpMax] = static_cast<float>(best);
+    out[kSharpMaxLow] = static_cast<float>(best - out[kSharpMax]);
+    const double log_sum = std::log(sum);
+    out[kSharpLogSum] = static_cast<float>(log_sum);
+    out[kEntropy] = static_cast<float>(log_sum - weighted / sum);
+
+    int32_t* support_codes = args.support_codes + row * args.support;
+    double* support_weights = args.support_weights + row * args.support;
+    int64_t kept = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      if (!(values[i] >= -2 * kSharpReach)) continue;
+      const double q = std::exp(values[i]) / sum;
+      __atomic_fetch_add(counts() + codes[i], static_cast<int64_t>(q * kFixedPoint + 0.5),
+                         __ATOMIC_RELAXED);
+      if (!(q >= kSmallestWeight)) continue;
+      if (kept < args.support) {
+        support_codes[kept] = codes[i];
+        support_weights[kept] = values[i] - log_sum;
+      }
+      ++kept;
+    }
+    if (kept > args.support || std::isnan(sum)) {
+      support_codes[0] = -2;
+    } else if (kept < args.support) {
+      support_codes[kept] = -1;
+    }
+  }
+
+  // code_probability += sum over the rows of q, from float32 logits; members own codes.
+  void add_columns(int64_t rows) const {
+    const auto share = member.share(round_up(args.k, kTileCodes), kTileCodes);
+    float* columns = scores(member.index);
+    const V inverse = S::broadcast(1.0f / args.temperature), lowest = S::broadcast(-200.0f);
+    for (int64_t c = share.begin; c < share.end; c += kTileCodes) {
+      pack_transposed(c, columns);
+      double totals[kTileCodes] = {};
+      for (int64_t begin = 0; begin < rows; begin += kGradRows) {
+        V sums[kTileVectors];
+        for (V& sum : sums) sum = S::broadcast(0.0f);
+        const int64_t end = begin + kGradRows < rows ? begin + kGradRows : rows;
+        for (int64_t r = begin / kTileRows * kTileRows; r < end; r += kTileRows) {
+          V acc[kTileRows][kTileVectors];
+          clear(acc);
+          multiply<Words>(acc, rows_a() + r * d(), One{}, kTileRows, columns, words());
+          for (int j = 0; j < kTileRows; ++j) {
+            if (r + j < begin || r + j >= end) continue;
+            const V max = S::broadcast(state(r + j).max);
+            const V log_sum = S::broadcast(state(r + j).sharp_log_sum);
+            for (int v = 0; v < kTileVectors; ++v) {
+              const V y = S::sub(S::mul(S::sub(acc[j][v], max), inverse), log_sum);
+              sums[v] = S::add(sums[v], simd::exp(S::max(lowest, y)));
+            }
+          }
+        }
+        float part[kTileCodes];
+        for (int v = 0; v < kTileVectors; ++v) S::store(part + v * S::lanes, sums[v]);
+        for (int j = 0; j < kTileCodes; ++j) totals[j] += part[j];
+      }
+      for (int j = 0; j < kTileCodes && c + j < args.k; ++j) {
+        args.code_probability[c + j] += totals[j] / static_cast<double>(args.n);
+      }
+    }
+  }
+
+  void forward() const {
+    measure_codes();
+    const auto codes = member.share(args.k);
+    for (int64_t k = codes.begin; k < codes.end; ++k) {
+      counts()[k] = 0;
+      args.code_probability[k] = 0.0;
+    }
+    for (int64_t first = 0; first < args.n; first += plan.rows) {
+      const int64_t rows = args.n - first < plan.rows ? args.n - first : plan.rows;
+      pack_rows(first, rows);
+      const auto mine = member.share(round_up(rows, kTileRows), kTileRows);
+      for (int64_t r = mine.begin; r < mine.end; ++r) {
+        state(r) = RowState{};
+        if (r < rows) {
+          const double length = norm(z_row(first + r));
+          state(r).norm = length <= kLargestNorm ? static_cast<float>(length * 1.0001) : kInfinity;
+        }
+        for (int64_t i = 0; i < plan.padded_depth; ++i) {
+          accumulator()[r * plan.padded_depth + i] = 0.0f;
+        }
+      }
+      member.barrier();
+      const bool sharp_float = args.entropy && sharp_in_float(rows);
+
+      float* s = scores(member.index);
+      float factors[8 * kTileRows];
+      for (int64_t c0 = 0; c0 < args.k; c0 += kChunk) {
+        pack_chunk(c0, true);
+        member.barrier();
+        for (int64_t begin = mine.begin; begin < mine.end; begin += plan.row_block) {
+          const int64_t end = begin + plan.row_block < mine.end ? begin + plan.row_block : mine.end;
+          score_rows(begin, end, c0, s);
+          for (int64_t r = begin; r < end; ++r) {
+            factors[r - begin] = soften(state(r), s + (r - begin) * kScoreRow,
+                                        table() + r * plan.blocks + c0 / kBlock, sharp_float);
+            narrow(s + (r - begin) * kScoreRow);
+          }
+          average_codes(begin, end, s, factors);
+        }
+        member.barrier();
+      }
+
+      for (int64_t r = mine.begin; r < mine.end && r < rows; ++r) {
+        finish_row(first + r, r, sharp_float);
+        const double scale = 1.0 / state(r).sum;
+        for (int64_t i = 0; i < d(); ++i) {
+          args.mean_code[(first + r) * d() + i] =
+              static_cast<float>(accumulator()[r * plan.padded_depth + i] * scale);
+        }
+      }
+      member.barrier();
+      if (sharp_float) add_columns(rows);
+      member.barrier();
+    }
+    if (!args.entropy) return;
+    bool has_nan = false;
+    for (int64_t r = 0; r < args.n; ++r) has_nan = has_nan || std::isnan(statistics(r)[kEntropy]);
+    for (int64_t k = codes.begin; k < codes.end; ++k) {
+      const double sparse = static_cast<double>(counts()[k]) / kFixedPoint;
+      args.code_probability[k] += sparse / static_cast<double>(args.n);
+      if (has_nan) args.code_probability[k] = kNaN;
+    }
+  }
+
+  // ---- backward ----
+
+  void load_state(int64_t first, int64_t rows) const {
+    const auto mine = member.share(round_up(rows, kTileRows), kTileRows);
+    for (int64_t r = mine.begin; r < mine.end; ++r) {
+      RowState& row = state(r) = RowState{};
+      for (int64_t i = 0; i < plan.padded_depth; ++i) {
+        accumulator()[r * plan.padded_depth + i] = 0.0f;
+      }
+      const bool inside = r < rows;
+      const T* z = inside ? z_row(first + r) : nullptr;
+      const float* g = inside ? args.grad + (first + r) * args.grad_stride : nullptr;
+      pack_row(z, rows_a() + r / kTileRows * kTileRows * d() + r % kTileRows);
+      float* pair = pairs_a() + r / kPairs * kTileRows * d() + r % kPairs;
+      pack_row(z, pair);
+      pack_row(g, pair + kPairs);
+      if (r % kTerms == 0) {
+        const T* together[kTerms];
+        for (int t = 0; t < kTerms; ++t)
+          together[t] = r + t < rows ? z_row(first + r + t) : nullptr;
+        pack_natural(together, r / kTerms, plan.rows / kTerms, rows_n());
+      }
+      row.max = kInfinity;  // of a row past the end: every weight is 0
+      if (!inside) continue;
+      const float* kept = statistics(first + r);
+      row.max = kept[kLogitMax];
+      row.log_sum = kept[kLogSum];
+      row.sharp_log_sum = kept[kSharpLogSum];
+      row.entropy = kept[kEntropy];
+      double dot = 0.0;
+      for (int64_t i = 0; i < d(); ++i) {
+        dot += static_cast<double>(g[i]) * args.mean_code[(first + r) * d() + i];
+      }
+      row.mean_logit_gradient = static_cast<float>(dot);
+    }
+  }
+
+  V sharp_exponent(V s, const RowState& row) const {
+    const V x = S::sub(s, S::broadcast(row.max));
+    const V y =
+        S::sub(S::mul(x, S::broadcast(1.0f / args.temperature)), S::broadcast(row.sharp_log_sum));
+    return S::max(S::broadcast(-200.0f), y);
+  }
+
+  V code_weights(int64_t k) const { return S::load(at<float>(plan.code_weights) + k); }
+
+  // sum_k q_k code_weight_k of each row, from float32 logits.
+  void average_code_weights(int64_t rows) const {
+    const auto mine = member.share(round_up(rows, kTileRows), kTileRows);
+    for (int64_t c0 = 0; c0 < args.k; c0 += kChunk) {
+      pack_chunk(c0, false);
+      member.barrier();
+      for (int64_t r = mine.begin; r < mine.end; r += kTileRows) {
+        double totals[kTileRows] = {};
+        for (int64_t c = 0; c < kChunk && c0 + c < args.k; c += kTileCodes) {
+          V acc[kTileRows][kTileVectors];
+          clear(acc);
+          multiply<Words>(acc, rows_a() + r * d(), One{}, kTileRows, columns_t() + c * d(),
+                          words());
+          for (int j = 0; j < kTileRows; ++j) {
+            V sum = S::broadcast(0.0f);
+            for (int v = 0; v < kTileVectors; ++v) {
+              const V q = simd::exp(sharp_exponent(acc[j][v], state(r + j)));
+              sum = S::fmadd(q, code_weights(c0 + c + v * S::lanes), sum);
+            }
+            totals[j] += S::sum(sum);
+          }
+        }
+        for (int j = 0; j < kTileRows; ++j) {
+          state(r + j).mean_code_weight += static_cast<float>(totals[j]);
+        }
+      }
+      member.barrier();
+    }
+  }
+
+  // dL/ds of kPairs rows and kTileCodes codes: S and g E^T from one tile.
+  void logit_gradients(int64_t r, int64_t c0, int64_t c, bool sharp, float* out) const {
+    V acc[kTileRows][kTileVectors];
+    clear(acc);
+    multiply<Words>(acc, pairs_a() + 2 * r * d(), One{}, kTileRows, columns_t() + c * d(), words());
+    const float weight = 1.0f / (args.temperature * static_cast<float>(args.n));
+    const int64_t left = args.k - c0 - c;
+    for (int j = 0; j < kPairs; ++j) {
+      RowState& row = state(r + j);
+      const V max = S::broadcast(row.max), log_sum = S::broadcast(row.log_sum);
+      const V mean = S::broadcast(row.mean_logit_gradient);
+      for (int v = 0; v < kTileVectors; ++v) {
+        const V s = acc[j][v];
+        const V p = simd::exp(S::sub(S::sub(s, max), log_sum));
+        V ds = S::mul(p, S::sub(acc[kPairs + j][v], mean));
+        if (left >= kTileCodes) {
+          row.residual += S::sum(ds);
+        } else {
+          float part[S::lanes];
+          S::store(part, ds);
+          for (int l = 0; l < S::lanes && v * S::lanes + l < left; ++l) row.residual += part[l];
+        }
+        if (sharp) {
+          const V log_q = sharp_exponent(s, row);
+          const V spread = S::mul(S::add(log_q, S::broadcast(row.entropy)),
+                                  S::broadcast(static_cast<float>(-args.sample_weight) * weight));
+          const V pull =
+              S::sub(code_weights(c0 + c + v * S::lanes), S::broadcast(row.mean_code_weight));
+          ds = S::fmadd(simd::exp(log_q), S::fmadd(pull, S::broadcast(weight), spread), ds);
+        }
+        S::store(out + j * kScoreRow + v * S::lanes, ds);
+      }
+    }
+  }
+
+  // Rows of dL/ds as words over the codes, in their first half, and of two rows each, in the rest:
+  // the first codes behind the even row, the others behind the odd one.
+  static void narrow_pairs(int64_t begin, int64_t end, float* s) {
+    constexpr int64_t kHalf = kChunk / 2;
+    float zipped[kChunk];
+    for (int64_t r = begin; r < end; r += 2) {
+      float *even = s + r * kScoreRow, *odd = even + kScoreRow;
+      for (int64_t c = 0; c < kChunk; c += S::lanes) {
+        S::store(zipped + c, Words::zip(S::load(even + c), S::load(odd + c)));
+      }
+      narrow(even);
+      narrow(odd);
+      std::memcpy(even + kHalf, zipped, kHalf * sizeof(float));
+      std::memcpy(odd + kHalf, zipped + kHalf, kHalf * sizeof(float));
+    }
+  }
+
+  // Where dL/ds of code c begins, as words of kTerms rows from r on, kTerms * kScoreRow apart.
+  static const float* over_rows(const float* s, int64_t r, int64_t c) {
+    if (kTerms == 1) return s + r * kScoreRow + c;
+    return c < kChunk / 2 ? s + r * kScoreRow + kChunk / 2 + c : s + (r + 1) * kScoreRow + c;
+  }
+
+  void backward_chunk(int64_t rows, int64_t c0, bool sharp, bool first_pass) const {
+    const int64_t padded = round_up(rows, kTileRows);
+    const auto mine = member.share(padded, kTileRows);
+    const int64_t columns = args.k - c0 < kChunk ? args.k - c0 : kChunk;
+    float* s = scores(0);
+    for (int64_t begin = mine.begin; begin < mine.end; begin += 8 * kTileRows) {
+      const int64_t end = begin + 8 * kTileRows < mine.end ? begin + 8 * kTileRows : mine.end;
+      for (int64_t c = 0; c < kChunk; c += kTileCodes) {
+        for (int64_t r = begin; r < end; r += kPairs) {
+          logit_gradients(r, c0, c, sharp, s + r * kScoreRow + c);
+        }
+      }
+      for (int64_t r = begin; r < end; ++r) {  // codes past the end take no part
+        for (int64_t c = columns; c < kChunk; ++c) s[r * kScoreRow + c] = 0.0f;
+      }
+      if constexpr (kTerms == 2) narrow_pairs(begin, end, s);
+      for (int64_t i = 0; i < plan.padded_depth; i += kTileCodes) {
+        for (int64_t r = begin; r < end; r += kTileRows) {
+          V acc[kTileRows][kTileVectors];
+          float* out = accumulator() + r * plan.padded_depth + i;
+          load_tile(acc, out, plan.padded_depth);
+          multiply<Words>(acc, s + r * kScoreRow, kScoreRow, 1, columns_n() + i * (kChunk / kTerms),
+                          kChunk / kTerms);
+          store_tile(acc, out, plan.padded_depth);
+        }
+      }
+    }
+    member.barrier();
+
+    const auto codes = member.share(kChunk, kTileRows);
+    float* sums = at<float>(plan.chunk_grad);
+    for (int64_t r = 0; r < rows; r += kGradRows) {
+      const int64_t left = rows - r < kGradRows ? rows - r : kGradRows;
+      const int64_t steps = (left + kTerms - 1) / kTerms;
+      for (int64_t i = 0; i < plan.padded_depth; i += kTileCodes) {
+        const float* panel = rows_n() + (i * plan.rows + r * kTileCodes) / kTerms;
+        for (int64_t c = codes.begin; c < codes.end; c += kTileRows) {
+          V acc[kTileRows][kTileVectors];
+          float* out = sums + c * plan.padded_depth + i;
+          if (r == 0) {
+            clear(acc);
+          } else {
+            load_tile(acc, out, plan.padded_depth);
+          }
+          multiply<Words>(acc, over_rows(s, r, c), One{}, kTerms * kScoreRow, panel, steps);
+          store_tile(acc, out, plan.padded_depth);
+        }
+      }
+    }
+    for (int64_t c = codes.begin; c < codes.end && c < columns; ++c) {
+      float* out = args.grad_codebook + (c0 + c) * d();
+      const float* sum = sums + c * plan.padded_depth;
+      for (int64_t i = 0; i < d(); ++i) out[i] = first_pass ? sum[i] : out[i] + sum[i];
+    }
+  }
+
+  // The value path, and the rounding of g.e_k - g.m taken back: when one code has nearly all of p
+  // that difference is small against its terms, and the other codes give it more exactly.
+  void finish_straight_through(int64_t first, int64_t rows) const {
+    const auto codes = member.share(args.k), mine = member.share(rows);
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t k = args.indices[first + r];
+      const float residual = state(r).residual;
+      if (k >= codes.begin && k < codes.end) {
+        float* out = args.grad_codebook + k * d();
+        add_scaled(1.0f, args.grad + (first + r) * args.grad_stride, out);
+        add_scaled(-residual * statistics(first + r)[kMaxProbability], z_row(first + r), out);
+      }
+      if (r >= mine.begin && r < mine.end) {
+        const float* mean = args.mean_code + (first + r) * d();
+        add_scaled(-residual, mean, accumulator() + r * plan.padded_depth);
+      }
+    }
+  }
+
+  double entropy_gradient(double q, double log_q, double entropy, double weight,
+                          double mean_weight) const {
+    const double unit = q / (static_cast<double>(args.temperature) * static_cast<double>(args.n));
+    return unit * (weight - mean_weight - args.sample_weight * (log_q + entropy));
+  }
+
+  // The entropy terms of rows whose sharp softmax lives on a few codes.
+  void add_support(int64_t first, int64_t rows) const {
+    const auto mine = member.share(rows);
+    const auto codes = member.share(args.k);
+    for (int64_t r = 0; r < rows; ++r) {
+      const float* kept = statistics(first + r);
+      const int32_t* support = args.support_codes + (first + r) * args.support;
+      const double* weights = args.support_weights + (first + r) * args.support;
+      if (kept[kSharpInFloat] != 0.0f || support[0] == -2) continue;
+      const bool own_row = r >= mine.begin && r < mine.end;
+      double mean = 0.0, total = 0.0, entropy = 0.0;
+      int64_t count = 0;
+      for (; count < args.support && support[count] >= 0; ++count) {
+        const double q = std::exp(weights[count]);
+        total += q;
+        entropy -= q * weights[count];
+        mean += q * args.code_weight[support[count]];
+      }
+      mean /= total;
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t k = support[i];
+        const bool own_code = k >= codes.begin && k < codes.end;
+        if (!own_row && !own_code) continue;
+        const float ds = static_cast<float>(
+            entropy_gradient(std::exp(weights[i]), weights[i], entropy, args.code_weight[k], mean));
+        if (own_row) add_scaled(ds, code(k), accumulator() + r * plan.padded_depth);
+        if (own_code) add_scaled(ds, z_row(first + r), args.grad_codebook + k * d());
+      }
+    }
+  }
+
+  template <class U>
+  void add_scaled(float factor, const U* from, float* to) const {
+    for (int64_t i = 0; i < d(); ++i) to[i] += factor * simd::widen(from[i]);
+  }
+
+  // The entropy terms of rows with more codes than the support holds, in float64.
+  void add_dense(int64_t first, int64_t rows) const {
+    double* values = logits(0);
+    for (int64_t r = 0; r < rows; ++r) {
+      const float* kept = statistics(first + r);
+      const int32_t* support = args.support_codes + (first + r) * args.support;
+      if (kept[kSharpInFloat] != 0.0f || support[0] != -2) continue;
+      const double max = static_cast<double>(kept[kSharpMax]) + kept[kSharpMaxLow];
+      load_z64(first + r);
+      const auto codes = member.share(args.k);
+      for (int64_t k = codes.begin; k < codes.end; ++k) {
+        values[k] = (exact_logit(k) - max) / args.temperature - kept[kSharpLogSum];
+      }
+      member.barrier();
+      double mean = 0.0;
+      for (int64_t k = 0; k < args.k; ++k) {
+        if (!(values[k] < -kSharpReach)) mean += std::exp(values[k]) * args.code_weight[k];
+      }
+      const auto depth = member.share(d());
+      float* out = accumulator() + r * plan.padded_depth;
+      for (int64_t k = 0; k < args.k; ++k) {
+        if (values[k] < -kSharpReach) continue;
+        const float ds = static_cast<float>(entropy_gradient(
+            std::exp(values[k]), values[k], kept[kEntropy], args.code_weight[k], mean));
+        for (int64_t i = depth.begin; i < depth.end; ++i) out[i] += ds * simd::widen(code(k)[i]);
+        if (k >= codes.begin && k < codes.end) {
+          add_scaled(ds, z_row(first + r), args.grad_codebook + k * d());
+        }
+      }
+      member.barrier();
+    }
+  }
+
+  void backward() const {
+    const int64_t padded = round_up(args.k, kChunk);
+    const auto weights = member.share(padded);
+    for (int64_t k = weights.begin; k < weights.end; ++k) {
+      at<float>(plan.code_weights)[k] = k < args.k ? static_cast<float>(args.code_weight[k]) : 0.0f;
+    }
+    for (int64_t first = 0; first < args.n; first += plan.rows) {
+      const int64_t rows = args.n - first < plan.rows ? args.n - first : plan.rows;
+      load_state(first, rows);
+      member.barrier();
+      const bool sharp = args.entropy && statistics(first)[kSharpInFloat] != 0.0f;
+      if (sharp) average_code_weights(rows);
+      for (int64_t c0 = 0; c0 < args.k; c0 += kChunk) {
+        pack_chunk(c0, true);
+        member.barrier();
+        backward_chunk(rows, c0, sharp, first == 0);
+      }
+      member.barrier();
+      finish_straight_through(first, rows);
+      if (args.entropy && !sharp) {
+        add_support(first, rows);
+        member.barrier();
+        add_dense(first, rows);
+      }
+      member.barrier();
+      const auto mine = member.share(rows);
+      for (int64_t r = mine.begin; r < mine.end; ++r) {
+        for (int64_t i = 0; i < d(); ++i) {
+          args.grad_z[(first + r) * d() + i] = accumulator()[r * plan.padded_depth + i];
+        }
+      }
+      member.barrier();
+    }
+  }
+};
+
+void forward(const IndexPropagationArgs& args, const IndexPropagationPlan& plan,
+             const Team::Member& member) {
+  switch (args.dtype) {
+    case DType::float32:
+      return Propagation<float>{args, plan, member}.forward();
+    case DType::float16:
+      return Propagation<simd::Half>{args, plan, member}.forward();
+    case DType::bfloat16:
+      return Propagation<simd::BFloat16>{args, plan, member}.forward();
+  }
+}
+
+void backward(const IndexPropagationArgs& args, const IndexPropagationPlan& plan,
+              const Team::Member& member) {
+  switch (args.dtype) {
+    case DType::float32:
+      return Propagation<float>{args, plan, member}.backward();
+    case DType::float16:
+      return Propagation<simd::Half>{args, plan, member}.backward();
+    case DType::bfloat16:
+      return Propagation<simd::BFloat16>{args, plan, member}.backward();
+  }
+}
+
+constexpr IndexPropagationKernels make_kernels() {
+  return {kTileRows, kTileCodes, forward, backward};
+}
+
+}  // namespace
+}  // namespace titok

@@ -1,0 +1,475 @@
+"""Index back-propagation quantization: schemas, checks, backends, autograd, public function."""
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from titok_fast import _library, reference
+from titok_fast.ops import inspect
+from titok_fast.ops.nearest_code import DTYPES, check_rows_and_codes, dense_rows, nearest_code
+from titok_fast.reference.index_propagation import EPS, mean_over_ranks
+from titok_fast.reference.index_propagation_streaming import add_rows, wide_dtype
+
+BACKENDS = {
+    "cpu": ("cpu", "triton", "streaming"),
+    "cuda": ("triton", "streaming"),
+    "meta": ("cpu", "triton", "streaming"),
+}
+SUPPORT = 256
+
+Forward = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _check(z: Tensor, codebook: Tensor, temperature: float, backend: str) -> None:
+    check_rows_and_codes(
+        z, codebook, (*DTYPES, torch.float64) if backend == "reference" else DTYPES
+    )
+    if z.ndim != 2:
+        raise ValueError(f"z: expected [N, D], got shape {list(z.shape)}")
+    if not isinstance(temperature, int | float):
+        raise TypeError(f"temperature: expected a float, got {type(temperature).__name__}")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature: {temperature} is not positive and finite")
+
+
+def _fake_fwd(
+    z: Tensor, codebook: Tensor, temperature: float, entropy: bool, backend: str
+) -> Forward:
+    (n, d), k = z.shape, codebook.shape[0]
+    support = SUPPORT if entropy and backend == "cpu" else 0
+    return (
+        z.new_empty(n, dtype=torch.int64),
+        z.new_empty(n, d, dtype=torch.float32),
+        z.new_empty(n, 8, dtype=torch.float32),
+        z.new_empty(k, dtype=torch.float64),
+        z.new_empty(n, support, dtype=torch.int32),
+        z.new_empty(n, support, dtype=torch.float64),
+    )
+
+
+def _fake_bwd(
+    grad: Tensor,
+    z: Tensor,
+    codebook: Tensor,
+    indices: Tensor,
+    mean_code: Tensor,
+    statistics: Tensor,
+    support_codes: Tensor,
+    support_weights: Tensor,
+    sample_weight: Tensor,
+    code_weight: Tensor,
+    temperature: float,
+    entropy: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    return z.new_empty(z.shape), codebook.new_empty(codebook.shape)
+
+
+def _cpu_fwd(
+    z: Tensor, codebook: Tensor, temperature: float, entropy: bool, backend: str
+) -> Forward:
+    if backend == "triton":
+        return _triton_fwd(z, codebook, temperature, entropy, backend)
+    inspect.require_backend(backend, "cpu")
+    extension = inspect.extension()
+    z, codebook = dense_rows(z), dense_rows(codebook)
+    (n, d), k = z.shape, codebook.shape[0]
+    support = SUPPORT if entropy else 0
+    indices = torch.empty(n, dtype=torch.int64)
+    mean_code = torch.empty(n, d, dtype=torch.float32)
+    statistics = torch.zeros(n, 8, dtype=torch.float32)
+    code_probability = torch.zeros(k, dtype=torch.float64)
+    support_codes = torch.full((n, support), -1, dtype=torch.int32)
+    support_weights = torch.zeros(n, support, dtype=torch.float64)
+    outputs = indices, mean_code, statistics, code_probability, support_codes, support_weights
+    if n == 0:
+        return outputs
+    threads = torch.get_num_threads()
+    size = extension.index_propagation_cpu_workspace(n=n, k=k, d=d, threads=threads, backward=False)
+    workspace = torch.empty(size, dtype=torch.uint8)
+    extension.index_propagation_fwd_cpu(
+        z=z.data_ptr(),
+        z_stride=z.stride(0),
+        codebook=codebook.data_ptr(),
+        codebook_stride=codebook.stride(0),
+        n=n,
+        k=k,
+        d=d,
+        dtype=str(z.dtype).removeprefix("torch."),
+        temperature=temperature,
+        entropy=entropy,
+        indices=indices.data_ptr(),
+        mean_code=mean_code.data_ptr(),
+        statistics=statistics.data_ptr(),
+        code_probability=code_probability.data_ptr(),
+        support_codes=support_codes.data_ptr(),
+        support_weights=support_weights.data_ptr(),
+        support=support,
+        workspace=workspace.data_ptr(),
+        threads=threads,
+    )
+    return outputs
+
+
+def _cpu_bwd(
+    grad: Tensor,
+    z: Tensor,
+    codebook: Tensor,
+    indices: Tensor,
+    mean_code: Tensor,
+    statistics: Tensor,
+    support_codes: Tensor,
+    support_weights: Tensor,
+    sample_weight: Tensor,
+    code_weight: Tensor,
+    temperature: float,
+    entropy: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    if backend == "triton":
+        return _triton_bwd(
+            grad, z, codebook, indices, mean_code, statistics, support_codes, support_weights,
+            sample_weight, code_weight, temperature, entropy, backend,
+        )  # fmt: skip
+    inspect.require_backend(backend, "cpu")
+    extension = inspect.extension()
+    grad, z, codebook = grad.float().contiguous(), dense_rows(z), dense_rows(codebook)
+    indices, support_codes = indices.contiguous(), support_codes.contiguous()
+    mean_code, statistics = mean_code.float().contiguous(), statistics.float().contiguous()
+    support_weights, code_weight = (x.double().contiguous() for x in (support_weights, code_weight))
+    (n, d), k = z.shape, codebook.shape[0]
+    if n == 0:
+        return torch.zeros_like(z), torch.zeros_like(codebook)
+    grad_z = torch.empty(n, d, dtype=torch.float32)
+    grad_codebook = torch.empty(k, d, dtype=torch.float32)
+    threads = torch.get_num_threads()
+    size = extension.index_propagation_cpu_workspace(n=n, k=k, d=d, threads=threads, backward=True)
+    workspace = torch.empty(size, dtype=torch.uint8)
+    extension.index_propagation_bwd_cpu(
+        grad=grad.data_ptr(),
+        grad_stride=d,
+        z=z.data_ptr(),
+        z_stride=z.stride(0),
+        codebook=codebook.data_ptr(),
+        codebook_stride=codebook.stride(0),
+        n=n,
+        k=k,
+        d=d,
+        dtype=str(z.dtype).removeprefix("torch."),
+        temperature=temperature,
+        entropy=entropy,
+        indices=indices.data_ptr(),
+        mean_code=mean_code.data_ptr(),
+        statistics=statistics.data_ptr(),
+        support_codes=support_codes.data_ptr(),
+        support_weights=support_weights.data_ptr(),
+        support=support_codes.shape[1],
+        sample_weight=float(sample_weight),
+        code_weight=code_weight.data_ptr(),
+        grad_z=grad_z.data_ptr(),
+        grad_codebook=grad_codebook.data_ptr(),
+        workspace=workspace.data_ptr(),
+        threads=threads,
+    )
+    return grad_z.to(z.dtype), grad_codebook.to(codebook.dtype)
+
+
+def _triton_fwd(
+    z: Tensor, codebook: Tensor, temperature: float, entropy: bool, backend: str
+) -> Forward:
+    inspect.require_backend(backend, z.device.type)
+    launch = inspect.kernels("index_propagation").launch_index_propagation_fwd
+    # Triton launches on the current device, which need not be that of the tensors.
+    with torch.cuda.device(z.device) if z.is_cuda else nullcontext():
+        indices, mean_code, statistics, probability, codes, weights = launch(
+            dense_rows(z), dense_rows(codebook), temperature, entropy
+        )
+    return indices, mean_code, statistics, probability.double(), codes, weights.double()
+
+
+def _triton_bwd(
+    grad: Tensor,
+    z: Tensor,
+    codebook: Tensor,
+    indices: Tensor,
+    mean_code: Tensor,
+    statistics: Tensor,
+    support_codes: Tensor,
+    support_weights: Tensor,
+    sample_weight: Tensor,
+    code_weight: Tensor,
+    temperature: float,
+    entropy: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    inspect.require_backend(backend, z.device.type)
+    launch = inspect.kernels("index_propagation").launch_index_propagation_bwd
+    with torch.cuda.device(z.device) if z.is_cuda else nullcontext():
+        grad_z, grad_codebook = launch(
+            dense_rows(grad), dense_rows(z), dense_rows(codebook), indices, mean_code, statistics,
+            sample_weight, code_weight.float(), temperature, entropy,
+        )  # fmt: skip
+    return grad_z, grad_codebook
+
+
+_fwd_op = _library.register(
+    "index_propagation_fwd(Tensor z, Tensor codebook, float temperature, bool entropy, "
+    "str backend) -> (Tensor indices, Tensor mean_code, Tensor statistics, "
+    "Tensor code_probability, Tensor support_codes, Tensor support_weights)",
+    cpu=_cpu_fwd,
+    cuda=_triton_fwd,
+    fake=_fake_fwd,
+)
+
+_bwd_op = _library.register(
+    "index_propagation_bwd(Tensor grad, Tensor z, Tensor codebook, Tensor indices, "
+    "Tensor mean_code, Tensor statistics, Tensor support_codes, Tensor support_weights, "
+    "Tensor sample_weight, Tensor code_weight, float temperature, bool entropy, "
+    "str backend) -> (Tensor grad_z, Tensor grad_codebook)",
+    cpu=_cpu_bwd,
+    cuda=_triton_bwd,
+    fake=_fake_bwd,
+)
+
+
+def _no_autocast(z: Tensor) -> AbstractContextManager[object]:
+    # There is no autocast for the meta device, nor a need of one.
+    return nullcontext() if z.is_meta else torch.autocast(z.device.type, enabled=False)
+
+
+def _streaming_fwd(
+    z: Tensor, codebook: Tensor, temperature: float, entropy: bool, backend: str
+) -> Forward:
+    indices = nearest_code(z, codebook, metric="dot")
+    with _no_autocast(z):
+        mean_code, statistics, code_probability = reference.index_propagation_fwd(
+            z, codebook, indices, temperature, entropy
+        )
+    empty = statistics[:, :0]
+    return indices, mean_code, statistics, code_probability, empty.int(), empty
+
+
+def _streaming_bwd(
+    grad: Tensor,
+    z: Tensor,
+    codebook: Tensor,
+    indices: Tensor,
+    mean_code: Tensor,
+    statistics: Tensor,
+    support_codes: Tensor,
+    support_weights: Tensor,
+    sample_weight: Tensor,
+    code_weight: Tensor,
+    temperature: float,
+    entropy: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    with _no_autocast(z):
+        return reference.index_propagation_bwd(
+            grad, z, codebook, indices, mean_code, statistics, sample_weight, code_weight.float(),
+            temperature, entropy,
+        )  # fmt: skip
+
+
+class Propagation(NamedTuple):
+    """What `propagate` returns.
+
+    Attributes:
+        quantized: [N, D], the chosen codes; its gradient passes through the softmax over all codes.
+        codes: the same values, whose gradient goes to the chosen codes alone.
+        indices: [N] int64.
+        sample_entropy: [] float32, the mean entropy of the rows.
+        batch_entropy: [] float32, the entropy of the mean over rows (and ranks).
+        max_probability: [N] float32, the largest softmax probability of each row; no gradient.
+    """
+
+    quantized: Tensor
+    codes: Tensor
+    indices: Tensor
+    sample_entropy: Tensor
+    batch_entropy: Tensor
+    max_probability: Tensor
+
+
+class _Once(torch.autograd.Function):
+    """Passes gradients on and refuses to be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, grad_z: Tensor, grad_codebook: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+        return grad_z.view_as(grad_z), grad_codebook.view_as(grad_codebook)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError("index_propagation: has no double backward; backend='reference' has one")
+
+
+class _IndexPropagation(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        z: Tensor,
+        codebook: Tensor,
+        temperature: float,
+        entropy: bool,
+        process_group: dist.ProcessGroup | None,
+        backend: str,
+    ) -> tuple[Tensor, ...]:
+        run = _streaming_fwd if backend == "streaming" else _fwd_op
+        indices, mean_code, statistics, code_probability, support_codes, support_weights = run(
+            z, codebook, temperature, entropy, backend
+        )
+        sample_entropy = batch_entropy = statistics.new_zeros(())
+        if entropy:
+            code_probability = mean_over_ranks(code_probability, process_group)
+            probability = code_probability.to(wide_dtype(z.device))
+            total = statistics[:, 4].sum(dtype=probability.dtype)
+            sample_entropy = (total / max(1, z.shape[0])).float()
+            batch_entropy = -(probability * (probability + EPS).log()).sum().float()
+        quantized, max_probability = codebook[indices], statistics[:, 5].clone()
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(indices, max_probability)
+        ctx.save_for_backward(
+            z, codebook, indices, mean_code, statistics, code_probability, support_codes,
+            support_weights,
+        )  # fmt: skip
+        ctx.options = temperature, entropy, backend
+        return (
+            quantized, quantized.clone(), indices, sample_entropy, batch_entropy.clone(),
+            max_probability,
+        )  # fmt: skip
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            grad_z, grad_codebook = _IndexPropagation._gradients(ctx, *grads)
+        if torch.is_grad_enabled():
+            grad_z, grad_codebook = _Once.apply(  # type: ignore[no-untyped-call]
+                grad_z, grad_codebook, *ctx.saved_tensors[:2], *grads
+            )
+        return grad_z, grad_codebook, None, None, None, None
+
+    @staticmethod
+    def _gradients(
+        ctx: Any,
+        grad: Tensor | None,
+        grad_codes: Tensor | None,
+        _indices: Tensor | None,
+        grad_sample: Tensor | None,
+        grad_batch: Tensor | None,
+        _max_probability: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        z, codebook, indices, mean_code, statistics, code_probability, *support = ctx.saved_tensors
+        support_codes, support_weights = support
+        temperature, entropy, backend = ctx.options
+        grad = torch.zeros_like(z) if grad is None else grad
+        sample_weight = statistics.new_zeros(()) if grad_sample is None else grad_sample
+        code_weight = torch.zeros_like(code_probability)
+        if grad_batch is not None:
+            # DDP takes the mean of the ranks' gradients, each through the mean of its own rows:
+            # that of all rows, so there is nothing to scale.
+            probability = code_probability.to(wide_dtype(z.device))
+            slope = -((probability + EPS).log() + probability / (probability + EPS))
+            # The same for every code has no effect; small numbers keep more of what differs.
+            code_weight = grad_batch * (slope - slope.amin())
+        run = _streaming_bwd if backend == "streaming" else _bwd_op
+        grad_z, grad_codebook = run(
+            grad, z, codebook, indices, mean_code, statistics, support_codes, support_weights,
+            sample_weight, code_weight, temperature, entropy, backend,
+        )  # fmt: skip
+        if grad_codes is not None:
+            add_rows(grad_codebook, indices, grad_codes)
+        return grad_z, grad_codebook
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Floating tensors in autocast's dtype where it is on, as for a matrix product."""
+    kind = tensors[0].device.type if isinstance(tensors[0], Tensor) else "meta"
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(x.to(dtype) if x.dtype in DTYPES else x for x in tensors)
+
+
+def propagate(
+    z: Tensor,
+    codebook: Tensor,
+    *,
+    temperature: float = 0.01,
+    entropy: bool = True,
+    process_group: dist.ProcessGroup | None = None,
+    backend: str = "auto",
+) -> Propagation:
+    """`index_propagation` with what a quantizer layer needs besides; same arguments and errors."""
+    z, codebook = _autocast(z, codebook)
+    _check(z, codebook, temperature, backend)
+    device = z.device.type
+    order = BACKENDS | {device: BACKENDS.get(device, ("streaming",))}
+    backend = inspect.choose_backend(backend, device, order)
+    if backend == "reference":
+        quantized, *others = reference.index_propagation(
+            z, codebook, temperature, entropy, process_group
+        )
+        return Propagation(quantized, codebook[others[0]], *others)
+    outputs = _IndexPropagation.apply(  # type: ignore[no-untyped-call]
+        z, codebook, float(temperature), entropy, process_group, backend
+    )
+    return Propagation(*outputs)
+
+
+def index_propagation(
+    z: Tensor,
+    codebook: Tensor,
+    *,
+    temperature: float = 0.01,
+    entropy: bool = True,
+    process_group: dist.ProcessGroup | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Index back-propagation quantization (IBQ) and its entropies, without the N x K matrix.
+
+    With logits s = z E^T, p = softmax(s) and q = softmax(s / temperature):
+
+        quantized = E[argmax s], with the gradient of p E for z and s, and of E[argmax s] for E
+        sample_entropy = mean over rows of -sum q log q
+        batch_entropy = -sum q~ log(q~ + 1e-5), with q~ the mean of q over rows
+
+    Every code gets a gradient from every row. The index is exact, as of `nearest_code` with metric
+    "dot". Results and gradients are the same from run to run; there is no double backward, except
+    with "reference". Under autocast `z` and `codebook` are cast to its dtype, as for a matrix
+    product. A NaN in a row makes the entropies NaN and leaves its index in range.
+
+    Args:
+        z: [N, D], float32, float16 or bfloat16 ("reference": also float64), any strides; may be
+            empty.
+        codebook: E, [K, D] with K >= 1, same dtype and device as `z`.
+        temperature: of the entropies, positive.
+        entropy: False saves their time; both are then 0.
+        process_group: average q~ over its ranks, which then all see the same batch_entropy. Its
+            gradient is such that the mean over ranks, which DistributedDataParallel takes, is the
+            gradient of one process with all rows. None: the rows of this process alone.
+        backend: "cpu" (C++), "triton" (GPU, or CPU tensors in Triton's interpreter), "streaming"
+            (PyTorch on any device, chunks of codes, float64 where the device has it), "reference"
+            (float64, materialises N x K), or "auto": "cpu" for CPU tensors, "triton" for CUDA
+            tensors, "streaming" for others.
+
+    Returns:
+        quantized [N, D] in the inputs' dtype, indices [N] int64 without gradient, sample_entropy []
+        and batch_entropy [] in float32 and nats (float64 for float64 inputs).
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a wrong shape or device, a temperature that is not positive, an unknown backend.
+        RuntimeError: the backend is not available, the message says what is missing; or a second
+            derivative is asked for.
+
+    Source: IBQ (arXiv 2412.02692, sections 3.2 and 3.3).
+    """
+    result = propagate(
+        z, codebook, temperature=temperature, entropy=entropy, process_group=process_group,
+        backend=backend,
+    )  # fmt: skip
+    return result.quantized, result.indices, result.sample_entropy, result.batch_entropy
