@@ -12,6 +12,7 @@ FAINT = (104, 108, 118)
 GRID = (228, 230, 234)
 BAR = (52, 104, 172)
 MARK = (190, 48, 48)
+SERIES = (BAR, MARK, (40, 140, 80), (214, 132, 30), (124, 82, 170), (96, 100, 110))
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,16 @@ class Panel:
                 (left, top), (right, _) = self.point(low, height), self.point(high, height)
                 right = max(left + 2, right - 1)
                 self.pen.rectangle((left, min(top, self.bottom - 2), right, self.bottom), BAR)
+
+    def line(
+        self, points: Sequence[tuple[float, float]], color: tuple[int, int, int], text: str
+    ) -> None:
+        """Points joined in order, `text` above the last."""
+        places = [self.point(*point) for point in points]
+        self.pen.line(places, color, 2)
+        for across, height in places:
+            self.pen.ellipse((across - 3, height - 3, across + 3, height + 3), color)
+        self.pen.text((places[-1][0], places[-1][1] - 6), text, color, font(12), anchor="rs")
 
     def mark(self, x: float, text: str) -> None:
         """A vertical line with a text on its right."""

@@ -6,6 +6,7 @@ between `<!-- begin generated: NAME -->` and `<!-- end generated -->`:
     README.md          performance   every op on every machine: time, memory, speed-up
     docs/ops/<op>.md   measured      every provider of the op and its ratio to each of ours
                        exactness     what bench.exactness counted
+                       scaling       time and memory against the number of codes, as a picture
 
 Refuses, in one line, numbers of a quick run, of a source tree with changes or of a machine that
 the file does not describe. `--check` writes nothing and exits with 1 where a document would change.
@@ -21,7 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import Image, ImageDraw
+
 from bench.harness import CONTENDED, ROOT
+from bench.plot import INK, SERIES, Axis, Panel, font
 from titok_fast._files import replacing
 
 OURS = "titok_fast"
@@ -268,7 +272,60 @@ def exactness(results: list[Result], document: Path) -> list[str]:
     return lines or ["No run is on record yet.", ""]
 
 
-REGIONS = {"performance": performance, "measured": measured, "exactness": exactness}
+def over_codes(results: list[Result], op: str) -> dict[str, list[tuple[int, Row]]]:
+    """Per provider its (K, row) in the first machine's cases that differ in K alone."""
+    for result in results:
+        rows = [row for row in result.rows if row.op == op and "[" not in row.provider]
+        families = grouped(rows, lambda r: re.sub(r"K = [\d,]+, ", "", r.case))
+        members = max(families.values(), key=len, default=[])
+        found: dict[str, list[tuple[int, Row]]] = {}
+        for row in members:
+            codes = int(re.search(r"K = ([\d,]+)", row.case)[1].replace(",", ""))
+            found.setdefault(row.provider, []).append((codes, row))
+        if found:
+            return {name: sorted(pairs, key=lambda p: p[0]) for name, pairs in found.items()}
+    return {}
+
+
+def scaling(results: list[Result], document: Path) -> list[str]:
+    if not over_codes(results, document.stem):
+        return ["No run is on record yet.", ""]
+    return [f"![Time and memory against the number of codes]({document.stem}_codes.png)", ""]
+
+
+def draw_scaling(lines: dict[str, list[tuple[int, Row]]], op: str) -> Image.Image:
+    """Seconds and extra memory of each provider against K, both axes logarithmic."""
+    canvas = Image.new("RGB", (1080, 480), "white")
+    pen = ImageDraw.Draw(canvas)
+    rows = [row for pairs in lines.values() for _, row in pairs]
+    sizes = [codes for pairs in lines.values() for codes, _ in pairs]
+    about = re.sub(r"K = [\d,]+, ", "", rows[0].case)
+    pen.text((24, 16), f"{op}: {about}, {rows[0].device}", INK, font(18))
+    x = Axis(min(sizes) * 0.7, max(sizes) * 1.4, log=True)
+    for i, (title, unit, value) in enumerate(
+        (
+            ("time", "seconds", lambda row: row.seconds),
+            ("extra memory", "MiB", lambda row: row.info.get("peak_extra_bytes") or 0),
+        )
+    ):
+        scale = 2**20 if i else 1
+        values = [value(row) / scale for row in rows if value(row)]
+        box = (24 + 528 * i, 56, 24 + 528 * i + 504, 460)
+        y = Axis(min(values) * 0.7, max(values) * 2, log=True)
+        panel = Panel(pen, box, x, y, title=title, x_label="codes K", y_label=unit)
+        for color, (name, pairs) in zip(SERIES, lines.items(), strict=False):
+            points = [(codes, value(row) / scale) for codes, row in pairs if value(row)]
+            if points:
+                panel.line(points, color, name)
+    return canvas
+
+
+REGIONS = {
+    "performance": performance,
+    "measured": measured,
+    "exactness": exactness,
+    "scaling": scaling,
+}
 
 
 def rewritten(text: str, results: list[Result], document: Path) -> str:
@@ -301,6 +358,10 @@ def main(arguments: list[str]) -> int:
                 if not options.check:
                     with replacing(path) as part:
                         part.write_text(new)
+            lines = over_codes(results, path.stem)
+            if lines and "begin generated: scaling" in text and not options.check:
+                with replacing(path.with_name(f"{path.stem}_codes.png")) as part:
+                    draw_scaling(lines, path.stem).save(part, "PNG")
     except RefusedError as error:
         print(f"bench.report: {error}", file=sys.stderr)
         return 2

@@ -224,7 +224,11 @@ def test_half_inputs_err_no_more_than_eager(backend, device, small, dtype):
     for name, loss in losses.items():
         eager = torch.autograd.grad(loss, [a, b], retain_graph=True)
         for ours, theirs, right in zip(grads[name], eager, expected_grads[name], strict=True):
-            assert relative_error(ours.cpu(), right) <= relative_error(theirs.cpu(), right)
+            # So few codes leave eager hardly more than the rounding of its result.
+            epsilon = torch.finfo(dtype).eps / 4 if small else 0.0
+            assert (
+                relative_error(ours.cpu(), right) <= relative_error(theirs.cpu(), right) + epsilon
+            )
 
 
 def test_reference_is_the_official_arithmetic():
