@@ -322,7 +322,9 @@ def index_propagation_fwd_kernel(
     sharp = tl.zeros([ROWS], tl.float32)
     weighted = tl.zeros([ROWS], tl.float32)
     sums = tl.zeros([ROWS, WIDTH], tl.float32)
-    for block in tl.range(begin, end):
+    # Without the assumption products run one by one; invariants would spill.
+    tl.assume(begin < end)
+    for block in tl.range(begin, end, disable_licm=True):
         code = block * CODES
         e, e_low = _load(codes, code_part, code_stride, code, k, D, WIDTH, CODES, PARTS, EVEN)
         s = _product(a, a_low, e, e_low, PARTS) * scale
@@ -653,16 +655,16 @@ def index_propagation_bwd_prepare_kernel(
 
 
 @triton.jit
-def _sharp(s, top, log_sum, inverse_t):
-    # (s - top) / T, bounded so that a weight of 0 gives no NaN, and q.
-    x = tl.maximum((s - top) * inverse_t, _LOWEST)
+def _sharp(below, log_sum, inverse_t):
+    # (s - top) / T from s - top, bounded so that a weight of 0 gives no NaN, and q.
+    x = tl.maximum(below * inverse_t, _LOWEST)
     return x, tl.exp2((x - log_sum) * _LOG2E)
 
 
 @triton.jit
 def _wide_sharp(score, inside, top, log_sum, inverse_t):
-    # The same from float64 logits; a NaN passes.
-    x = ((score - top) * inverse_t).to(tl.float32)
+    # The same from float64 logits, in float64: the two entropies may nearly cancel. A NaN passes.
+    x = (score - top) * inverse_t
     x = tl.where(x < _LOWEST, _LOWEST, x)
     return x, tl.where(inside, tl.exp(x - log_sum), 0.0)
 
@@ -712,20 +714,21 @@ def index_propagation_bwd_weights_kernel(
     in_float = tl.load(own + _IN_FLOAT) > 0
     total = tl.zeros([ROWS], tl.float32)
     if tl.max(in_float.to(tl.int32), axis=0) == 1:
-        top = tl.where(in_float, tl.load(own + _SHARP_TOP), float("inf"))[:, None]
-        log_sum = tl.load(own + _SHARP_LOG_SUM)[:, None]
+        top = tl.load(own + _SHARP_TOP)[:, None]
+        log_sum = tl.where(in_float, tl.load(own + _SHARP_LOG_SUM), float("inf"))[:, None]
         scale = _up(z_top, PARTS) * _up(code_top, PARTS)
         a, a_low = _load(
             z, z_part, z_stride, first + start, first + n, D, WIDTH, ROWS, PARTS, False
         )
         within = tl.arange(0, CODES)
-        for block in tl.range(begin, end):
+        tl.assume(begin < end)
+        for block in tl.range(begin, end, disable_licm=True):
             code = block * CODES
             e, e_low = _load(codes, code_part, code_stride, code, k, D, WIDTH, CODES, PARTS, False)
             weight = code_weight + first_code + code + within
             weight = tl.load(weight, mask=within < k - code, other=0.0)
             s = _product(a, a_low, e, e_low, PARTS) * scale
-            _, q = _sharp(s, top, log_sum, inverse_t)
+            _, q = _sharp(s - top, log_sum, inverse_t)
             total += tl.sum(q * weight[None, :], axis=1)
     to = weights + (slot + split).to(tl.int64) * n + entry
     tl.store(to, total, mask=entry < n)
@@ -802,8 +805,9 @@ def index_propagation_bwd_z_kernel(
     log_sum = (tl.load(own + _LOG_SUM) * _LOG2E - tl.log2(down))[:, None]
     score = tl.load(mean_score + row)[:, None]
     if SHARP:
-        sharp_top = tl.where(in_float, tl.load(own + _SHARP_TOP), float("inf"))[:, None]
-        sharp_log_sum = tl.load(own + _SHARP_LOG_SUM)[:, None]
+        # The two softmaxes of a row in float have one top.
+        sharp_log_sum = tl.load(own + _SHARP_LOG_SUM)
+        sharp_log_sum = tl.where(in_float, sharp_log_sum, float("inf"))[:, None]
         mean_exponent = tl.load(own + _MEAN_EXPONENT)[:, None]
         mean = tl.load(mean_weight + row)[:, None]
         spread = tl.load(sample_weight)
@@ -812,13 +816,16 @@ def index_propagation_bwd_z_kernel(
     within = tl.arange(0, CODES)
     residual = tl.zeros([ROWS], tl.float32)
     sums = tl.zeros([ROWS, WIDTH], tl.float32)
-    for block in tl.range(begin, end):
+    # Without the assumption products run one by one; invariants would spill.
+    tl.assume(begin < end)
+    for block in tl.range(begin, end, disable_licm=True):
         code = block * CODES
         e, e_low = _load(codes, code_part, code_stride, code, k, D, WIDTH, CODES, PARTS, EVEN)
         s = _product(a, a_low, e, e_low, PARTS) * scale
         if not EVEN:
             s = tl.where((within < k - code)[None, :], s, float("-inf"))
-        p = tl.exp2((s - top) * _LOG2E - log_sum)
+        below = s - top
+        p = tl.exp2(below * _LOG2E - log_sum)
         ds = p * (_product(g, g_low, e, e_low, PARTS) * grad_scale - score)
         residual += tl.sum(ds, axis=1)
         if ENTROPY:
@@ -829,7 +836,7 @@ def index_propagation_bwd_z_kernel(
         if SHARP:
             weight = code_weight + first_code + code + within
             weight = tl.load(weight, mask=within < k - code, other=0.0)[None, :]
-            x, q = _sharp(s, sharp_top, sharp_log_sum, inverse_t)
+            x, q = _sharp(below, sharp_log_sum, inverse_t)
             ds += unit * _sharp_gradient(x, q, mean_exponent, mean, spread, weight)
         sums = _accumulate(ds, e, e_low, sums, PARTS)
 
@@ -856,14 +863,14 @@ def index_propagation_bwd_rows_kernel(
     codebook,  # [K, D]
     statistics,  # [N, 8]
     mean_code,  # [N, D]
-    code_weight,  # [K]
+    code_weight,  # [K] float64
     sample_weight,  # []
     code_top,  # []
     bound,  # []
     partial,  # [slots, size, D]
     residuals,  # [slots, size]
     needed,  # [blocks, N] int8
-    mean_weight,  # [N], filled in for rows that are not in float
+    wide,  # [N, 3] float64: log sum exp(x), means of x = (s - top) / T and code_weight under q
     residual,  # [N]
     grad_z,  # [N, D]
     first,
@@ -910,10 +917,11 @@ def index_propagation_bwd_rows_kernel(
     if ENTROPY and tl.load(own + _IN_FLOAT) == 0:
         a = _wide_row(z, row, z_stride, D, WIDTH)
         top = tl.load(own + _SHARP_TOP).to(tl.float64)
-        log_sum, exponent = tl.load(own + _SHARP_LOG_SUM), tl.load(own + _MEAN_EXPONENT)
-        spread = tl.load(sample_weight)
-        average = tl.zeros([1], tl.float32)
-        for stage in tl.static_range(2):  # the mean of the weights, then the gradient
+        spread = tl.load(sample_weight).to(tl.float64)
+        total = tl.zeros([1], tl.float64)
+        exponent = tl.zeros([1], tl.float64)
+        average = tl.zeros([1], tl.float64)
+        for stage in tl.static_range(2):  # the means, then the gradient
             for start in range(0, blocks, CHUNK):
                 block = start + tl.arange(0, CHUNK)
                 where = needed + block.to(tl.int64) * n + row
@@ -924,16 +932,28 @@ def index_propagation_bwd_rows_kernel(
                         code = hit * BLOCK + at + tl.arange(0, PIECE)[:, None]
                         inside = code < k
                         e, score = _wide_logits(a, codebook, code, inside, codebook_stride, D)
-                        x, q = _wide_sharp(score, inside, top, log_sum, inverse_t)
                         weight = tl.load(code_weight + code, mask=inside, other=0.0)
                         if stage == 0:
+                            x, q = _wide_sharp(score, inside, top, 0.0, inverse_t)
+                            total += tl.sum(q, axis=0)
+                            exponent += tl.sum(q * x, axis=0)
                             average += tl.sum(q * weight, axis=0)
                         else:
-                            ds = _sharp_gradient(x, q, exponent, average[None, :], spread, weight)
-                            sums += tl.sum(ds * (inverse_t / n) * e, axis=0)
+                            log_sum = tl.log(total)[None, :]
+                            x, q = _wide_sharp(score, inside, top, log_sum, inverse_t)
+                            ds = _sharp_gradient(
+                                x, q, exponent[None, :], average[None, :], spread, weight
+                            )
+                            sums += tl.sum((ds * (inverse_t / n)).to(tl.float32) * e, axis=0)
                     pending &= block != hit
                     hit = tl.min(tl.where(pending, block, _NONE), axis=0)
-        tl.store(mean_weight + row + tl.zeros([1], tl.int64), average)
+            if stage == 0:
+                exponent /= total
+                average /= total
+        means = wide + row * 3 + tl.zeros([1], tl.int64)
+        tl.store(means, tl.log(total))
+        tl.store(means + 1, exponent)
+        tl.store(means + 2, average)
     to = grad_z + row * D + columns
     tl.store(to, sums.to(grad_z.dtype.element_ty), mask=columns < D)
 
@@ -991,31 +1011,33 @@ def index_propagation_bwd_codebook_kernel(
         unit = down * inverse_t / n
         spread = tl.load(sample_weight)
     sums = tl.zeros([CODES, WIDTH], tl.float32)
+    tl.assume(n > 0)
     for first in tl.range(0, n, ROWS):
         row = first + tl.arange(0, ROWS)
         real = row < n
         row = tl.minimum(row, n - 1)
         a, a_low = _load(z, z_part, z_stride, first, n, D, WIDTH, ROWS, PARTS, False)
         g, g_low = _load(grad, z_part, z_stride, first, n, D, WIDTH, ROWS, PARTS, False)
+        s = _product(e, e_low, a, a_low, PARTS) * scale
+        slope = _product(e, e_low, g, g_low, PARTS) * grad_scale
         own = statistics + row.to(tl.int64) * 8
         top = tl.where(real, tl.load(own + _TOP), float("inf"))
         log_sum = tl.load(own + _LOG_SUM) * _LOG2E - shift
         score, rest = tl.load(mean_score + row), tl.load(residual + row)
-        s = _product(e, e_low, a, a_low, PARTS) * scale
-        slope = _product(e, e_low, g, g_low, PARTS) * grad_scale
-        if PARTS == 1:  # half precision can do with fewer registers
+        if PARTS == 1 and not SHARP:  # half precision can do with fewer registers
             p = tl.exp2(s * _LOG2E - (top * _LOG2E + log_sum)[None, :])
             ds = p * (slope - (score + rest)[None, :])
         else:
-            p = tl.exp2((s - top[None, :]) * _LOG2E - log_sum[None, :])
+            below = s - top[None, :]
+            p = tl.exp2(below * _LOG2E - log_sum[None, :])
             ds = p * (slope - score[None, :] - rest[None, :])
         if SHARP:
             real &= tl.load(own + _IN_FLOAT) > 0
-            sharp_top = tl.where(real, tl.load(own + _SHARP_TOP), float("inf"))[None, :]
-            sharp_log_sum = tl.load(own + _SHARP_LOG_SUM)[None, :]
+            sharp_log_sum = tl.load(own + _SHARP_LOG_SUM)
+            sharp_log_sum = tl.where(real, sharp_log_sum, float("inf"))[None, :]
             mean_exponent = tl.load(own + _MEAN_EXPONENT)[None, :]
             mean = tl.load(mean_weight + row)[None, :]
-            x, q = _sharp(s, sharp_top, sharp_log_sum, inverse_t)
+            x, q = _sharp(below, sharp_log_sum, inverse_t)
             ds += unit * _sharp_gradient(x, q, mean_exponent, mean, spread, weight)
         sums = _accumulate(ds, a, a_low, sums, PARTS)
     _store_tile(grad_codebook, sums * (up * z_scale), first_code + start, k - start, OUT_D)
@@ -1028,8 +1050,8 @@ def index_propagation_bwd_sparse_kernel(
     codebook,  # [K, D]
     indices,  # [N] int64
     statistics,  # [N, 8]
-    code_weight,  # [K]
-    mean_weight,  # [N]
+    code_weight,  # [K] float64
+    wide,  # [N, 3] float64, of bwd_rows
     sample_weight,  # []
     needed,  # [blocks, N] int8
     grad_codebook,  # [K, D], added to
@@ -1069,15 +1091,17 @@ def index_propagation_bwd_sparse_kernel(
                 own = statistics + at * 8
                 a = _wide_row(z, at, z_stride, D, WIDTH)
                 _, score = _wide_logits(a, codebook, code, inside, codebook_stride, D)
+                means = wide + at * 3
                 x, q = _wide_sharp(
-                    score, inside, tl.load(own + _SHARP_TOP).to(tl.float64),
-                    tl.load(own + _SHARP_LOG_SUM), inverse_t,
+                    score, inside, tl.load(own + _SHARP_TOP).to(tl.float64), tl.load(means),
+                    inverse_t,
                 )  # fmt: skip
                 ds = _sharp_gradient(
-                    x, q, tl.load(own + _MEAN_EXPONENT), tl.load(mean_weight + at),
-                    tl.load(sample_weight), tl.load(code_weight + code, mask=inside, other=0.0),
+                    x, q, tl.load(means + 1), tl.load(means + 2),
+                    tl.load(sample_weight).to(tl.float64),
+                    tl.load(code_weight + code, mask=inside, other=0.0),
                 )  # fmt: skip
-                sums += ds * (inverse_t / n) * a.to(tl.float32)
+                sums += (ds * (inverse_t / n)).to(tl.float32) * a.to(tl.float32)
             pending &= row != hit
             hit = tl.min(tl.where(pending, row, _NONE), axis=0)
     if found == 1:
@@ -1091,7 +1115,8 @@ def index_propagation_bwd_sparse_kernel(
 class _Layout:
     """How tile kernels see rows and codes: `parts` operands of `d` columns, `width` with padding.
 
-    Inputs are read in place where they are half precision and aligned, otherwise copied.
+    Inputs are read in place where they are half precision and aligned, and all rows have one
+    stride; otherwise copied.
     """
 
     d: int
@@ -1109,10 +1134,13 @@ class _Layout:
 
 
 def _layout(*inputs: Tensor) -> _Layout:
+    """For the rows z, perhaps those of their gradient, and the codebook."""
     d = inputs[0].shape[1]
     width = max(16, triton.next_power_of_2(d))
     parts = 2 if inputs[0].dtype == torch.float32 else 1
-    copy = parts == 2 or any((d | x.stride(0)) % 16 for x in inputs)
+    strides = [x.stride(0) for x in inputs]
+    aligned = all((d | stride) % 16 == 0 and stride < 1 << 22 for stride in strides)
+    copy = parts == 2 or not aligned or strides[0] != strides[-2]
     return _Layout(width if copy else d, width, parts, copy)
 
 
@@ -1209,7 +1237,8 @@ class _Plan:
 
     n: int
     chunk: int  # rows of a launch
-    splits: int  # of the blocks of a chunk of codes
+    steps: int  # blocks of codes to a program
+    splits: int  # programs to a whole chunk of codes
     slots: int
     tile: Tile
 
@@ -1220,9 +1249,9 @@ class _Plan:
             yield first, size, triton.cdiv(size, self.tile.rows)
 
     def codes(self, count: int) -> tuple[int, int]:
-        """Blocks of a chunk of codes and blocks to a program."""
+        """Blocks of a chunk of codes and the programs that share them."""
         blocks = triton.cdiv(count, self.tile.codes)
-        return blocks, triton.cdiv(blocks, self.splits)
+        return blocks, triton.cdiv(blocks, self.steps)
 
 
 def _plan(
@@ -1238,15 +1267,16 @@ def _plan(
 
     row_tiles = triton.cdiv(chunk, tile.rows)
     most = max(1, min(blocks, _PARTIAL_BYTES // (4 * d * chunks * chunk)))
-    # The last wave of programs should be nearly full.
-    choices = {max(1, min(most, waves * multiprocessors // row_tiles)) for waves in range(1, 9)}
 
-    def cost(splits: int) -> int:
-        waves = triton.cdiv(row_tiles * splits, multiprocessors)
-        return waves * (triton.cdiv(blocks, splits) + 2)
+    def cost(steps: int) -> int:  # the last wave of programs should be nearly full
+        waves = triton.cdiv(row_tiles * triton.cdiv(blocks, steps), multiprocessors)
+        return waves * (steps + 2)
 
-    splits = min(sorted(choices), key=cost)
-    return _Plan(n, chunk, splits, splits * chunks, tile)
+    choices = (max(1, min(most, waves * multiprocessors // row_tiles)) for waves in range(1, 9))
+    steps = min((triton.cdiv(blocks, splits) for splits in choices), key=cost)
+    splits = triton.cdiv(blocks, steps)
+    last = triton.cdiv(triton.cdiv(k - (chunks - 1) * codes, tile.codes), steps)
+    return _Plan(n, chunk, steps, splits, (chunks - 1) * splits + last, tile)
 
 
 def _tile_options(tile: Tile) -> dict[str, Any]:
@@ -1315,14 +1345,14 @@ def launch_index_propagation_fwd(
     state = torch.empty(4 * slots * plan.chunk, dtype=torch.float32, device=device)
     mean = torch.empty(slots * plan.chunk * d, dtype=torch.float32, device=device)
     for first, size, row_tiles in plan.rows():
-        for slot, chunk in enumerate(_codes(codebook, code_top, layout, tile.codes)):
+        for part, chunk in enumerate(_codes(codebook, code_top, layout, tile.codes)):
             code, count, codes, code_part, code_stride = chunk
-            here, steps = plan.codes(count)
+            here, programs = plan.codes(count)
             for sharp in (False, True)[: 1 + entropy]:
-                index_propagation_fwd_kernel[(row_tiles * plan.splits,)](
+                index_propagation_fwd_kernel[(row_tiles * programs,)](
                     rows, codes, z_top, code_top, z_norm, code_norm, state, mean, table, first,
-                    size, count, inverse_t, code // tile.codes, here, row_tiles, steps,
-                    slot * plan.splits, slots, z_part, z_stride, code_part, code_stride,
+                    size, count, inverse_t, code // tile.codes, here, row_tiles, plan.steps,
+                    part * plan.splits, slots, z_part, z_stride, code_part, code_stride,
                     EVEN=count % tile.codes == 0, ENTROPY=entropy, SHARP=sharp, OUT_D=d,
                     **layout.sizes, **_tile_options(tile),
                 )  # fmt: skip
@@ -1382,6 +1412,8 @@ def launch_index_propagation_bwd(
     grad_codebook = torch.empty(k, d, dtype=codebook.dtype, device=device)
 
     grad = grad.to(z.dtype)
+    wide_weight, code_weight = code_weight.double().contiguous(), code_weight.float().contiguous()
+    wide = torch.empty(n, 3, dtype=torch.float64, device=device)
     mean_code, statistics = mean_code.contiguous(), statistics.contiguous()
     layout = _layout(z, grad, codebook)
     config, multiprocessors = _config(z, layout, config)
@@ -1409,34 +1441,32 @@ def launch_index_propagation_bwd(
     mean_weight = torch.empty(n, dtype=torch.float32, device=device)
     options = _row_options(d, layout, tile.codes, interpreted)
     for first, size, row_tiles in plan.rows():
-        grid = (row_tiles * plan.splits,)
         if entropy:
-            for slot, chunk in enumerate(_codes(codebook, code_top, layout, tile.codes)):
+            for part, chunk in enumerate(_codes(codebook, code_top, layout, tile.codes)):
                 code, count, codes, code_part, code_stride = chunk
-                here, steps = plan.codes(count)
-                index_propagation_bwd_weights_kernel[grid](
+                here, programs = plan.codes(count)
+                index_propagation_bwd_weights_kernel[(row_tiles * programs,)](
                     rows, codes, z_top, code_top, statistics, code_weight, weights, first, size,
-                    count, inverse_t, code, here, row_tiles, steps, slot * plan.splits, z_part,
+                    count, inverse_t, code, here, row_tiles, plan.steps, part * plan.splits, z_part,
                     z_stride, code_part, code_stride, **layout.sizes, **_tile_options(tile),
                 )  # fmt: skip
-            mean_weight[first : first + size] = (
-                weights.view(-1)[: slots * size].view(slots, -1).sum(0)
-            )
-        for slot, chunk in enumerate(_codes(codebook, code_top, layout, tile.codes)):
+            kept = weights.view(-1)[: slots * size].view(slots, size)
+            torch.sum(kept, 0, out=mean_weight[first : first + size])
+        for part, chunk in enumerate(_codes(codebook, code_top, layout, tile.codes)):
             code, count, codes, code_part, code_stride = chunk
-            here, steps = plan.codes(count)
+            here, programs = plan.codes(count)
             for sharp in (False, True)[: 1 + entropy]:
-                index_propagation_bwd_z_kernel[grid](
+                index_propagation_bwd_z_kernel[(row_tiles * programs,)](
                     rows, grads, codes, z_top, grad_top, code_top, bound, statistics, mean_score,
                     z_norm, block_norm, code_weight, mean_weight, sample_weight, partial,
                     residuals, needed, first, size, n, count, inverse_t, code, code // tile.codes,
-                    here, row_tiles, steps, slot * plan.splits, z_part, z_stride,
+                    here, row_tiles, plan.steps, part * plan.splits, z_part, z_stride,
                     code_part, code_stride, EVEN=count % tile.codes == 0, ENTROPY=entropy,
                     SHARP=sharp, OUT_D=d, **layout.sizes, **_tile_options(tile),
                 )  # fmt: skip
         index_propagation_bwd_rows_kernel[(size,)](
-            z, codebook, statistics, mean_code, code_weight, sample_weight, code_top, bound,
-            partial, residuals, needed, mean_weight, residual, grad_z, first, size, n, k,
+            z, codebook, statistics, mean_code, wide_weight, sample_weight, code_top, bound,
+            partial, residuals, needed, wide, residual, grad_z, first, size, n, k,
             inverse_t, blocks, slots, z.stride(0), codebook.stride(0), ENTROPY=entropy, **options,
         )  # fmt: skip
 
@@ -1453,7 +1483,7 @@ def launch_index_propagation_bwd(
             )  # fmt: skip
     options = _block_options(d, layout, block, interpreted)
     index_propagation_bwd_sparse_kernel[(triton.cdiv(k, options["PIECE"]),)](
-        z, grad, codebook, indices, statistics, code_weight, mean_weight, sample_weight, needed,
+        z, grad, codebook, indices, statistics, wide_weight, wide, sample_weight, needed,
         grad_codebook, n, k, inverse_t, z.stride(0), grad.stride(0), codebook.stride(0),
         ENTROPY=entropy, **options,
     )  # fmt: skip
@@ -1487,12 +1517,13 @@ def specializations(capability: int) -> Iterator[tuple[Any, dict[str, str], dict
         types = dict.fromkeys(names.split(), "*fp32")
         types |= {"indices": "*i64", "counts": "*i64", "needed": "*i8", "inverse_t": "fp32"}
         names = (
-            "first size n rows k first_block first_code last blocks row_tiles steps slot slots stride "
-            "z_part z_stride grad_stride code_part code_stride codebook_stride"
+            "first size n rows k first_block first_code last blocks row_tiles steps slot slots "
+            "stride z_part z_stride grad_stride code_part code_stride codebook_stride"
         )
         types |= dict.fromkeys(names.split(), "i32")
-        types |= dict.fromkeys("x z grad codebook grad_z grad_codebook".split(), f"*{dtype}")
-        halves = types | dict.fromkeys("z grad codes out".split(), f"*{half}")
+        tensors = ["x", "z", "grad", "codebook", "grad_z", "grad_codebook"]
+        types |= dict.fromkeys(tensors, f"*{dtype}")
+        halves = types | dict.fromkeys(["z", "grad", "codes", "out"], f"*{half}")
 
         sizes = {"D": d, "WIDTH": d, "ROWS": max(1, 4096 // d)}
         block = {"BLOCK": sizes["ROWS"], "FOLD": False}
@@ -1517,6 +1548,7 @@ def specializations(capability: int) -> Iterator[tuple[Any, dict[str, str], dict
         yield index_propagation_bwd_weights_kernel, halves, options
         options = {"ENTROPY": True, **_row_options(d, layout, config.fwd.codes, False)}
         yield index_propagation_fwd_rows_kernel, types, options
+        types = types | {"code_weight": "*fp64", "wide": "*fp64"}
         options = {"ENTROPY": True, **_row_options(d, layout, config.bwd_z.codes, False)}
         yield index_propagation_bwd_rows_kernel, types, options
         options = {"ENTROPY": True, **_block_options(d, layout, config.bwd_z.codes, False)}

@@ -211,7 +211,7 @@ def _triton_bwd(
     with torch.cuda.device(z.device) if z.is_cuda else nullcontext():
         grad_z, grad_codebook = launch(
             dense_rows(grad), dense_rows(z), dense_rows(codebook), indices, mean_code, statistics,
-            sample_weight, code_weight.float(), temperature, entropy,
+            sample_weight, code_weight, temperature, entropy,
         )  # fmt: skip
     return grad_z, grad_codebook
 
