@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-_CHUNK = {"cpu": 2**18}  # entries of a chunk's N x K scores; elsewhere 2^22 keep a GPU busy
+_CHUNK = {"cpu": 2**17}  # entries of a chunk's N x K scores; elsewhere 2^22 keep a GPU busy
 _FLOOR = -60.0  # of exponents: no product with exp(x) becomes a denormal, which is slow
 
 
