@@ -25,7 +25,7 @@ constexpr int kTileCodes = kTileVectors * S::lanes;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 // Norms up to this keep every coarse product and sum inside float32.
 constexpr double kLargestNorm = 1e18;
-constexpr double kNormFloor = 1e-12, kCosineSquare = 1e-23;
+constexpr double kNormFloor = 1e-12;
 constexpr double kLargestSquare = 1e36;
 constexpr double kSmallSquare = 1e-24;
 constexpr double kSquareMargin = 1.0001;
@@ -269,59 +269,64 @@ struct Search {
         index = k;
       }
     }
-
-    // Whether sum / sqrt(square) is below the score by more than rounding, without the division.
-    bool beats_cosine(double sum, double square) const {
-      const double own = score * score * square;
-      return score > 0.0 && square > kCosineSquare && own > 1e-290 &&
-             (sum <= 0.0 || sum * sum < own * (1.0 - 1e-12));
-    }
   };
 
-  // Larger is nearer: minus the squared distance, the cosine or the logit.
+  // Codes first, first + step, ..., `count` of them, at most eight. Larger is nearer: minus the
+  // squared distance, the cosine or the logit.
   template <Metric metric>
-  void offer(int64_t k, Best& best) const {
+  void offer(int64_t first, int64_t step, int64_t count, Best& best) const {
     const double* zr = z64();
-    const T* e = code(k);
-    Double8 sum = Double8::zero(), square = Double8::zero();
-    for (int64_t i = 0; i < plan.depth; i += 8) {
-      const Double8 b = widen8(e + i, args.d - i), a = Double8::load(zr + i);
-      if constexpr (metric == Metric::l2) {
-        const Double8 difference = a - b;
-        sum = sum + difference * difference;
-      } else {
-        sum = sum + a * b;
-        if constexpr (metric == Metric::cosine) square = square + b * b;
+    Double8 sums[8], squares[8];
+    for (int j = 0; j < 8; ++j) {
+      const T* e = code(first + step * (j < count ? j : 0));
+      Double8 sum = Double8::zero(), square = Double8::zero();
+      for (int64_t i = 0; i < plan.depth; i += 8) {
+        const Double8 b = widen8(e + i, args.d - i), a = Double8::load(zr + i);
+        if constexpr (metric == Metric::l2) {
+          const Double8 difference = a - b;
+          sum = sum + difference * difference;
+        } else {
+          sum = sum + a * b;
+          if constexpr (metric == Metric::cosine) square = square + b * b;
+        }
       }
+      sums[j] = sum;
+      squares[j] = square;
     }
-    double score = sum_pairs(sum);
-    if constexpr (metric == Metric::l2) score = -score;
+    Double8 score = sum_pairs(sums);
+    if constexpr (metric == Metric::l2) score = Double8::broadcast(-0.0) - score;
     if constexpr (metric == Metric::cosine) {
-      const double squared = sum_pairs(square);
-      if (best.beats_cosine(score, squared)) return;
-      const double norm = std::sqrt(squared);
-      score /= norm < kNormFloor ? kNormFloor : norm;
+      score = score / max(Double8::broadcast(kNormFloor), sqrt(sum_pairs(squares)));
     }
-    best.offer(score, k);
+    unsigned nearer = not_less(score, Double8::broadcast(best.score)) & ((1u << count) - 1);
+    if (!nearer) return;
+    double scores[8];
+    score.store(scores);
+    for (; nearer; nearer &= nearer - 1) {
+      const int j = __builtin_ctz(nearer);
+      best.offer(scores[j], first + step * j);
+    }
   }
 
   // Codes first, first + step, ... below `end`; returns how many.
   int64_t offer_all(int64_t first, int64_t end, int64_t step, Best& best) const {
     if (end > args.k) end = args.k;
-    for (int64_t k = first; k < end; k += step) {
+    const int64_t all = first < end ? (end - first + step - 1) / step : 0;
+    for (int64_t done = 0; done < all; done += 8) {
+      const int64_t count = all - done < 8 ? all - done : 8, k = first + done * step;
       switch (args.metric) {
         case Metric::l2:
-          offer<Metric::l2>(k, best);
+          offer<Metric::l2>(k, step, count, best);
           break;
         case Metric::cosine:
-          offer<Metric::cosine>(k, best);
+          offer<Metric::cosine>(k, step, count, best);
           break;
         case Metric::dot:
-          offer<Metric::dot>(k, best);
+          offer<Metric::dot>(k, step, count, best);
           break;
       }
     }
-    return first < end ? (end - first + step - 1) / step : 0;
+    return all;
   }
 
   double norm64(const T* row) const {

@@ -84,6 +84,7 @@ struct Double8 {
   static Double8 broadcast(double x) { return {_mm512_set1_pd(x)}; }
   static Double8 load(const double* p) { return {_mm512_loadu_pd(p)}; }
   static Double8 widen(__m256 x) { return {_mm512_cvtps_pd(x)}; }
+  void store(double* p) const { _mm512_storeu_pd(p, v); }
   __m256d low() const { return _mm512_castpd512_pd256(v); }
   __m256d high() const { return _mm512_extractf64x4_pd(v, 1); }
 };
@@ -91,6 +92,10 @@ inline Double8 operator+(Double8 a, Double8 b) { return {_mm512_add_pd(a.v, b.v)
 inline Double8 operator-(Double8 a, Double8 b) { return {_mm512_sub_pd(a.v, b.v)}; }
 inline Double8 operator*(Double8 a, Double8 b) { return {_mm512_mul_pd(a.v, b.v)}; }
 inline Double8 operator/(Double8 a, Double8 b) { return {_mm512_div_pd(a.v, b.v)}; }
+inline Double8 sqrt(Double8 x) { return {_mm512_sqrt_pd(x.v)}; }
+// A NaN in x stays.
+inline Double8 max(Double8 floor, Double8 x) { return {_mm512_max_pd(floor.v, x.v)}; }
+inline unsigned not_less(Double8 x, Double8 y) { return _mm512_cmp_pd_mask(x.v, y.v, _CMP_NLT_UQ); }
 
 #elif defined(__AVX2__)
 
@@ -102,6 +107,10 @@ struct Double8 {
   static Double8 widen(__m256 x) {
     return {_mm256_cvtps_pd(_mm256_castps256_ps128(x)),
             _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1))};
+  }
+  void store(double* p) const {
+    _mm256_storeu_pd(p, a);
+    _mm256_storeu_pd(p + 4, b);
   }
   __m256d low() const { return a; }
   __m256d high() const { return b; }
@@ -118,6 +127,14 @@ inline Double8 operator*(Double8 x, Double8 y) {
 inline Double8 operator/(Double8 x, Double8 y) {
   return {_mm256_div_pd(x.a, y.a), _mm256_div_pd(x.b, y.b)};
 }
+inline Double8 sqrt(Double8 x) { return {_mm256_sqrt_pd(x.a), _mm256_sqrt_pd(x.b)}; }
+inline Double8 max(Double8 floor, Double8 x) {
+  return {_mm256_max_pd(floor.a, x.a), _mm256_max_pd(floor.b, x.b)};
+}
+inline unsigned not_less(Double8 x, Double8 y) {
+  return static_cast<unsigned>(_mm256_movemask_pd(_mm256_cmp_pd(x.a, y.a, _CMP_NLT_UQ)) |
+                               _mm256_movemask_pd(_mm256_cmp_pd(x.b, y.b, _CMP_NLT_UQ)) << 4);
+}
 
 #else
 
@@ -130,6 +147,7 @@ struct Double8 {
     std::memcpy(out.v, p, sizeof out.v);
     return out;
   }
+  void store(double* p) const { std::memcpy(p, v, sizeof v); }
 };
 template <class Fn>
 Double8 each(Double8 a, Double8 b, Fn fn) {
@@ -149,6 +167,17 @@ inline Double8 operator*(Double8 a, Double8 b) {
 inline Double8 operator/(Double8 a, Double8 b) {
   return each(a, b, [](double x, double y) { return x / y; });
 }
+inline Double8 sqrt(Double8 a) {
+  return each(a, a, [](double x, double) { return std::sqrt(x); });
+}
+inline Double8 max(Double8 floor, Double8 a) {
+  return each(floor, a, [](double x, double y) { return x > y ? x : y; });
+}
+inline unsigned not_less(Double8 a, Double8 b) {
+  unsigned lanes = 0;
+  for (int i = 0; i < 8; ++i) lanes |= static_cast<unsigned>(!(a.v[i] < b.v[i])) << i;
+  return lanes;
+}
 
 #endif
 
@@ -160,6 +189,35 @@ inline double sum_pairs(Double8 s) {
   return _mm_cvtsd_f64(_mm_add_sd(halves, _mm_unpackhi_pd(halves, halves)));
 #else
   return ((s.v[0] + s.v[1]) + (s.v[2] + s.v[3])) + ((s.v[4] + s.v[5]) + (s.v[6] + s.v[7]));
+#endif
+}
+
+// Lane j is sum_pairs(s[j]), in that order.
+inline Double8 sum_pairs(const Double8 (&s)[8]) {
+#if defined(__AVX512F__)
+  __m512d pairs[4], fours[2];
+  for (int j = 0; j < 4; ++j) {
+    const __m512d x = s[2 * j].v, y = s[2 * j + 1].v;
+    pairs[j] = _mm512_add_pd(_mm512_unpacklo_pd(x, y), _mm512_unpackhi_pd(x, y));
+  }
+  const auto halve = [](__m512d x, __m512d y) {
+    return _mm512_add_pd(_mm512_shuffle_f64x2(x, y, 0x88), _mm512_shuffle_f64x2(x, y, 0xdd));
+  };
+  for (int j = 0; j < 2; ++j) fours[j] = halve(pairs[2 * j], pairs[2 * j + 1]);
+  return {halve(fours[0], fours[1])};
+#elif defined(__AVX2__)
+  const auto four = [](__m256d w, __m256d x, __m256d y, __m256d z) {
+    const __m256d wx = _mm256_hadd_pd(w, x), yz = _mm256_hadd_pd(y, z);
+    return _mm256_add_pd(_mm256_permute2f128_pd(wx, yz, 0x20),
+                         _mm256_permute2f128_pd(wx, yz, 0x31));
+  };
+  return {
+      _mm256_add_pd(four(s[0].a, s[1].a, s[2].a, s[3].a), four(s[0].b, s[1].b, s[2].b, s[3].b)),
+      _mm256_add_pd(four(s[4].a, s[5].a, s[6].a, s[7].a), four(s[4].b, s[5].b, s[6].b, s[7].b))};
+#else
+  Double8 out;
+  for (int j = 0; j < 8; ++j) out.v[j] = sum_pairs(s[j]);
+  return out;
 #endif
 }
 
