@@ -534,16 +534,16 @@ def index_propagation_fwd_rows_kernel(
             a = _wide_row(z, row, z_stride, D, WIDTH)
             base = best.to(tl.float32)
             wide = base.to(tl.float64)
-            threshold = base - _SHARP_REACH / inverse_t
+            reach = base - _SHARP_REACH / inverse_t
             exact, exact_weighted = _sharpen(
                 a, codebook, k, codebook_stride, entries, size, blocks, norm, block_norm, wide,
-                threshold, base, inverse_t, counts, D, BLOCK, PIECE, CHUNK, PARTS, False,
+                reach, base, inverse_t, counts, D, BLOCK, PIECE, CHUNK, PARTS, False,
             )  # fmt: skip
             log_sum = tl.log(exact.to(tl.float32))
             exponent = (exact_weighted / exact).to(tl.float32)
             _sharpen(
                 a, codebook, k, codebook_stride, entries, size, blocks, norm, block_norm, wide,
-                threshold, log_sum, inverse_t, counts, D, BLOCK, PIECE, CHUNK, PARTS, True,
+                reach, log_sum, inverse_t, counts, D, BLOCK, PIECE, CHUNK, PARTS, True,
             )  # fmt: skip
         tl.store(own + _SHARP_TOP + one, base)
         tl.store(own + _SHARP_LOG_SUM + one, log_sum)
