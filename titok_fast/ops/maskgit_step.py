@@ -10,7 +10,7 @@ from titok_fast import _library, reference
 from titok_fast.ops import inspect
 from titok_fast.ops.nearest_code import DTYPES, dense_rows
 
-BACKENDS = {"cpu": ("cpu",), "cuda": ("cuda",), "meta": ("cpu",)}
+BACKENDS: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("cuda",), "meta": ("cpu",)}
 GUIDANCE_FORMS = ("cond", "uncond")
 CONFIDENCES = ("logit", "log_probability")
 COUNTS = ("num_masked", "seed", "step")
@@ -164,9 +164,9 @@ def _run(
     cond = dense_rows(cond_logits)
     uncond = None if uncond_logits is None else dense_rows(uncond_logits)
     # Whatever is made here must live until the call: its memory goes by address.
-    ids, image_ids, token_noise, confidence_noise = (
-        None if x is None else x.contiguous()
-        for x in (ids, image_ids, token_noise, confidence_noise)
+    ids = ids.contiguous()
+    image_ids, token_noise, confidence_noise = (
+        None if x is None else x.contiguous() for x in (image_ids, token_noise, confidence_noise)
     )
     dtypes = [torch.int64] * len(COUNTS) + [torch.float32] * len(FACTORS)
     tensors = [None if x is None else x.to(t) for x, t in zip(tensors, dtypes, strict=True)]
@@ -324,14 +324,18 @@ def maskgit_step(
     )  # fmt: skip
     if not isinstance(guidance_scale, Tensor) and guidance_scale == 0 and guidance_form == "cond":
         uncond_logits = None
-    token_noise, confidence_noise = (None, None) if noise is None else noise
-    data = [cond_logits, uncond_logits, ids, image_ids, token_noise, confidence_noise]
-    data = [x.detach() if x is not None and x.requires_grad else x for x in data]
-    given = [x.detach() if isinstance(x, Tensor) else None for x in numbers.values()]
     device = cond_logits.device
-    if backend == "auto" and device.type not in BACKENDS:
-        data, given = ([None if x is None else x.cpu() for x in xs] for xs in (data, given))
-    cond, uncond, ids, image_ids, token_noise, confidence_noise = data
+    to_cpu = backend == "auto" and device.type not in BACKENDS
+
+    def ready(x: Tensor) -> Tensor:
+        x = x.detach() if x.requires_grad else x
+        return x.cpu() if to_cpu else x
+
+    cond, ids = ready(cond_logits), ready(ids)
+    uncond = None if uncond_logits is None else ready(uncond_logits)
+    image_ids = None if image_ids is None else ready(image_ids)
+    noise = None if noise is None else (ready(noise[0]), ready(noise[1]))
+    given = [ready(x) if isinstance(x, Tensor) else None for x in numbers.values()]
     backend = inspect.choose_backend(backend, cond.device.type, BACKENDS)
     if backend == "reference":
         results = reference.maskgit_step(
@@ -342,7 +346,7 @@ def maskgit_step(
             guidance_form=guidance_form,
             confidence=confidence,
             image_ids=image_ids,
-            noise=None if noise is None else (token_noise, confidence_noise),
+            noise=noise,
             **{
                 name: torch.as_tensor(
                     number if tensor is None else tensor,
@@ -353,12 +357,14 @@ def maskgit_step(
             },
         )
     else:
+        token_noise, confidence_noise = (None, None) if noise is None else noise
         plain = [0 if isinstance(x, Tensor) else x for x in numbers.values()]
         counts, factors = plain[: len(COUNTS)], [float(x) for x in plain[len(COUNTS) :]]
         results = _op(
             cond, uncond, ids, mask_id, image_ids, token_noise, confidence_noise, guidance_form,
             confidence, counts, factors, given, backend,
         )  # fmt: skip
-    if results[0].device != device:
-        results = tuple(x.to(device) for x in results)
-    return results
+    ids_next, tokens, scores = results
+    if to_cpu:
+        ids_next, tokens, scores = ids_next.to(device), tokens.to(device), scores.to(device)
+    return ids_next, tokens, scores
