@@ -5,10 +5,12 @@ namespace py = pybind11;
 void bind_system(py::module_& m);
 void bind_nearest_code(py::module_& m);
 void bind_index_propagation(py::module_& m);
+void bind_maskgit_step(py::module_& m);
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled ops of titok_fast; call them through titok_fast.ops.";
   bind_system(m);
   bind_nearest_code(m);
   bind_index_propagation(m);
+  bind_maskgit_step(m);
 }

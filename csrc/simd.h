@@ -269,6 +269,20 @@ struct Avx512 {
   static V div(V a, V b) { return _mm512_div_ps(a, b); }
   static V sqrt(V a) { return _mm512_sqrt_ps(a); }
   static V max(V a, V b) { return _mm512_max_ps(a, b); }
+  static V min(V a, V b) { return _mm512_min_ps(a, b); }
+  // Sums of lanes that are rounded to integers in [0, 2^31).
+  struct Sum {
+    __m512i even, odd;
+  };
+  static void add_rounded(Sum& sum, V x) {
+    const __m512i integers = _mm512_cvtps_epi32(x);
+    sum.even =
+        _mm512_add_epi64(sum.even, _mm512_and_si512(integers, _mm512_set1_epi64(0xffffffff)));
+    sum.odd = _mm512_add_epi64(sum.odd, _mm512_srli_epi64(integers, 32));
+  }
+  static uint64_t total(Sum sum) {
+    return static_cast<uint64_t>(_mm512_reduce_add_epi64(_mm512_add_epi64(sum.even, sum.odd)));
+  }
   static float sum(V a) { return _mm512_reduce_add_ps(a); }
   static float largest(V a) { return _mm512_reduce_max_ps(a); }
   // p * 2^n for the n that sits in the low bits of `shifted`.
@@ -365,6 +379,22 @@ struct Avx2 {
   static V div(V a, V b) { return _mm256_div_ps(a, b); }
   static V sqrt(V a) { return _mm256_sqrt_ps(a); }
   static V max(V a, V b) { return _mm256_max_ps(a, b); }
+  static V min(V a, V b) { return _mm256_min_ps(a, b); }
+  struct Sum {
+    __m256i even, odd;
+  };
+  static void add_rounded(Sum& sum, V x) {
+    const __m256i integers = _mm256_cvtps_epi32(x);
+    sum.even =
+        _mm256_add_epi64(sum.even, _mm256_and_si256(integers, _mm256_set1_epi64x(0xffffffff)));
+    sum.odd = _mm256_add_epi64(sum.odd, _mm256_srli_epi64(integers, 32));
+  }
+  static uint64_t total(Sum sum) {
+    const __m256i lanes = _mm256_add_epi64(sum.even, sum.odd);
+    const __m128i half =
+        _mm_add_epi64(_mm256_castsi256_si128(lanes), _mm256_extracti128_si256(lanes, 1));
+    return static_cast<uint64_t>(_mm_extract_epi64(half, 0) + _mm_extract_epi64(half, 1));
+  }
   static float sum(V a) {
     __m128 half = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
     half = _mm_add_ps(half, _mm_movehl_ps(half, half));
@@ -453,6 +483,18 @@ struct Portable {
     for (int i = 0; i < lanes; ++i) v[i] = a[i] > b[i] ? a[i] : b[i];
     return v;
   }
+  static V min(V a, V b) {
+    V v;
+    for (int i = 0; i < lanes; ++i) v[i] = a[i] < b[i] ? a[i] : b[i];
+    return v;
+  }
+  struct Sum {
+    uint64_t value;
+  };
+  static void add_rounded(Sum& sum, V x) {
+    for (int i = 0; i < lanes; ++i) sum.value += static_cast<uint64_t>(lrintf(x[i]));
+  }
+  static uint64_t total(Sum sum) { return sum.value; }
   static float sum(V a) { return (a[0] + a[1]) + (a[2] + a[3]); }
   static float largest(V a) {
     const float low = a[0] > a[1] ? a[0] : a[1], high = a[2] > a[3] ? a[2] : a[3];

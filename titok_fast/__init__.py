@@ -4,7 +4,7 @@ __version__ = "0.1.0"
 
 from titok_fast.layers import IndexPropagationQuantize, VectorQuantizer, accelerate, ibq_quantize
 from titok_fast.models import MaskGITVQGAN, TiTok
-from titok_fast.ops import index_propagation, nearest_code
+from titok_fast.ops import index_propagation, maskgit_step, nearest_code
 
 __all__ = [
     "IndexPropagationQuantize",
@@ -15,5 +15,6 @@ __all__ = [
     "accelerate",
     "ibq_quantize",
     "index_propagation",
+    "maskgit_step",
     "nearest_code",
 ]

@@ -5,6 +5,13 @@ from titok_fast.reference.index_propagation_streaming import (
     index_propagation_bwd,
     index_propagation_fwd,
 )
+from titok_fast.reference.maskgit_step import maskgit_step
 from titok_fast.reference.nearest_code import nearest_code
 
-__all__ = ["index_propagation", "index_propagation_bwd", "index_propagation_fwd", "nearest_code"]
+__all__ = [
+    "index_propagation",
+    "index_propagation_bwd",
+    "index_propagation_fwd",
+    "maskgit_step",
+    "nearest_code",
+]

@@ -1,0 +1,5 @@
+#include "maskgit_step_simd.h"
+
+namespace titok {
+const MaskgitStepRun maskgit_step_avx512 = run;
+}
