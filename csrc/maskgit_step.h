@@ -23,6 +23,7 @@ struct MaskgitStepArgs {
   const int64_t* ids;  // [batch, length]
   int64_t mask_id;
   const int64_t* image_ids;       // [batch], or null: 0, 1, ...
+  const int64_t* positions;       // [batch, length] for the random words, or null: 0, 1, ...
   const float* token_noise;       // [batch, length, vocabulary] uniforms, or null
   const float* confidence_noise;  // [batch, length], with token_noise
 
@@ -66,6 +67,12 @@ namespace draw {
 
 TITOK_BOTH int64_t image_of(const MaskgitStepArgs& args, int64_t b) {
   return args.image_ids ? args.image_ids[b] : b;
+}
+
+// The random words of the `i`-th of all batch * length positions.
+TITOK_BOTH Words words_of(const MaskgitStepArgs& args, int64_t i) {
+  const int64_t b = i / args.length, l = args.positions ? args.positions[i] : i % args.length;
+  return random_words(args.seed.get(), image_of(args, b), args.step.get(), l, 0);
 }
 
 TITOK_BOTH int64_t masked_again(const MaskgitStepArgs& args, int64_t b) {

@@ -40,7 +40,7 @@ void define(py::module_& m, const char* name, void (*run)(const titok::MaskgitSt
       [run](std::uintptr_t cond, std::uintptr_t uncond, std::pair<int64_t, int64_t> cond_strides,
             std::pair<int64_t, int64_t> uncond_strides, int64_t batch, int64_t length,
             int64_t vocabulary, const std::string& dtype, bool from_uncond, const std::string& kind,
-            std::uintptr_t ids, int64_t mask_id, std::uintptr_t image_ids,
+            std::uintptr_t ids, int64_t mask_id, std::uintptr_t image_ids, std::uintptr_t positions,
             std::uintptr_t token_noise, std::uintptr_t confidence_noise,
             const Pair<int64_t>& num_masked, int64_t num_masked_stride, const Pair<int64_t>& seed,
             const Pair<int64_t>& step, const Pair<float>& guidance_scale,
@@ -64,6 +64,7 @@ void define(py::module_& m, const char* name, void (*run)(const titok::MaskgitSt
         args.ids = pointer<const int64_t>(ids);
         args.mask_id = mask_id;
         args.image_ids = pointer<const int64_t>(image_ids);
+        args.positions = pointer<const int64_t>(positions);
         args.token_noise = pointer<const float>(token_noise);
         args.confidence_noise = pointer<const float>(confidence_noise);
         args.num_masked = value(num_masked);
@@ -86,7 +87,7 @@ void define(py::module_& m, const char* name, void (*run)(const titok::MaskgitSt
       py::arg("cond"), py::arg("uncond"), py::arg("cond_strides"), py::arg("uncond_strides"),
       py::arg("batch"), py::arg("length"), py::arg("vocabulary"), py::arg("dtype"),
       py::arg("from_uncond"), py::arg("kind"), py::arg("ids"), py::arg("mask_id"),
-      py::arg("image_ids"), py::arg("token_noise"), py::arg("confidence_noise"),
+      py::arg("image_ids"), py::arg("positions"), py::arg("token_noise"), py::arg("confidence_noise"),
       py::arg("num_masked"), py::arg("num_masked_stride"), py::arg("seed"), py::arg("step"),
       py::arg("guidance_scale"), py::arg("softmax_temperature"), py::arg("token_temperature"),
       py::arg("confidence_temperature"), py::arg("ids_next"), py::arg("tokens"),

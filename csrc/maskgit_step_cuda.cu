@@ -127,8 +127,7 @@ __global__ void __launch_bounds__(kThreads, 3)
     }
     return;
   }
-  const draw::Words words =
-      draw::random_words(args.seed.get(), draw::image_of(args, b), args.step.get(), l, 0);
+  const draw::Words words = draw::words_of(args, position);
   const Row<T> row(args, b, l, aligned);
   const int64_t vocabulary = args.vocabulary;
 

@@ -163,9 +163,7 @@ struct Step {
   void sample(int64_t position, int64_t next) const {
     const float softmax = args.softmax_temperature.get(), sharp = args.token_temperature.get();
     const float largest = combined(position), top = draw::finite_largest(largest);
-    const int64_t b = position / args.length, l = position % args.length;
-    const draw::Words words =
-        draw::random_words(args.seed.get(), draw::image_of(args, b), args.step.get(), l, 0);
+    const draw::Words words = draw::words_of(args, position);
     double uniform = draw::uniform(words.w[2]);
     const float plain_factor = draw::sharpness(softmax);
     const float factor = draw::sharpness(softmax, sharp);

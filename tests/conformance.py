@@ -26,9 +26,9 @@ def expected(case: str) -> dict[str, Tensor]:
         return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
 
 
-def uniform(name: str, shape: list[int] | tuple[int, ...]) -> np.ndarray:
+def uniform(name: str, shape: list[int] | tuple[int, ...], seed: int = SEED) -> np.ndarray:
     """Uniform in [0, 1) on a grid of 2^-24, float32, a function of seed, name and shape alone."""
-    bits = np.random.PCG64(np.random.SeedSequence([SEED, zlib.crc32(name.encode())]))
+    bits = np.random.PCG64(np.random.SeedSequence([seed, zlib.crc32(name.encode())]))
     draws = bits.random_raw(int(np.prod(shape, dtype=np.int64))) >> np.uint64(40)
     return (draws.astype(np.float32) * np.float32(2**-24)).reshape(shape)
 

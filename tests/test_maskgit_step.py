@@ -483,7 +483,7 @@ def test_opcheck(as_tensors):
     torch.library.opcheck(
         torch.ops.titok_fast.maskgit_step.default,
         (
-            cond, uncond, ids, MASK, torch.arange(2), None, None, "cond", "logit", [1, 2, 3],
+            cond, uncond, ids, MASK, torch.arange(2), None, None, None, "cond", "logit", [1, 2, 3],
             [0.0, 1.0, 1.0, 0.0], tensors if as_tensors else [None] * 7, "cpu",
         ),
     )  # fmt: skip
@@ -502,6 +502,24 @@ def test_compiles_whole(dynamic):
         for scale in (torch.tensor(1.5), torch.tensor(2.5)):
             actual, expected = compiled(cond, uncond, ids, scale), f(cond, uncond, ids, scale)
             assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+
+def test_positions_of_a_part_give_the_tokens_of_the_whole(backend):
+    cond, uncond, ids = inputs(3, 12, 50)
+    ids = torch.full_like(ids, MASK)
+    options = EVERYTHING | {"backend": backend, "num_masked": 0}
+    _, whole, scores = maskgit_step(cond, ids, uncond_logits=uncond, **options)
+    positions = torch.stack([torch.randperm(12)[:5].sort().values for _ in range(3)])
+    rows = positions[..., None].expand(-1, -1, 50)
+    _, part, of_part = maskgit_step(
+        cond.gather(1, rows),
+        ids[:, :5],
+        uncond_logits=uncond.gather(1, rows),
+        positions=positions,
+        **options,
+    )
+    assert torch.equal(part, whole.gather(1, positions))
+    assert torch.equal(of_part, scores.gather(1, positions))
 
 
 def test_gives_no_gradient():

@@ -1,7 +1,16 @@
 """Models with the official parameter names: from images to tokens and back."""
 
+from titok_fast.models.maskgit import MaskGIT, Sampling
 from titok_fast.models.maskgit_vqgan import MaskGITVQGAN
 from titok_fast.models.pretrained import PretrainedModel, Release
 from titok_fast.models.titok import DiagonalGaussian, TiTok
 
-__all__ = ["DiagonalGaussian", "MaskGITVQGAN", "PretrainedModel", "Release", "TiTok"]
+__all__ = [
+    "DiagonalGaussian",
+    "MaskGIT",
+    "MaskGITVQGAN",
+    "PretrainedModel",
+    "Release",
+    "Sampling",
+    "TiTok",
+]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 
-def attention(qkv: Tensor) -> Tensor:
+def attention(qkv: Tensor, dropout_p: float = 0.0) -> Tensor:
     """Bidirectional softmax attention on packed queries, keys and values.
 
     Args:
@@ -20,7 +21,13 @@ def attention(qkv: Tensor) -> Tensor:
         [B, L, H, Dh], same dtype. Differentiable.
     """
     query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, L, Dh]
-    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+    return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout_p).transpose(1, 2)
+
+
+def attend(qkv: Tensor, num_heads: int, dropout: float = 0.0) -> Tensor:
+    """`attention` of packed projections: [B, L, 3 W] to [B, L, W]."""
+    qkv = rearrange(qkv, "b l (n h d) -> b l n h d", n=3, h=num_heads)  # [B, L, 3, H, Dh]
+    return attention(qkv, dropout).flatten(2)
 
 
 def mlp(width: int, hidden_width: int) -> nn.Sequential:
@@ -54,8 +61,7 @@ class PackedSelfAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Maps [B, L, W] to [B, L, W]."""
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # [B, L, 3 W]
-        qkv = rearrange(qkv, "b l (n h d) -> b l n h d", n=3, h=self.num_heads)  # [B, L, 3, H, Dh]
-        out: Tensor = self.out_proj(attention(qkv).flatten(2))  # [B, L, W]
+        out: Tensor = self.out_proj(attend(qkv, self.num_heads))  # [B, L, W]
         return out
 
 
@@ -78,4 +84,149 @@ class ResidualAttentionBlock(nn.Module):
         """Maps [B, L, W] to [B, L, W]."""
         x = x + self.attn(self.ln_1(x))
         x = x + self.mlp(self.ln_2(x))
+        return x
+
+
+_PARTS = ("query", "key", "value")
+
+
+class SeparateSelfAttention(nn.Module):
+    """Self-attention whose state_dict holds query, key and value apart, as BERT's does.
+
+    Here they are one matrix, so that one product makes the packed input of `attention`.
+
+    Args:
+        width: number of channels, divisible by num_heads.
+        num_heads: number of heads.
+        dropout: probability that an attention weight is dropped in training.
+    """
+
+    def __init__(self, width: int, num_heads: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.in_proj_weight = nn.Parameter(0.02 * torch.randn(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.register_state_dict_post_hook(self._split)
+        self.register_load_state_dict_pre_hook(self._join)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps [B, L, W] to [B, L, W], before the output projection."""
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # [B, L, 3 W]
+        return attend(qkv, self.num_heads, self.dropout if self.training else 0.0)
+
+    @staticmethod
+    def _split(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
+        for kind in ("weight", "bias"):
+            whole = state.pop(f"{prefix}in_proj_{kind}")
+            for name, part in zip(_PARTS, whole.chunk(3), strict=True):
+                state[f"{prefix}{name}.{kind}"] = part
+
+    @staticmethod
+    def _join(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+        for kind in ("weight", "bias"):
+            names = [f"{prefix}{name}.{kind}" for name in _PARTS]
+            if all(name in state for name in names):
+                state[f"{prefix}in_proj_{kind}"] = torch.cat([state.pop(name) for name in names])
+
+
+class BertBlock(nn.Module):
+    """Post-norm transformer block with BERT's parameter names (MaskGIT's ViT).
+
+    Args:
+        width: number of channels, divisible by num_heads.
+        hidden_width: channels inside the MLP.
+        num_heads: number of heads.
+        dropout: probability that an output of either half is dropped in training.
+        attention_dropout: the same for an attention weight.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        hidden_width: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        attention_dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.attention = nn.ModuleDict(
+            {
+                "self": SeparateSelfAttention(width, num_heads, attention_dropout),
+                "output": _dense_and_norm(width, width),
+            }
+        )
+        self.intermediate = nn.ModuleDict({"dense": nn.Linear(width, hidden_width)})
+        self.output = _dense_and_norm(hidden_width, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps [B, L, W] to [B, L, W]."""
+        x = self._residual(self.attention["output"], self.attention["self"](x), x)
+        return self._residual(self.output, F.gelu(self.intermediate["dense"](x)), x)
+
+    def _residual(self, half: nn.ModuleDict, hidden: Tensor, x: Tensor) -> Tensor:
+        out: Tensor = half["LayerNorm"](x + self.dropout(half["dense"](hidden)))
+        return out
+
+
+def _dense_and_norm(in_width: int, width: int) -> nn.ModuleDict:
+    return nn.ModuleDict(
+        {"dense": nn.Linear(in_width, width), "LayerNorm": nn.LayerNorm(width, eps=1e-12)}
+    )
+
+
+class FusedSelfAttention(nn.Module):
+    """Self-attention with one qkv matrix without bias (UViT).
+
+    Args:
+        width: number of channels, divisible by num_heads.
+        num_heads: number of heads.
+    """
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps [B, L, W] to [B, L, W]."""
+        out: Tensor = self.proj(attend(self.qkv(x), self.num_heads))
+        return out
+
+
+class UViTBlock(nn.Module):
+    """Pre-norm transformer block that may take a skip connection (MaskGIT's UViT).
+
+    Args:
+        width: number of channels, divisible by num_heads.
+        hidden_width: channels inside the MLP.
+        num_heads: number of heads.
+        skip: whether `forward` takes the output of an earlier block too.
+    """
+
+    def __init__(
+        self, width: int, hidden_width: int, num_heads: int, *, skip: bool = False
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attn = FusedSelfAttention(width, num_heads)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(
+            OrderedDict(
+                fc1=nn.Linear(width, hidden_width),
+                gelu=nn.GELU(),
+                fc2=nn.Linear(hidden_width, width),
+            )
+        )
+        if skip:
+            self.skip_linear = nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        """Maps [B, L, W], and another with `skip`, to [B, L, W]."""
+        if skip is not None:
+            x = self.skip_linear(torch.cat([x, skip], dim=-1))
+        x = x + self.attn(self.norm1(x))
+        x = x + self.mlp(self.norm2(x))
         return x

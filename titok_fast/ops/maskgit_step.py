@@ -61,6 +61,7 @@ def _check(
     ids: Tensor,
     uncond_logits: Tensor | None,
     image_ids: Tensor | None,
+    positions: Tensor | None,
     noise: tuple[Tensor, Tensor] | None,
     mask_id: int,
     guidance_form: str,
@@ -84,6 +85,8 @@ def _check(
         _check_tensor("uncond_logits", uncond_logits, shape, (cond_logits.dtype,), cond_logits)
     if image_ids is not None:
         _check_tensor("image_ids", image_ids, [batch], (torch.int64,), cond_logits)
+    if positions is not None:
+        _check_tensor("positions", positions, [batch, length], (torch.int64,), cond_logits)
     if noise is not None:
         if not isinstance(noise, tuple | list) or len(noise) != 2:
             raise TypeError(
@@ -127,6 +130,7 @@ def _fake(
     ids: Tensor,
     mask_id: int,
     image_ids: Tensor | None,
+    positions: Tensor | None,
     token_noise: Tensor | None,
     confidence_noise: Tensor | None,
     guidance_form: str,
@@ -150,6 +154,7 @@ def _run(
     ids: Tensor,
     mask_id: int,
     image_ids: Tensor | None,
+    positions: Tensor | None,
     token_noise: Tensor | None,
     confidence_noise: Tensor | None,
     guidance_form: str,
@@ -165,8 +170,9 @@ def _run(
     uncond = None if uncond_logits is None else dense_rows(uncond_logits)
     # Whatever is made here must live until the call: its memory goes by address.
     ids = ids.contiguous()
-    image_ids, token_noise, confidence_noise = (
-        None if x is None else x.contiguous() for x in (image_ids, token_noise, confidence_noise)
+    image_ids, positions, token_noise, confidence_noise = (
+        None if x is None else x.contiguous()
+        for x in (image_ids, positions, token_noise, confidence_noise)
     )
     dtypes = [torch.int64] * len(COUNTS) + [torch.float32] * len(FACTORS)
     tensors = [None if x is None else x.to(t) for x, t in zip(tensors, dtypes, strict=True)]
@@ -203,6 +209,7 @@ def _run(
         ids=ids.data_ptr(),
         mask_id=mask_id,
         image_ids=_address(image_ids),
+        positions=_address(positions),
         token_noise=_address(token_noise),
         confidence_noise=_address(confidence_noise),
         **values,
@@ -224,8 +231,8 @@ def _cuda(cond_logits: Tensor, *args: Any) -> Result:
 
 _op = _library.register(
     "maskgit_step(Tensor cond_logits, Tensor? uncond_logits, Tensor ids, int mask_id, "
-    "Tensor? image_ids, Tensor? token_noise, Tensor? confidence_noise, str guidance_form, "
-    "str confidence, int[] counts, float[] factors, Tensor?[] tensors, str backend) "
+    "Tensor? image_ids, Tensor? positions, Tensor? token_noise, Tensor? confidence_noise, "
+    "str guidance_form, str confidence, int[] counts, float[] factors, Tensor?[] tensors, str backend) "
     "-> (Tensor ids_next, Tensor tokens, Tensor scores)",
     cpu=_run,
     cuda=_cuda,
@@ -249,6 +256,7 @@ def maskgit_step(
     seed: Count,
     step: Count,
     image_ids: Tensor | None = None,
+    positions: Tensor | None = None,
     noise: tuple[Tensor, Tensor] | None = None,
     backend: str = "auto",
 ) -> Result:
@@ -289,6 +297,8 @@ def maskgit_step(
             each modulo 2**32.
         image_ids: [B] int64, an id for each image, so that it gets the same tokens in any batch;
             None counts from 0.
+        positions: [B, L] int64, ascending, where the given columns stand in their images, when
+            they are a part of them; None counts from 0.
         noise: float32 uniforms in [0, 1) in place of Philox: (token [B, L, V], confidence [B, L]).
             The token is then that of the largest z / softmax_temperature + token_temperature times
             Gumbel noise, as in the official code.
@@ -319,7 +329,7 @@ def maskgit_step(
         "confidence_temperature": confidence_temperature,
     }
     _check(
-        cond_logits, ids, uncond_logits, image_ids, noise, mask_id, guidance_form, confidence,
+        cond_logits, ids, uncond_logits, image_ids, positions, noise, mask_id, guidance_form, confidence,
         numbers,
     )  # fmt: skip
     if not isinstance(guidance_scale, Tensor) and guidance_scale == 0 and guidance_form == "cond":
@@ -334,6 +344,7 @@ def maskgit_step(
     cond, ids = ready(cond_logits), ready(ids)
     uncond = None if uncond_logits is None else ready(uncond_logits)
     image_ids = None if image_ids is None else ready(image_ids)
+    positions = None if positions is None else ready(positions)
     noise = None if noise is None else (ready(noise[0]), ready(noise[1]))
     given = [ready(x) if isinstance(x, Tensor) else None for x in numbers.values()]
     backend = inspect.choose_backend(backend, cond.device.type, BACKENDS)
@@ -346,6 +357,7 @@ def maskgit_step(
             guidance_form=guidance_form,
             confidence=confidence,
             image_ids=image_ids,
+            positions=positions,
             noise=noise,
             **{
                 name: torch.as_tensor(
@@ -361,8 +373,8 @@ def maskgit_step(
         plain = [0 if isinstance(x, Tensor) else x for x in numbers.values()]
         counts, factors = plain[: len(COUNTS)], [float(x) for x in plain[len(COUNTS) :]]
         results = _op(
-            cond, uncond, ids, mask_id, image_ids, token_noise, confidence_noise, guidance_form,
-            confidence, counts, factors, given, backend,
+            cond, uncond, ids, mask_id, image_ids, positions, token_noise, confidence_noise,
+            guidance_form, confidence, counts, factors, given, backend,
         )  # fmt: skip
     ids_next, tokens, scores = results
     if to_cpu:

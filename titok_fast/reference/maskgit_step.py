@@ -147,6 +147,7 @@ def maskgit_step(
     seed: Tensor,
     step: Tensor,
     image_ids: Tensor | None,
+    positions: Tensor | None,
     noise: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The public op's `(ids_next, tokens, confidence)`; every number is a tensor on the device.
@@ -163,8 +164,9 @@ def maskgit_step(
     largest = logits.masked_fill(logits.isnan(), -math.inf).amax(-1, keepdim=True)
 
     images = torch.arange(batch, device=device) if image_ids is None else image_ids
-    positions = torch.arange(length, device=device)
-    words = random_words(seed, images[:, None], step, positions.expand(batch, length), 0)
+    columns = torch.arange(length, device=device).expand(batch, length)
+    positions = columns if positions is None else positions
+    words = random_words(seed, images[:, None], step, positions, 0)
     sharp = weights(logits, largest, sharpness(softmax_temperature, token_temperature))
     drawn = draw(sharp, words[..., 0].contiguous(), words[..., 1].contiguous())
     uniform = (words[..., 2].double() + 0.5) * 2.0**-32
@@ -191,7 +193,7 @@ def maskgit_step(
     order = order.gather(
         -1, (~masked).gather(-1, order).to(torch.uint8).argsort(dim=-1, stable=True)
     )
-    rank = torch.empty_like(order).scatter_(-1, order, positions.expand(batch, length))
+    rank = torch.empty_like(order).scatter_(-1, order, columns)
     again = masked & (rank < num_masked.reshape(-1, 1))
     tokens = torch.where(masked, tokens, ids)
     return torch.where(again, mask_id, tokens), tokens, score.masked_fill(~masked, math.inf)

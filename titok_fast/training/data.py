@@ -1,4 +1,4 @@
-"""Images to train on: scikit-learn's handwritten digits, and light augmentation."""
+"""What to train on: scikit-learn's handwritten digits, light augmentation, masked tokens."""
 
 from __future__ import annotations
 
@@ -73,6 +73,25 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
         torch.stack(rows, dim=1).to(images.dtype), list(images.shape), align_corners=False
     )
     return F.grid_sample(images, grid, align_corners=False)
+
+
+def mask_tokens(tokens: Tensor, mask_id: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Masks a random number of each image's tokens, by MaskGIT's arccos schedule.
+
+    Args:
+        tokens: [B, L] int64.
+        mask_id: what takes the place of a masked token.
+        generator: source of the draws, on the device of the tokens.
+
+    Returns:
+        [B, L] int64 with at least one token of each image masked, and [B, L] bool, where.
+    """
+    batch, length = tokens.shape
+    progress = torch.rand(batch, 1, generator=generator, device=tokens.device)
+    count = (length * progress.acos() / (math.pi / 2)).round().clamp(min=1)  # [B, 1]
+    order = torch.rand(batch, length, generator=generator, device=tokens.device).argsort(dim=1)
+    masked = order < count
+    return torch.where(masked, mask_id, tokens), masked
 
 
 def shuffled(count: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:

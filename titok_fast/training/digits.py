@@ -144,14 +144,10 @@ def evaluate(model: TiTok) -> Evaluation:
         ImportError: when scikit-learn is not installed.
     """
     images, labels = digits("test")
-    train_images, train_labels = digits("train")
-    from sklearn.svm import SVC
-
+    classify = digit_classifier()
     tokens = model.encode(images)
     reconstructions = model.decode(tokens)
-    classifier = SVC(gamma="scale", C=10.0).fit(_features(train_images), train_labels.numpy())
-    read = torch.from_numpy(classifier.predict(_features(reconstructions)))
-    original = torch.from_numpy(classifier.predict(_features(images)))
+    read, original = classify(reconstructions), classify(images)
     codes = model.quantize.codebook_size
     return Evaluation(
         psnr=psnr(images, reconstructions).mean().item(),
@@ -162,9 +158,23 @@ def evaluate(model: TiTok) -> Evaluation:
     )
 
 
-def _features(images: Tensor) -> object:
-    """Images [N, 3, 32, 32] as the classifier's [N, 64] array."""
-    return F.avg_pool2d(images[:, :1].float(), 4).flatten(1).numpy()
+def digit_classifier() -> Callable[[Tensor], Tensor]:
+    """A support vector machine that learned the training split of `digits`.
+
+    Returns:
+        A function from images [N, 3, 32, 32] in [0, 1] to digits [N] int64.
+
+    Raises:
+        ImportError: when scikit-learn is not installed.
+    """
+    images, labels = digits("train")
+    from sklearn.svm import SVC
+
+    def features(images: Tensor) -> object:
+        return F.avg_pool2d(images[:, :1].float(), 4).flatten(1).numpy()  # [N, 64]
+
+    machine = SVC(gamma="scale", C=10.0).fit(features(images), labels.numpy())
+    return lambda images: torch.from_numpy(machine.predict(features(images)))
 
 
 _CARD = """\
@@ -218,9 +228,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="python -m titok_fast.training.digits", description="Train titok-digits."
     )
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER")
-    parser.add_argument("--steps", type=_positive, default=STEPS, metavar="N")
+    parser.add_argument("--steps", type=positive, default=STEPS, metavar="N")
     parser.add_argument("--seed", type=int, default=SEED, metavar="S")
-    parser.add_argument("--threads", type=_positive, default=THREADS, metavar="N")
+    parser.add_argument("--threads", type=positive, default=THREADS, metavar="N")
     options = parser.parse_args(arguments)
     try:
         train_images, test_images = digits("train")[0], digits("test")[0]
@@ -259,7 +269,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"wrote {options.output}")
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"got {number}, allowed is a positive number")

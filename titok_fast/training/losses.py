@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -40,3 +41,32 @@ def tokenizer_loss(
     reconstructions, quantizer = output
     loss = reconstruction_loss(reconstructions, images)
     return loss + quantizer_weight * quantizer["quantizer_loss"]
+
+
+def masked_token_loss(
+    logits: Tensor,
+    tokens: Tensor,
+    masked: Tensor,
+    *,
+    label_smoothing: float = 0.1,
+    unmasked_weight: float = 0.1,
+) -> Tensor:
+    """Cross-entropy of the tokens, weighted by whether they were masked.
+
+    Args:
+        logits: [B, L, V], floating.
+        tokens: [B, L] int64 in [0, V), what was there before masking.
+        masked: [B, L] bool.
+        label_smoothing: probability spread evenly over all tokens.
+        unmasked_weight: weight of a token that the model could see; 1 for a masked one.
+
+    Returns:
+        A scalar, the weighted mean, differentiable in the logits.
+
+    Source: MaskGIT (arXiv 2202.04200, equation 1); the weights are those of TiTok's generators.
+    """
+    losses = F.cross_entropy(
+        logits.flatten(0, 1), tokens.flatten(), label_smoothing=label_smoothing, reduction="none"
+    )
+    weights = torch.where(masked.flatten(), 1.0, unmasked_weight)
+    return (losses * weights).sum() / weights.sum().clamp_min(1e-8)
