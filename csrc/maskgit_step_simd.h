@@ -86,21 +86,11 @@ struct Step {
                             : combine<draw::Guidance::cond>(position);
   }
 
-  // Asks for the logits at `position` while others are being weighed: the memory is never idle.
-  void prefetch(int64_t position, int64_t v) const {
-    __builtin_prefetch(row(args.cond, args.cond_strides, position) + v);
-    if (args.uncond) __builtin_prefetch(row(args.uncond, args.uncond_strides, position) + v);
-  }
-
   // Sums of the weights of each chunk into sums(); their total.
-  uint64_t sum_weights(float largest, float sharpness, int64_t next) const {
+  uint64_t sum_weights(float largest, float sharpness) const {
     const V top = S::broadcast(largest), factor = S::broadcast(sharpness);
-    constexpr int64_t kLine = 64 / sizeof(T);
     uint64_t total = 0;
     for (int64_t first = 0; first < plan.padded; first += kChunk) {
-      if (next >= 0 && first + kChunk <= args.vocabulary) {
-        for (int64_t v = first; v < first + kChunk; v += kLine) prefetch(next, v);
-      }
       S::Sum sum{};
       for (int64_t v = first; v < first + kChunk; v += S::lanes) {
         S::add_rounded(sum, weights(S::load(logits() + v), top, factor));
@@ -160,7 +150,7 @@ struct Step {
     return token;
   }
 
-  void sample(int64_t position, int64_t next) const {
+  void sample(int64_t position) const {
     const float softmax = args.softmax_temperature.get(), sharp = args.token_temperature.get();
     const float largest = combined(position), top = draw::finite_largest(largest);
     const draw::Words words = draw::words_of(args, position);
@@ -175,22 +165,17 @@ struct Step {
     } else if (sharp == 0.0f) {
       token = first_largest(largest);
     } else {
-      total = sum_weights(top, factor, next);
+      total = sum_weights(top, factor);
       if (total > 0) {
         token = find(top, factor, draw::scaled_uniform(words.w[0], words.w[1], total));
       }
     }
     const bool weighed = total > 0 && factor == plain_factor;
     if (args.kind == Confidence::log_probability && !weighed) {
-      total = sum_weights(top, plain_factor, -1);
+      total = sum_weights(top, plain_factor);
     }
     args.tokens[position] = token;
     args.confidence[position] = draw::confidence(args, logits()[token], largest, total, uniform);
-  }
-
-  int64_t next_masked(int64_t position, int64_t end) const {
-    while (position < end && !masked(position)) ++position;
-    return position;
   }
 
   void sample_all() const {
@@ -198,11 +183,11 @@ struct Step {
     int64_t count = 0;
     for (int64_t p = 0; p < positions; ++p) count += masked(p);
     const auto share = member.share(count);
-    int64_t position = next_masked(0, positions);
-    for (int64_t i = 0; i < share.end; ++i) {
-      const int64_t next = next_masked(position + 1, positions);
-      if (i >= share.begin) sample(position, i + 1 < share.end ? next : -1);
-      position = next;
+    int64_t i = 0;
+    for (int64_t p = 0; i < share.end; ++p) {
+      if (!masked(p)) continue;
+      if (i >= share.begin) sample(p);
+      ++i;
     }
   }
 };
