@@ -4,7 +4,7 @@ __version__ = "0.1.0"
 
 from titok_fast.layers import IndexPropagationQuantize, VectorQuantizer, accelerate, ibq_quantize
 from titok_fast.models import MaskGITVQGAN, TiTok
-from titok_fast.ops import index_propagation, nearest_code
+from titok_fast.ops import attention, index_propagation, nearest_code
 
 __all__ = [
     "IndexPropagationQuantize",
@@ -13,6 +13,7 @@ __all__ = [
     "VectorQuantizer",
     "__version__",
     "accelerate",
+    "attention",
     "ibq_quantize",
     "index_propagation",
     "nearest_code",

@@ -9,18 +9,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-
-def attention(qkv: Tensor) -> Tensor:
-    """Bidirectional softmax attention on packed queries, keys and values.
-
-    Args:
-        qkv: [B, L, 3, H, Dh], floating.
-
-    Returns:
-        [B, L, H, Dh], same dtype. Differentiable.
-    """
-    query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, L, Dh]
-    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+from titok_fast.ops import attention
 
 
 def mlp(width: int, hidden_width: int) -> nn.Sequential:

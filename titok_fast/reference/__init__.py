@@ -1,5 +1,6 @@
 """Eager PyTorch truth for every op; imports torch alone."""
 
+from titok_fast.reference.attention import attention
 from titok_fast.reference.index_propagation import index_propagation
 from titok_fast.reference.index_propagation_streaming import (
     index_propagation_bwd,
@@ -7,4 +8,10 @@ from titok_fast.reference.index_propagation_streaming import (
 )
 from titok_fast.reference.nearest_code import nearest_code
 
-__all__ = ["index_propagation", "index_propagation_bwd", "index_propagation_fwd", "nearest_code"]
+__all__ = [
+    "attention",
+    "index_propagation",
+    "index_propagation_bwd",
+    "index_propagation_fwd",
+    "nearest_code",
+]
