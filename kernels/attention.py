@@ -81,10 +81,14 @@ def _load_lse(lse, first, length, ROWS: tl.constexpr):
 
 
 @triton.jit
+def _elements(stride):
+    # Strides come in units of 8 elements, which tells the compiler about alignment.
+    return tl.cast(stride, tl.int64) * 8
+
+
+@triton.jit
 def _head(base, item, heads, batch_stride, head_stride):
-    # Strides are in units of 8 elements, which tells the compiler about alignment.
-    batch, head = item // heads, item % heads
-    return base + batch.to(tl.int64) * (batch_stride * 8) + head.to(tl.int64) * (head_stride * 8)
+    return base + item // heads * _elements(batch_stride) + item % heads * _elements(head_stride)
 
 
 @triton.jit
@@ -119,12 +123,11 @@ def _scores(
     k,  # [KEYS, DIM]
     first_key,
     length,
-    scale,
     MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # [ROWS, KEYS], in base 2.
-    scores = _product(q, tl.trans(k), PRECISION) * (scale * _LOG2E)
+    # [ROWS, KEYS], before the scale.
+    scores = _product(q, tl.trans(k), PRECISION)
     if MASKED:
         inside = first_key + tl.arange(0, k.shape[0]) < length
         scores = tl.where(inside[None, :], scores, float("-inf"))
@@ -156,10 +159,11 @@ def _fwd_keys(
     PRECISION: tl.constexpr,
 ):
     k = _load(keys, row_stride, first_key, length, KEYS, D, DIM)
-    scores = _scores(q, k, first_key, length, scale, MASKED, PRECISION)
+    scores = _scores(q, k, first_key, length, MASKED, PRECISION)
     new_top = tl.maximum(top, tl.max(scores, axis=1))
-    shrink = tl.exp2(top - new_top)
-    p = tl.exp2(scores - new_top[:, None])
+    # The difference first: large scores lose nothing to the scale.
+    shrink = tl.exp2((top - new_top) * (scale * _LOG2E))
+    p = tl.exp2((scores - new_top[:, None]) * (scale * _LOG2E))
     total = total * shrink + tl.sum(p, axis=1)
     if DROPOUT:
         kept = _kept(seed, item, heads, first_row, first_key, threshold, q.shape[0], KEYS)
@@ -210,7 +214,7 @@ def _fwd_tile(
         )  # fmt: skip
     _store(acc * (keep_scale / total)[:, None], out, heads * D, first_row, length, D, PRECISION)
     row = first_row + tl.arange(0, ROWS)
-    tl.store(lse + row, top + tl.log2(total), mask=row < length)
+    tl.store(lse + row, top * (scale * _LOG2E) + tl.log2(total), mask=row < length)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -240,18 +244,19 @@ def attention_fwd_kernel(
 ):
     item = tl.program_id(0) // tiles
     first = tl.program_id(0) % tiles * TILE
+    row_stride = _elements(row_stride)
     query = _head(qkv, item, heads, batch_stride, head_stride)
-    keys = query + tl.cast(part_stride, tl.int64) * 8
-    values = keys + tl.cast(part_stride, tl.int64) * 8
+    keys = query + _elements(part_stride)
+    values = keys + _elements(part_stride)
     out = _packed(out, item, length, heads, 1, D)
     lse += item.to(tl.int64) * length
     _fwd_tile(
-        query, keys, values, out, lse, seed, item, first, length, heads, row_stride * 8, scale,
+        query, keys, values, out, lse, seed, item, first, length, heads, row_stride, scale,
         threshold, keep_scale, TILE, STEP, STEP_TAIL, D, DIM, DROPOUT, PRECISION,
     )  # fmt: skip
     if TILE_TAIL > 0:  # its keys and values are in the L1 cache by now
         _fwd_tile(
-            query, keys, values, out, lse, seed, item, TILE, length, heads, row_stride * 8, scale,
+            query, keys, values, out, lse, seed, item, TILE, length, heads, row_stride, scale,
             threshold, keep_scale, TILE_TAIL, STEP, STEP_TAIL, D, DIM, DROPOUT, PRECISION,
         )  # fmt: skip
 
@@ -283,7 +288,8 @@ def _bwd_query_keys(
     PRECISION: tl.constexpr,
 ):
     k = _load(keys, row_stride, first_key, length, KEYS, D, DIM)
-    p = tl.exp2(_scores(q, k, first_key, length, scale, MASKED, PRECISION) - lse[:, None])
+    scores = _scores(q, k, first_key, length, MASKED, PRECISION)
+    p = tl.exp2(scores * (scale * _LOG2E) - lse[:, None])
     v = _load(values, row_stride, first_key, length, KEYS, D, DIM)
     dp = _product(do, tl.trans(v), PRECISION)
     if DROPOUT:
@@ -375,7 +381,8 @@ def _bwd_key_rows(
     # Everything is [KEYS, ROWS] here. Keys past the end get gradients too, which are not stored.
     q = _load(query, row_stride, first_row, length, ROWS, D, DIM)
     row_lse = _load_lse(lse, first_row, length, ROWS)
-    p = tl.exp2(_scores(k, q, 0, length, scale, False, PRECISION) - row_lse[None, :])
+    scores = _scores(k, q, 0, length, False, PRECISION)
+    p = tl.exp2(scores * (scale * _LOG2E) - row_lse[None, :])
     do = _load(grad, grad_row_stride, first_row, length, ROWS, D, DIM)
     dp = _product(v, tl.trans(do), PRECISION)
     used = p
@@ -475,9 +482,11 @@ def attention_bwd_kernel(
 ):
     item = tl.program_id(0) // tiles
     first = tl.program_id(0) % tiles * TILE
+    row_stride = _elements(row_stride)
     query = _head(qkv, item, heads, batch_stride, head_stride)
-    keys = query + tl.cast(part_stride, tl.int64) * 8
-    values = keys + tl.cast(part_stride, tl.int64) * 8
+    keys = query + _elements(part_stride)
+    values = keys + _elements(part_stride)
+    grad_row_stride = _elements(grad_row_stride)
     grad = _head(grad, item, heads, grad_batch_stride, grad_head_stride)
     out = _packed(out, item, length, heads, 1, D)
     grad_query = _packed(grad_qkv, item, length, heads, 3, D)
@@ -486,13 +495,13 @@ def attention_bwd_kernel(
     if QUERY:
         _bwd_query_tile(
             query, keys, values, out, grad, grad_query, lse, delta, seed, item, first, length,
-            heads, row_stride * 8, grad_row_stride * 8, scale, threshold, keep_scale,
+            heads, row_stride, grad_row_stride, scale, threshold, keep_scale,
             TILE, STEP, STEP_TAIL, D, DIM, DROPOUT, PRECISION,
         )  # fmt: skip
         if TILE_TAIL > 0:
             _bwd_query_tile(
                 query, keys, values, out, grad, grad_query, lse, delta, seed, item, TILE, length,
-                heads, row_stride * 8, grad_row_stride * 8, scale, threshold, keep_scale,
+                heads, row_stride, grad_row_stride, scale, threshold, keep_scale,
                 TILE_TAIL, STEP, STEP_TAIL, D, DIM, DROPOUT, PRECISION,
             )  # fmt: skip
     if QUERY and KEY:
@@ -500,13 +509,13 @@ def attention_bwd_kernel(
     if KEY:
         _bwd_key_tile(
             query, keys, values, grad, grad_query, lse, delta, seed, item, first, length, heads,
-            row_stride * 8, grad_row_stride * 8, scale, threshold, keep_scale,
+            row_stride, grad_row_stride, scale, threshold, keep_scale,
             TILE, STEP, STEP_TAIL, D, DIM, DROPOUT, PRECISION,
         )  # fmt: skip
         if TILE_TAIL > 0:
             _bwd_key_tile(
                 query, keys, values, grad, grad_query, lse, delta, seed, item, TILE, length, heads,
-                row_stride * 8, grad_row_stride * 8, scale, threshold, keep_scale,
+                row_stride, grad_row_stride, scale, threshold, keep_scale,
                 TILE_TAIL, STEP, STEP_TAIL, D, DIM, DROPOUT, PRECISION,
             )  # fmt: skip
 
