@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from titok_fast.ops import attention
+from titok_fast.ops.attention import attention
 
 
 def mlp(width: int, hidden_width: int) -> nn.Sequential:

@@ -11,7 +11,11 @@ from titok_fast import _library, reference
 from titok_fast.ops import inspect
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-BACKENDS = {"cpu": ("torch", "triton"), "cuda": ("triton", "torch"), "meta": ("torch", "triton")}
+BACKENDS: dict[str, tuple[str, ...]] = {
+    "cpu": ("torch", "triton"),
+    "cuda": ("triton", "torch"),
+    "meta": ("torch", "triton"),
+}
 MAX_LENGTH = 4096
 MAX_HEAD_WIDTH = 128
 

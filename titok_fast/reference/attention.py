@@ -86,4 +86,5 @@ def attention(qkv: Tensor, dropout_p: float = 0.0, seed: Tensor | None = None) -
         b, h, length, _ = query.shape
         kept = dropout_mask(seed, dropout_p, (b, h, length))
         probability = torch.where(kept, probability / (1 - dropout_p), 0.0)
-    return (probability.to(qkv.dtype) @ value).transpose(1, 2)
+    out: Tensor = (probability.to(qkv.dtype) @ value).transpose(1, 2)
+    return out
