@@ -1,6 +1,7 @@
 """The rules of the house: floors, each op's file set, what may import what, and the face."""
 
 import ast
+import importlib
 import importlib.metadata
 import os
 import re
@@ -36,13 +37,12 @@ OPS = sorted(
 )
 OP_FILES = (
     "titok_fast/reference/{op}.py",
-    "csrc/{op}.h",
-    "csrc/{op}_cpu.cpp",
-    "csrc/{op}_bind.cpp",
     "tests/test_{op}.py",
     "bench/bench_{op}.py",
     "docs/ops/{op}.md",
 )
+
+CPU_FILES = ("csrc/{op}.h", "csrc/{op}_cpu.cpp", "csrc/{op}_bind.cpp")
 
 # A fresh clone is what these are about: an installed copy of the package has none of it.
 pytestmark = pytest.mark.skipif(not PACKAGE.is_dir(), reason="not a source checkout")
@@ -126,8 +126,14 @@ def test_an_op_is_one_glob(op):
         assert (ROOT / pattern.format(op=op)).is_file(), pattern.format(op=op)
     gpu = (ROOT / f"kernels/{op}.py", ROOT / f"csrc/{op}_cuda.cu")
     assert any(path.is_file() for path in gpu), f"{op} has neither Triton nor CUDA C++"
-    assert re.search(rf"set\(TITOK_FAST_OPS [^)]*\b{op}\b", (ROOT / "CMakeLists.txt").read_text())
-    assert f"bind_{op}(m);" in (ROOT / "csrc/module.cpp").read_text()
+    # C++ for the CPU is there whole, or, where PyTorch is the CPU's backend, not at all.
+    backends = importlib.import_module(f"titok_fast.ops.{op}").BACKENDS["cpu"]
+    compiled = backends[0] != "torch"
+    for pattern in CPU_FILES:
+        assert (ROOT / pattern.format(op=op)).is_file() == compiled, pattern.format(op=op)
+    listed = re.search(r"set\(TITOK_FAST_OPS ([^)]*)\)", (ROOT / "CMakeLists.txt").read_text())
+    assert (op in listed[1].split()) == compiled
+    assert (f"bind_{op}(" in (ROOT / "csrc/module.cpp").read_text()) == compiled
 
 
 def test_every_op_has_files_nowhere_else():

@@ -3,16 +3,19 @@
 __version__ = "0.1.0"
 
 from titok_fast.layers import IndexPropagationQuantize, VectorQuantizer, accelerate, ibq_quantize
-from titok_fast.models import MaskGITVQGAN, TiTok
-from titok_fast.ops import index_propagation, maskgit_step, nearest_code
+from titok_fast.models import MaskGIT, MaskGITVQGAN, TiTok, generate
+from titok_fast.ops import attention, index_propagation, maskgit_step, nearest_code
 
 __all__ = [
     "IndexPropagationQuantize",
+    "MaskGIT",
     "MaskGITVQGAN",
     "TiTok",
     "VectorQuantizer",
     "__version__",
     "accelerate",
+    "attention",
+    "generate",
     "ibq_quantize",
     "index_propagation",
     "maskgit_step",

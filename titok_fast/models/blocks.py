@@ -10,24 +10,13 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-
-def attention(qkv: Tensor, dropout_p: float = 0.0) -> Tensor:
-    """Bidirectional softmax attention on packed queries, keys and values.
-
-    Args:
-        qkv: [B, L, 3, H, Dh], floating.
-
-    Returns:
-        [B, L, H, Dh], same dtype. Differentiable.
-    """
-    query, key, value = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, L, Dh]
-    return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout_p).transpose(1, 2)
+from titok_fast.ops.attention import attention
 
 
 def attend(qkv: Tensor, num_heads: int, dropout: float = 0.0) -> Tensor:
     """`attention` of packed projections: [B, L, 3 W] to [B, L, W]."""
     qkv = rearrange(qkv, "b l (n h d) -> b l n h d", n=3, h=num_heads)  # [B, L, 3, H, Dh]
-    return attention(qkv, dropout).flatten(2)
+    return attention(qkv, dropout_p=dropout).flatten(2)
 
 
 def mlp(width: int, hidden_width: int) -> nn.Sequential:
@@ -107,8 +96,8 @@ class SeparateSelfAttention(nn.Module):
         self.dropout = dropout
         self.in_proj_weight = nn.Parameter(0.02 * torch.randn(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
-        self.register_state_dict_post_hook(self._split)
-        self.register_load_state_dict_pre_hook(self._join)
+        self.register_state_dict_post_hook(self._split)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(self._join)  # type: ignore[no-untyped-call]
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps [B, L, W] to [B, L, W], before the output projection."""
@@ -128,6 +117,13 @@ class SeparateSelfAttention(nn.Module):
             names = [f"{prefix}{name}.{kind}" for name in _PARTS]
             if all(name in state for name in names):
                 state[f"{prefix}in_proj_{kind}"] = torch.cat([state.pop(name) for name in names])
+
+
+class _DenseAndNorm(nn.Module):
+    def __init__(self, in_width: int, width: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(in_width, width)
+        self.LayerNorm = nn.LayerNorm(width, eps=1e-12)
 
 
 class BertBlock(nn.Module):
@@ -153,27 +149,22 @@ class BertBlock(nn.Module):
         self.attention = nn.ModuleDict(
             {
                 "self": SeparateSelfAttention(width, num_heads, attention_dropout),
-                "output": _dense_and_norm(width, width),
+                "output": _DenseAndNorm(width, width),
             }
         )
         self.intermediate = nn.ModuleDict({"dense": nn.Linear(width, hidden_width)})
-        self.output = _dense_and_norm(hidden_width, width)
+        self.output = _DenseAndNorm(hidden_width, width)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps [B, L, W] to [B, L, W]."""
-        x = self._residual(self.attention["output"], self.attention["self"](x), x)
+        attention: Any = self.attention
+        x = self._residual(attention["output"], attention["self"](x), x)
         return self._residual(self.output, F.gelu(self.intermediate["dense"](x)), x)
 
-    def _residual(self, half: nn.ModuleDict, hidden: Tensor, x: Tensor) -> Tensor:
-        out: Tensor = half["LayerNorm"](x + self.dropout(half["dense"](hidden)))
+    def _residual(self, half: _DenseAndNorm, hidden: Tensor, x: Tensor) -> Tensor:
+        out: Tensor = half.LayerNorm(x + self.dropout(half.dense(hidden)))
         return out
-
-
-def _dense_and_norm(in_width: int, width: int) -> nn.ModuleDict:
-    return nn.ModuleDict(
-        {"dense": nn.Linear(in_width, width), "LayerNorm": nn.LayerNorm(width, eps=1e-12)}
-    )
 
 
 class FusedSelfAttention(nn.Module):

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, overload
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -123,7 +123,7 @@ class Sampling:
 
     def num_masked(self, start: int) -> list[int]:
         """Positions that are masked after each step, of `start` at first."""
-        counts = []
+        counts: list[int] = []
         for step in range(1, self.steps):
             ratio = SCHEDULES[self.schedule](step / self.steps)
             left = (counts[-1] if counts else start) - 1
@@ -246,9 +246,7 @@ class MaskGIT(PretrainedModel):
             self.pos_embed = nn.Parameter(0.02 * torch.randn(1, self.num_tokens + 1, width))
             self.in_blocks = nn.ModuleList(UViTBlock(*sizes) for _ in range(depth // 2))
             self.mid_block = UViTBlock(*sizes)
-            self.out_blocks = nn.ModuleList(
-                UViTBlock(*sizes, skip=True) for _ in range(depth // 2)
-            )
+            self.out_blocks = nn.ModuleList(UViTBlock(*sizes, skip=True) for _ in range(depth // 2))
             self.norm = nn.LayerNorm(width)
             self.lm_head = head
         self.apply(_init_weights)
@@ -280,16 +278,6 @@ class MaskGIT(PretrainedModel):
         self._check_labels(labels, len(ids), self.num_classes)
         return self._head(self._hidden(ids, labels))
 
-    @overload
-    def generate(
-        self, labels: Tensor | Sequence[int], *, return_steps: Literal[True], **options: Any
-    ) -> list[Tensor]: ...
-
-    @overload
-    def generate(
-        self, labels: Tensor | Sequence[int], *, return_steps: bool = False, **options: Any
-    ) -> Tensor: ...
-
     @torch.no_grad()
     def generate(
         self,
@@ -309,7 +297,7 @@ class MaskGIT(PretrainedModel):
         noise: Noise | None = None,
         return_steps: bool = False,
         backend: str = "auto",
-    ) -> Tensor | list[Tensor]:
+    ) -> Tensor:
         """Samples the tokens of one image for each label.
 
         An image depends on the seed, its id, its label and the model alone, not on the images
@@ -336,8 +324,8 @@ class MaskGIT(PretrainedModel):
             backend: of `maskgit_step`.
 
         Returns:
-            [B, L] int64 in [0, V), on the model's device; or a list of steps + 1 of them, in which
-            V is a masked position.
+            [B, L] int64 in [0, V), on the model's device; with return_steps [steps + 1, B, L], in
+            which V is a masked position.
 
         Raises:
             TypeError: for another dtype.
@@ -377,79 +365,76 @@ class MaskGIT(PretrainedModel):
         if image_ids is None:
             image_ids = torch.arange(batch, device=device)
         counts = [sampling.num_masked(start) for start in starts]  # [B][steps]
-        uniform = len(set(starts)) <= 1
+        # As many positions are masked in every image, or the head takes them all.
+        together = len(set(starts)) == 1
+        masked = starts[0] if together else length
 
         history = [ids]
         for step in range(sampling.steps):
-            # As many positions are masked in every image: a number, not a value on the device.
-            masked = ([starts, *zip(*counts, strict=True)][step][0] if uniform else length) if batch else 0
-            num_masked: int | Tensor = counts[0][step] if uniform and batch else torch.tensor(
-                [row[step] for row in counts], device=device, dtype=torch.int64
-            )
             positions = None
             if masked < length:
                 order = (ids != self.mask_id).to(torch.uint8).argsort(dim=1, stable=True)
                 positions = order[:, :masked]  # [B, masked], ascending
-            scale = sampling.guidance(step)
             cond, uncond = self._branches(
-                ids, labels, positions, scale is not None, once=fresh and step == 0
+                ids,
+                labels,
+                positions,
+                guided=sampling.guidance(step) is not None,
+                alike=fresh and step == 0,
             )
-            drawn = None
+            uniforms = None
             if noise is not None:
-                drawn = tuple(
-                    _gather(noise(step, kind, shape).to(device), positions)
-                    for kind, shape in (
-                        ("token", (batch, length, self.codebook_size)),
-                        ("confidence", (batch, length)),
-                    )
-                )
-            chosen, _, _ = maskgit_step(
+                of_tokens = noise(step, "token", (batch, length, self.codebook_size)).to(device)
+                of_confidence = noise(step, "confidence", (batch, length)).to(device)
+                uniforms = _gather(of_tokens, positions), _gather(of_confidence, positions)
+            left = [row[step] for row in counts]
+            drawn, _, _ = maskgit_step(
                 cond,
                 _gather(ids, positions),
                 mask_id=self.mask_id,
-                num_masked=num_masked,
+                num_masked=left[0] if together else torch.tensor(left, device=device),
                 uncond_logits=uncond,
                 seed=seed,
                 step=step,
                 image_ids=image_ids,
                 positions=positions,
-                noise=drawn,
+                noise=uniforms,
                 backend=backend,
                 **sampling.options(step),
             )
-            ids = chosen if positions is None else ids.scatter(1, positions, chosen)
-            history.append(ids)
-        return history if return_steps else ids
+            ids = drawn if positions is None else ids.scatter(1, positions, drawn)
+            masked = left[0] if together else length
+            history = [*history, ids] if return_steps else []
+        return torch.stack(history) if return_steps else ids
 
     def _branches(
-        self, ids: Tensor, labels: Tensor, positions: Tensor | None, guided: bool, *, once: bool
+        self, ids: Tensor, labels: Tensor, positions: Tensor | None, *, guided: bool, alike: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Logits at `positions` with the labels and, if guided, without, from one pass.
 
-        With `once`, where all images are alike but for their label, each label is done once.
+        Images that are `alike` but for their label are done once for each label.
         """
-        index = None
-        if once and not torch.compiler.is_compiling() and not _capturing(ids):
+        batch, index = len(ids), None
+        nothing = torch.full_like(labels, self.num_classes)
+        if alike and batch and not torch.compiler.is_compiling() and not _capturing(ids):
             labels, index = labels.unique(return_inverse=True)
-            ids = ids[: len(labels)]
+            ids, nothing = ids[:1].expand(len(labels), -1), nothing[:1]
         if guided:
-            nothing = torch.full_like(labels[:1] if index is not None else labels, self.num_classes)
-            hidden = self._hidden(
-                torch.cat([ids, ids[: len(nothing)]]), torch.cat([labels, nothing])
-            )
+            ids, labels = torch.cat([ids, ids[: len(nothing)]]), torch.cat([labels, nothing])
             positions = None if positions is None else torch.cat([positions, positions])
-        else:
-            hidden = self._hidden(ids, labels)
-        logits = self._head(_gather(hidden, positions))
-        cond, uncond = logits[: len(labels)], logits[len(labels) :] if guided else None
+        logits = self._head(_gather(self._hidden(ids, labels), positions))
+        if not guided:
+            return (logits if index is None else logits[index]), None
+        split = len(logits) - len(nothing)
+        cond, uncond = logits[:split], logits[split:]
         if index is not None:
-            cond = cond[index]
-            uncond = None if uncond is None else uncond.expand_as(cond)
+            return cond[index], uncond.expand(batch, -1, -1)
         return cond, uncond
 
     @property
     def _head_layer(self) -> nn.Linear:
-        head: nn.Linear = self.model["lm_head"] if self.model_type == "ViT" else self.lm_head
+        network: Any = self.model if self.model_type == "ViT" else self
+        head: nn.Linear = network.lm_head
         return head
 
     def _head(self, hidden: Tensor) -> Tensor:
@@ -460,8 +445,9 @@ class MaskGIT(PretrainedModel):
         """Ids [B, L] and labels [B] to what the head takes, [B, L, W]."""
         tokens = torch.cat([labels[:, None] + self.codebook_size + 1, ids], dim=1)  # [B, 1 + L]
         if self.model_type == "ViT":
-            x: Tensor = self.model["embeddings"](tokens)  # [B, 1 + L, W]
-            for block in self.model["encoder"]["layer"]:
+            network: Any = self.model
+            x: Tensor = network.embeddings(tokens)  # [B, 1 + L, W]
+            for block in network.encoder.layer:
                 x = block(x)
             return x[:, 1:]
         x = self.embeddings(tokens) + self.pos_embed  # [B, 1 + L, W]
@@ -483,7 +469,9 @@ class MaskGIT(PretrainedModel):
         if labels.device.type == "cpu" and batch and not torch.compiler.is_compiling():
             low, high = int(labels.min()), int(labels.max())
             if low < 0 or high > largest:
-                raise ValueError(f"labels: got labels in [{low}, {high}], allowed is [0, {largest}]")
+                raise ValueError(
+                    f"labels: got labels in [{low}, {high}], allowed is [0, {largest}]"
+                )
 
 
 class _BertEmbeddings(nn.Module):

@@ -1,7 +1,8 @@
 """The ops: one module each, with its schema, checks, backends and public function."""
 
+from titok_fast.ops.attention import attention
 from titok_fast.ops.index_propagation import index_propagation
 from titok_fast.ops.maskgit_step import maskgit_step
 from titok_fast.ops.nearest_code import nearest_code
 
-__all__ = ["index_propagation", "maskgit_step", "nearest_code"]
+__all__ = ["attention", "index_propagation", "maskgit_step", "nearest_code"]

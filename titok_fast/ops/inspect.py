@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-TRITON_OPS = ("nearest_code",)
+TRITON_OPS = ("attention", "nearest_code")
 CAPABILITIES = (80, 90, 100, 120)
 _PACKAGE = Path(__file__).resolve().parent.parent
 # Bytes a block can have; sm_86 and sm_89 run what is configured for sm_80 and have the least.

@@ -232,8 +232,8 @@ def _cuda(cond_logits: Tensor, *args: Any) -> Result:
 _op = _library.register(
     "maskgit_step(Tensor cond_logits, Tensor? uncond_logits, Tensor ids, int mask_id, "
     "Tensor? image_ids, Tensor? positions, Tensor? token_noise, Tensor? confidence_noise, "
-    "str guidance_form, str confidence, int[] counts, float[] factors, Tensor?[] tensors, str backend) "
-    "-> (Tensor ids_next, Tensor tokens, Tensor scores)",
+    "str guidance_form, str confidence, int[] counts, float[] factors, Tensor?[] tensors, "
+    "str backend) -> (Tensor ids_next, Tensor tokens, Tensor scores)",
     cpu=_run,
     cuda=_cuda,
     fake=_fake,
@@ -329,8 +329,8 @@ def maskgit_step(
         "confidence_temperature": confidence_temperature,
     }
     _check(
-        cond_logits, ids, uncond_logits, image_ids, positions, noise, mask_id, guidance_form, confidence,
-        numbers,
+        cond_logits, ids, uncond_logits, image_ids, positions, noise, mask_id, guidance_form,
+        confidence, numbers,
     )  # fmt: skip
     if not isinstance(guidance_scale, Tensor) and guidance_scale == 0 and guidance_form == "cond":
         uncond_logits = None

@@ -1,5 +1,6 @@
 """Eager PyTorch truth for every op; imports torch alone."""
 
+from titok_fast.reference.attention import attention
 from titok_fast.reference.index_propagation import index_propagation
 from titok_fast.reference.index_propagation_streaming import (
     index_propagation_bwd,
@@ -9,6 +10,7 @@ from titok_fast.reference.maskgit_step import maskgit_step
 from titok_fast.reference.nearest_code import nearest_code
 
 __all__ = [
+    "attention",
     "index_propagation",
     "index_propagation_bwd",
     "index_propagation_fwd",

@@ -1,0 +1,169 @@
+"""attention, forward and with its backward, against PyTorch's scaled_dot_product_attention.
+
+`python -m bench.bench_attention FILE` prints the table of "auto" that the results in FILE ask for.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from bench import harness
+from bench.harness import Bench, Call, Provider
+from titok_fast import attention
+from titok_fast.testing import relative_error
+
+LENGTHS = (33, 65, 129, 289, 577, 1089)
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+SDPA = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+}
+
+
+@dataclass(frozen=True)
+class Case(harness.Case):
+    b: int
+    l: int  # noqa: E741
+    h: int
+    d: int
+    direction: str
+
+
+def cases(device: str, quick: bool) -> list[Case]:
+    batch, heads = (64, 16) if device == "cuda" else (2, 8)
+    dtypes = (torch.float32, torch.bfloat16) if device == "cuda" else (torch.float32,)
+    return [
+        Case(b=batch, l=length, h=heads, d=64, direction=direction, device=device, dtype=dtype)
+        for dtype in dtypes
+        for length in (LENGTHS[:2] if quick else LENGTHS)
+        for direction in ("forward", "both")
+    ]
+
+
+@lru_cache(maxsize=1)
+def inputs(case: Case) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(case.b, case.l, 3, case.h, case.d, generator=generator)
+    grad = torch.randn(case.b, case.l, case.h, case.d, generator=generator)
+    return qkv.to(case.device, case.dtype), grad.to(case.device, case.dtype)
+
+
+def work(case: Case) -> tuple[int, int]:
+    """Two products forward, five backward; qkv and out, then these, two gradients and dqkv."""
+    product = 2 * case.b * case.h * case.l**2 * case.d
+    rows = case.b * case.l * case.h * case.d * case.dtype.itemsize
+    return (2 * product, 4 * rows) if case.direction == "forward" else (7 * product, 12 * rows)
+
+
+@lru_cache(maxsize=1)
+def truth(case: Case) -> Tensor:
+    """The result for the first images in float64."""
+    qkv, grad = (x[:2].double() for x in inputs(case))
+    if case.direction == "forward":
+        return attention(qkv, backend="reference")
+    with torch.enable_grad():
+        qkv.requires_grad_()
+        out = attention(qkv, backend="reference")
+        return torch.autograd.grad(out, qkv, grad)[0]
+
+
+def check(case: Case, output: Tensor) -> tuple[int, int]:
+    """Images that are too far from float64, and images looked at."""
+    pairs = list(zip(output[:2], truth(case), strict=True))
+    wrong = sum(not relative_error(*pair) <= TOLERANCE[case.dtype] for pair in pairs)
+    return wrong, len(pairs)
+
+
+def prepare(backend: str) -> Callable[[Case, Tensor, Tensor], Call]:
+    """The call returns the output, or with the backward the packed gradient."""
+
+    def prepare(case: Case, qkv: Tensor, grad: Tensor) -> Call:
+        if case.direction == "forward":
+            return lambda: attention(qkv, backend=backend)
+        leaf = qkv.detach().requires_grad_()
+
+        @torch.enable_grad()
+        def call() -> Tensor:
+            return torch.autograd.grad(attention(leaf, backend=backend), leaf, grad)[0]
+
+        return call
+
+    return prepare
+
+
+@contextmanager
+def only(backend: SDPBackend) -> Iterator[None]:
+    with sdpa_kernel(backend):
+        yield
+
+
+def matrices(case: Case) -> str | None:
+    return harness.over_budget(8 * case.b * case.h * case.l**2 * case.dtype.itemsize)
+
+
+BENCH = Bench(
+    op="attention",
+    cases=cases,
+    providers=(
+        Provider("titok_fast-triton", prepare("triton"), devices=("cuda",), ours=True),
+        Provider("sdpa", prepare("torch")),
+        *(
+            Provider(
+                f"sdpa-{name}",
+                prepare("torch"),
+                devices=("cuda",),
+                setting=partial(only, backend),
+                too_much=matrices if name == "math" else lambda case: None,
+            )
+            for name, backend in SDPA.items()
+        ),
+        Provider("reference", prepare("reference"), ours=True, too_much=matrices),
+    ),
+    inputs=inputs,
+    work=work,
+    check=check,
+    baseline="sdpa",
+)
+
+
+def test_attention(measure: Callable[..., None], case: Case, provider: Provider) -> None:
+    measure(BENCH, case, provider)
+
+
+def longest_for_triton(results: dict[str, object]) -> dict[tuple[str, int], int]:
+    """The largest L up to which Triton won every case over "sdpa", by dtype and Dh."""
+    times: dict[tuple[str, int], dict[int, dict[tuple[str, str], float]]] = {}
+    for entry in results["benchmarks"]:  # type: ignore[attr-defined]
+        info = entry["extra_info"]
+        if info.get("op") == "attention" and info["device"] == "cuda":
+            lengths = times.setdefault((info["dtype"], info["D"]), {})
+            row = lengths.setdefault(info["L"], {})
+            row[info["provider"], info["direction"]] = info["device_ms"]
+    table = {}
+    for key, lengths in times.items():
+        table[key] = 0
+        for length, row in sorted(lengths.items()):
+            if any(
+                row["titok_fast-triton", way] > row["sdpa", way]
+                for way in {direction for _, direction in row}
+            ):
+                break
+            table[key] = length
+    return table
+
+
+if __name__ == "__main__":
+    for (dtype, width), length in longest_for_triton(
+        json.loads(Path(sys.argv[1]).read_text())
+    ).items():
+        print(f"(torch.{dtype}, {width}): {length},")

@@ -1,0 +1,369 @@
+"""attention against float64: no worse than the eager arithmetic of the same dtype."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from titok_fast import attention
+from titok_fast.ops import inspect
+from titok_fast.ops.attention import TRITON_UP_TO
+from titok_fast.reference.attention import dropout_mask, philox
+from titok_fast.testing import relative_error
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ROUNDING = 2 * torch.finfo(torch.float32).eps  # of sums in another order
+SEED = 0x1234567_89ABCDEF
+
+
+def packed(b, length, h, d, dtype=torch.float32, scale=1.0):
+    """qkv and a gradient of the output."""
+    qkv = scale * torch.randn(b, length, 3, h, d)
+    return qkv.to(DEVICE, dtype), torch.randn(b, length, h, d).to(DEVICE, dtype)
+
+
+def with_gradient(qkv, grad, **options):
+    qkv = qkv.detach().requires_grad_()
+    out = attention(qkv, **options)
+    return out.detach(), torch.autograd.grad(out, qkv, grad)[0]
+
+
+def assert_accurate(qkv, grad, backend="triton", slack=0.0, **options):
+    """Output and gradient as near to float64 as those of the reference in the inputs' dtype."""
+    actual = with_gradient(qkv, grad, backend=backend, **options)
+    eager = with_gradient(qkv, grad, backend="reference", **options)
+    truth = with_gradient(qkv.double(), grad.double(), backend="reference", **options)
+    for name, ours, plain, exact in zip(("out", "grad"), actual, eager, truth, strict=True):
+        assert ours.dtype == qkv.dtype and ours.shape == exact.shape
+        error, allowed = relative_error(ours, exact), relative_error(plain, exact) + ROUNDING
+        allowed += slack if name == "grad" else 0.0
+        assert error <= allowed, f"{name}: {error:.3e}, allowed {allowed:.3e}"
+    return actual
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("length", "d"),
+    [(1, 8), (5, 128), (16, 48), (17, 24), (33, 48), (50, 64), (65, 64), (80, 40), (81, 64)],
+)
+def test_short_sequences(dtype, length, d):
+    assert_accurate(*packed(2, length, 2, d, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("length", "d"), [(128, 64), (129, 64), (145, 16), (192, 8), (210, 48)])
+def test_long_sequences(dtype, length, d):
+    assert_accurate(*packed(1, length, 1, d, dtype))
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+def test_other_backends(backend):
+    assert_accurate(*packed(2, 33, 3, 48), backend=backend)
+
+
+def test_reference_is_softmax_attention():
+    qkv, _ = packed(2, 7, 3, 8)
+    expected = torch.empty(2, 7, 3, 8, dtype=torch.float64)
+    for b in range(2):
+        for h in range(3):
+            q, k, v = qkv[b, :, :, h].double().cpu().unbind(1)
+            for i in range(7):
+                weight = (k @ q[i] / 8**0.5).exp()
+                expected[b, i, h] = weight @ v / weight.sum()
+    assert relative_error(attention(qkv.double(), backend="reference").cpu(), expected) < 1e-14
+
+
+@pytest.mark.parametrize("scale", [1e-3, 4.0, 20.0])
+def test_flat_and_sharp_softmax(scale):
+    """The backward takes its probabilities from a float32 logsumexp, rounded at its own size."""
+    qkv, grad = packed(1, 37, 2, 32, scale=scale)
+    query, key, _ = qkv.double().permute(2, 0, 3, 1, 4)
+    lse = (query @ key.mT / 32**0.5).logsumexp(-1)
+    slack = float(lse.abs().max()) * torch.finfo(torch.float32).eps if scale > 1 else 0.0
+    out, _ = assert_accurate(qkv, grad, slack=slack)
+    if scale < 1:
+        mean = qkv[:, :, 2].mean(1, keepdim=True).expand_as(out)
+        assert relative_error(out, mean) < 1e-5
+
+
+def test_large_scores_do_not_overflow():
+    qkv, grad = packed(1, 20, 1, 16, scale=1e4)
+    for x in with_gradient(qkv, grad, backend="triton"):
+        assert bool(x.isfinite().all())
+
+
+def test_strided_input():
+    qkv, grad = packed(2, 33, 2, 16)
+    expected = with_gradient(qkv, grad, backend="triton")
+
+    def same(view, view_grad=grad):
+        assert torch.equal(view, qkv) and not view.is_contiguous()
+        for a, b in zip(with_gradient(view, view_grad, backend="triton"), expected, strict=True):
+            assert torch.equal(a, b)
+
+    wide = torch.full((2, 40, 4, 3, 32), torch.nan, device=DEVICE)
+    wide[:, 4:37, :3, 1:, 8:24] = qkv
+    same(wide[:, 4:37, :3, 1:, 8:24])
+    same(qkv.permute(3, 2, 0, 1, 4).contiguous().permute(2, 3, 1, 0, 4))
+    same(qkv.transpose(3, 4).contiguous().transpose(3, 4))  # its rows are not dense: copied
+    odd = torch.full((2, 33, 3, 2, 17), torch.nan, device=DEVICE)
+    odd[..., 1:] = qkv
+    same(odd[..., 1:], grad.transpose(1, 2).contiguous().transpose(1, 2))
+
+
+def test_rows_beyond_2_to_the_31_elements():
+    if DEVICE == "cuda" and torch.cuda.get_device_properties(0).total_memory < 20 << 30:
+        pytest.skip("needs 10 GB")
+    qkv, _ = packed(2, 3, 1, 8, torch.float16)
+    stride = 2**31 + 8
+    storage = torch.Tensor.new_empty(qkv, stride + 128)  # touched only where written
+    far = storage.as_strided(qkv.shape, (stride, 24, 8, 8, 1))
+    far.copy_(qkv)
+    assert torch.equal(attention(far, backend="triton"), attention(qkv, backend="triton"))
+    storage = torch.Tensor.new_empty(qkv, 2 * stride + 128)
+    far = storage.as_strided((1, *qkv.shape[1:]), (8, stride, 8, 8, 1))
+    far.copy_(qkv[:1])
+    assert torch.equal(attention(far, backend="triton"), attention(qkv[:1], backend="triton"))
+
+
+def test_philox_is_the_published_generator():
+    """The known answers of Random123."""
+    cases = {
+        ((0, 0, 0, 0), 0): (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8),
+        ((2**32 - 1,) * 4, -1): (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            0x299F31D0_A4093822,
+        ): (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    }
+    for (counter, key), expected in cases.items():
+        words = philox(tuple(torch.tensor(c) for c in counter), torch.tensor(key))
+        assert tuple(int(word) for word in words) == expected
+
+
+@pytest.mark.parametrize(("length", "d"), [(6, 8), (33, 48), (150, 56)])
+def test_dropout_mask_is_the_same_to_the_bit(length, d):
+    """Equal scores and values that are rows of the identity show each probability alone."""
+    b, h, p = (2, 2, 0.3) if length < 100 else (1, 1, 0.3)
+    qkv = torch.zeros(b, length, 3, h, d, device=DEVICE, dtype=torch.float16)
+    grad = torch.zeros(b, length, h, d, device=DEVICE, dtype=torch.float16)
+    seed = torch.tensor(SEED, device=DEVICE)
+    kept = dropout_mask(seed, p, (b, h, length))  # [B, H, L, L]
+    for first in range(0, length, d):
+        here = min(d, length - first)
+        qkv[:, :, 2] = 0
+        qkv[:, first : first + here, 2] = torch.eye(here, d, device=DEVICE)[:, None]
+        out = attention(qkv, dropout_p=p, seed=seed, backend="triton")
+        expected = kept[..., first : first + here].transpose(1, 2) / (length * (1 - p))
+        torch.testing.assert_close(out[..., :here], expected.to(out), rtol=1e-3, atol=0)
+        # The gradient of value j is the sum over i of kept(i, j) grad(i).
+        grad.zero_()
+        grad[:, first : first + here] = torch.eye(here, d, device=DEVICE)[:, None]
+        _, gradient = with_gradient(qkv, grad, dropout_p=p, seed=seed, backend="triton")
+        expected = kept[:, :, first : first + here].permute(0, 3, 1, 2) / (length * (1 - p))
+        torch.testing.assert_close(gradient[:, :, 2, :, :here], expected.to(out), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("length", "d"), [(33, 48), (65, 16), (150, 16)])
+def test_dropout(dtype, length, d):
+    assert_accurate(*packed(1, length, 2, d, dtype), dropout_p=0.1, seed=SEED)
+
+
+def test_dropout_statistics():
+    b, h, length, p = 4, 3, 100, 0.2
+    masks = [dropout_mask(torch.tensor(seed), p, (b, h, length)).double() for seed in (0, 1)]
+    for mask in masks:
+        n = mask.numel()
+        assert abs(float(mask.mean()) - (1 - p)) < 4 * (p * (1 - p) / n) ** 0.5
+        for dims in ((0, 1, 2), (0, 1, 3), (0, 2, 3), (1, 2, 3)):  # no row, key, head, image apart
+            means = mask.mean(dims)
+            deviation = (p * (1 - p) * means.numel() / n) ** 0.5
+            assert float((means - (1 - p)).abs().max()) < 5 * deviation
+    # Other seeds, heads and neighbouring keys are independent.
+    first, second = masks
+    pairs = ((first, second), (first[:, 0], first[:, 1]), (first[..., :-1], first[..., 1:]))
+    for x, y in pairs:
+        covariance = float(((x - 1 + p) * (y - 1 + p)).mean()) / (p * (1 - p))
+        assert abs(covariance) < 4 / x.numel() ** 0.5
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_seeds(backend):
+    qkv, _ = packed(2, 9, 2, 16)
+
+    def draw(seed):
+        return attention(qkv, dropout_p=0.5, seed=seed, backend=backend)
+
+    assert torch.equal(draw(5), draw(5))
+    assert torch.equal(draw(5), draw(torch.tensor(5, device=DEVICE)))
+    assert not torch.equal(draw(5), draw(6)) and not torch.equal(draw(5), draw(5 + 2**32))
+    torch.manual_seed(1)
+    a, b = draw(None), draw(None)
+    torch.manual_seed(1)
+    assert torch.equal(draw(None), a) and not torch.equal(a, b)
+
+
+@pytest.mark.parametrize("length", [33, 150])
+def test_same_bits_from_run_to_run_and_in_any_batch(length):
+    qkv, grad = packed(3, length, 1, 16, torch.float16)
+    expected = with_gradient(qkv, grad, backend="triton")
+    for a, b in zip(with_gradient(qkv, grad, backend="triton"), expected, strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(with_gradient(qkv[1:2], grad[1:2], backend="triton"), expected, strict=True):
+        assert torch.equal(a, b[1:2])
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch", "reference"])
+def test_empty_batch(backend):
+    qkv, grad = packed(0, 5, 2, 16)
+    out, gradient = with_gradient(qkv, grad, backend=backend)
+    assert out.shape == (0, 5, 2, 16) and gradient.shape == (0, 5, 3, 2, 16)
+
+
+def test_meta_tensors_give_shapes():
+    out = attention(torch.empty(2, 5, 3, 4, 16, device="meta"))
+    assert out.is_meta and out.shape == (2, 5, 4, 16)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.2])
+def test_opcheck(dropout_p):
+    qkv, grad = packed(1, 9, 2, 8)
+    seed = torch.tensor(3, device=DEVICE) if dropout_p else None
+    ops = torch.ops.titok_fast
+    torch.library.opcheck(ops.attention_fwd.default, (qkv, seed, dropout_p, "triton"))
+    out, lse = ops.attention_fwd(qkv, seed, dropout_p, "triton")
+    arguments = (grad, qkv, out, lse, seed, dropout_p, "triton")
+    torch.library.opcheck(ops.attention_bwd.default, arguments)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.2])
+def test_compiles_whole(dynamic, dropout_p):
+    def f(qkv):
+        return attention(qkv * 2, dropout_p=dropout_p, seed=4, backend="triton") + 1
+
+    compiled = torch.compile(f, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for b in (2, 3):
+        qkv, grad = packed(b, 9, 2, 8)
+        results = []
+        for function in (compiled, f):
+            x = qkv.detach().requires_grad_()
+            out = function(x)
+            results.append((out.detach(), torch.autograd.grad(out, x, grad)[0]))
+        for a, b in zip(*results, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_autocast():
+    qkv, _ = packed(1, 9, 2, 16)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        out = attention(qkv, backend="triton")
+    assert torch.equal(out, attention(qkv.bfloat16(), backend="triton"))
+
+
+def test_double_backward_is_refused():
+    qkv, _ = packed(1, 5, 1, 8)
+    qkv.requires_grad_()
+    (gradient,) = torch.autograd.grad(
+        attention(qkv, backend="triton").square().sum(), qkv, create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="attention: has no double backward"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"qkv": [1.0]}, TypeError, "qkv: expected a Tensor, got list"),
+        ({"qkv": torch.zeros(1, 2, 3, 1, 8).double()}, TypeError, "qkv: dtype torch.float64 is"),
+        ({"qkv": torch.zeros(1, 2, 3, 8)}, ValueError, "qkv: expected [B, L, 3, H, Dh], got"),
+        ({"qkv": torch.zeros(1, 2, 2, 1, 8)}, ValueError, "qkv: expected [B, L, 3, H, Dh], got"),
+        ({"qkv": torch.zeros(1, 0, 3, 1, 8)}, ValueError, "qkv: L must be 1 to 4096, got 0"),
+        ({"qkv": torch.zeros(1, 4097, 3, 1, 8)}, ValueError, "qkv: L must be 1 to 4096, got 4097"),
+        ({"qkv": torch.zeros(1, 2, 3, 0, 8)}, ValueError, "qkv: H must be >= 1, got 0"),
+        ({"qkv": torch.zeros(1, 2, 3, 1, 12)}, ValueError, "qkv: Dh must be a multiple of 8, 8 to"),
+        ({"qkv": torch.zeros(1, 2, 3, 1, 136)}, ValueError, "qkv: Dh must be a multiple of 8"),
+        ({"dropout_p": "0"}, TypeError, "dropout_p: expected a float, got str"),
+        ({"dropout_p": 1.0}, ValueError, "dropout_p: 1.0 is not in [0, 1)"),
+        ({"dropout_p": -0.1}, ValueError, "dropout_p: -0.1 is not in [0, 1)"),
+        ({"seed": 0.5}, TypeError, "seed: expected an int, a Tensor or None, got float"),
+        ({"seed": 2**63}, ValueError, "seed: 9223372036854775808 is not an int64"),
+        ({"seed": torch.zeros(2).long()}, ValueError, "seed: expected one int64, got torch.int64"),
+        ({"seed": torch.zeros(())}, ValueError, "seed: expected one int64, got torch.float32"),
+        ({"seed": torch.zeros((), dtype=torch.int64, device="meta")}, ValueError, "seed: on meta"),
+        ({"backend": "flash"}, ValueError, "backend: 'flash' is not one of 'auto', 'torch', 'tri"),
+    ],
+)
+def test_bad_input(change, error, words):
+    arguments = {"qkv": torch.zeros(1, 2, 3, 1, 8)} | change
+    with pytest.raises(error) as raised:
+        attention(arguments.pop("qkv"), **arguments)
+    assert str(raised.value).startswith(words)
+    assert "\n" not in str(raised.value)
+
+
+def test_backend_asked_for_by_name_says_what_is_missing(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(RuntimeError, match="backend 'triton' is not available: it needs CUDA"):
+        attention(torch.zeros(1, 2, 3, 1, 8), backend="triton")
+
+
+def test_the_table_of_auto_covers_every_input():
+    for dtype in DTYPES:
+        assert max(width for kind, width in TRITON_UP_TO if kind == dtype) == 128
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("length", [1, 33, 65, 129, 144, 289, 577, 1089, 4096])
+def test_gpu_sequences(dtype, length):
+    b = 1 if length > 2000 else 4
+    assert_accurate(*packed(b, length, 4, 64, dtype))
+
+
+@pytest.mark.gpu
+def test_gpu_graph_capture_takes_another_seed():
+    qkv, _ = packed(2, 33, 2, 64, torch.bfloat16)
+    seed = torch.tensor(1, device="cuda")
+    attention(qkv, dropout_p=0.5, seed=seed)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = attention(qkv, dropout_p=0.5, seed=seed)
+    for value in (1, 2):
+        seed.fill_(value)
+        graph.replay()
+        assert torch.equal(out, attention(qkv, dropout_p=0.5, seed=value))
+
+
+def test_kernels_compile_for_every_architecture():
+    """Ahead of time, without a GPU: no spills, tensor cores used, shared memory within limits.
+
+    The models' sequence lengths; `kernel_report` compiles the rest.
+    """
+    code = (
+        "import json, dataclasses; from titok_fast.ops import inspect;"
+        "kinds = lambda c: inspect.kernels('attention').specializations(c, (129, 289));"
+        "wanted = lambda t, o: o['D'] == 64 and (t['qkv'] == '*bf16' or o['TILE'] == 64);"
+        "print(json.dumps([dataclasses.asdict(inspect._compile(k, t, o, c))"
+        " for c in inspect.CAPABILITIES for k, t, o in kinds(c)"
+        " if wanted(t, o) and not o['DROPOUT']]))"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    reports = [inspect.KernelReport(**report) for report in json.loads(run.stdout)]
+    assert {report.capability for report in reports} == set(inspect.CAPABILITIES)
+    for report in reports:
+        print(dataclasses.astuple(report))
+        assert report.spilled_bytes == 0, report
+        assert 0 < report.registers <= 255
+        assert report.shared_bytes <= report.shared_limit, report
+        assert any(name.endswith("MMA") for name in report.matrix_instructions), report

@@ -1,0 +1,254 @@
+"""Bidirectional attention: schemas, checks, backends, autograd and the public function."""
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from titok_fast import _library, reference
+from titok_fast.ops import inspect
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+BACKENDS: dict[str, tuple[str, ...]] = {
+    "cpu": ("torch", "triton"),
+    "cuda": ("triton", "torch"),
+    "meta": ("torch", "triton"),
+}
+MAX_LENGTH = 4096
+MAX_HEAD_WIDTH = 128
+
+# Longest L for which "auto" takes "triton" on a CUDA device, by dtype and the largest Dh that the
+# entry serves. Predicted, not measured: `python -m bench.bench_attention FILE` prints the measured.
+TRITON_UP_TO = {
+    (torch.float32, 64): 289,
+    (torch.float32, 128): 0,
+    (torch.float16, 64): 289,
+    (torch.float16, 128): 289,
+    (torch.bfloat16, 64): 289,
+    (torch.bfloat16, 128): 289,
+}
+
+
+def _check(qkv: Tensor, dropout_p: float, seed: int | Tensor | None, backend: str) -> None:
+    if not isinstance(qkv, Tensor):
+        raise TypeError(f"qkv: expected a Tensor, got {type(qkv).__name__}")
+    dtypes = (*DTYPES, torch.float64) if backend == "reference" else DTYPES
+    if qkv.dtype not in dtypes:
+        raise TypeError(f"qkv: dtype {qkv.dtype} is not float32, float16 or bfloat16")
+    if qkv.ndim != 5 or qkv.shape[2] != 3:
+        raise ValueError(f"qkv: expected [B, L, 3, H, Dh], got shape {list(qkv.shape)}")
+    _, length, _, heads, width = qkv.shape
+    if not 1 <= length <= MAX_LENGTH:
+        raise ValueError(f"qkv: L must be 1 to {MAX_LENGTH}, got {length}")
+    if heads < 1:
+        raise ValueError(f"qkv: H must be >= 1, got {heads}")
+    if width < 8 or width > MAX_HEAD_WIDTH or width % 8:
+        raise ValueError(f"qkv: Dh must be a multiple of 8, 8 to {MAX_HEAD_WIDTH}, got {width}")
+    if not isinstance(dropout_p, int | float):
+        raise TypeError(f"dropout_p: expected a float, got {type(dropout_p).__name__}")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p: {dropout_p} is not in [0, 1)")
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.numel() != 1:
+            raise ValueError(
+                f"seed: expected one int64, got {seed.dtype} of shape {list(seed.shape)}"
+            )
+        if seed.device != qkv.device:
+            raise ValueError(f"seed: on {seed.device}, but qkv is on {qkv.device}")
+    elif seed is not None and not isinstance(seed, int):
+        raise TypeError(f"seed: expected an int, a Tensor or None, got {type(seed).__name__}")
+    elif seed is not None and not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed: {seed} is not an int64")
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """`x` itself where its rows are dense and start at multiples of 8 elements, or a copy."""
+    aligned = x.stride(-1) == 1 and not any(stride % 8 for stride in x.stride()[:-1])
+    return x if aligned else x.contiguous()
+
+
+def _fake_fwd(
+    qkv: Tensor, seed: Tensor | None, dropout_p: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    b, length, _, h, d = qkv.shape
+    return qkv.new_empty(b, length, h, d), qkv.new_empty(b, h, length, dtype=torch.float32)
+
+
+def _fake_bwd(
+    grad: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    seed: Tensor | None,
+    dropout_p: float,
+    backend: str,
+) -> Tensor:
+    return qkv.new_empty(qkv.shape)
+
+
+def _triton_fwd(
+    qkv: Tensor, seed: Tensor | None, dropout_p: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    inspect.require_backend(backend, qkv.device.type)
+    launch = inspect.kernels("attention").launch_attention_fwd
+    # Triton launches on the current device, which need not be that of the tensors.
+    with torch.cuda.device(qkv.device) if qkv.is_cuda else nullcontext():
+        out, lse = launch(_aligned(qkv), seed, dropout_p)
+    return out, lse
+
+
+def _triton_bwd(
+    grad: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    seed: Tensor | None,
+    dropout_p: float,
+    backend: str,
+) -> Tensor:
+    inspect.require_backend(backend, qkv.device.type)
+    launch = inspect.kernels("attention").launch_attention_bwd
+    with torch.cuda.device(qkv.device) if qkv.is_cuda else nullcontext():
+        grad_qkv: Tensor = launch(
+            _aligned(grad), _aligned(qkv), out.contiguous(), lse.contiguous(), seed, dropout_p
+        )
+    return grad_qkv
+
+
+_fwd_op = _library.register(
+    "attention_fwd(Tensor qkv, Tensor? seed, float dropout_p, str backend) "
+    "-> (Tensor out, Tensor lse)",
+    cpu=_triton_fwd,
+    cuda=_triton_fwd,
+    fake=_fake_fwd,
+)
+
+_bwd_op = _library.register(
+    "attention_bwd(Tensor grad, Tensor qkv, Tensor out, Tensor lse, Tensor? seed, "
+    "float dropout_p, str backend) -> Tensor",
+    cpu=_triton_bwd,
+    cuda=_triton_bwd,
+    fake=_fake_bwd,
+)
+
+
+class _Once(torch.autograd.Function):
+    """Passes a gradient on and refuses to be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, grad_qkv: Tensor, *_: Any) -> Tensor:
+        return grad_qkv.view_as(grad_qkv)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError("attention: has no double backward; backend='reference' has one")
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, qkv: Tensor, seed: Tensor | None, dropout_p: float, backend: str
+    ) -> Tensor:
+        out, lse = _fwd_op(qkv, seed, dropout_p, backend)
+        ctx.save_for_backward(qkv, out, lse, seed)
+        ctx.options = dropout_p, backend
+        result: Tensor = out
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        qkv, out, lse, seed = ctx.saved_tensors
+        with torch.no_grad():
+            grad_qkv = _bwd_op(grad, qkv, out, lse, seed, *ctx.options)
+        if torch.is_grad_enabled():
+            grad_qkv = _Once.apply(grad_qkv, qkv, grad)  # type: ignore[no-untyped-call]
+        return grad_qkv, None, None, None
+
+
+def _automatic(qkv: Tensor, dropout_p: float) -> str:
+    """The backend that "auto" stands for."""
+    if not qkv.is_cuda or inspect.why_not("triton", "cuda") is not None:
+        return "torch"
+    width = min(width for _, width in TRITON_UP_TO if qkv.shape[-1] <= width)
+    short = qkv.shape[1] <= TRITON_UP_TO[qkv.dtype, width]
+    return "triton" if short or dropout_p > 0 else "torch"
+
+
+def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
+    if isinstance(seed, Tensor):
+        return seed.reshape(())
+    if seed is None:
+        return torch.randint(2**63 - 1, (), device=device)
+    return torch.full((), seed, dtype=torch.int64, device=device)
+
+
+def attention(
+    qkv: Tensor,
+    *,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Bidirectional softmax attention on packed queries, keys and values.
+
+        out = dropout(softmax(Q K^T / sqrt(Dh))) V, for each head
+
+    The packed tensor is read where it lies, without a permutation or a copy, if its last dimension
+    is dense and its other strides are multiples of 8; other inputs are copied first. With "triton"
+    the results and gradients are the same from run to run, and those of an image do not depend on
+    the batch around it, its dropout aside, which goes by its place in the batch.
+
+    A probability is dropped by its own word of Philox4x32-10, with `seed` as the key and (image,
+    head, query, key) as the counter: the same for a seed on every backend and device, forward and
+    backward. "torch" with dropout takes the arithmetic of "reference", since the generator of
+    `scaled_dot_product_attention` knows no such seed.
+
+    Under autocast `qkv` is cast to its dtype. Differentiable in `qkv`; the gradient is packed, in
+    the dtype of `qkv`. There is no double backward with "triton".
+
+    Args:
+        qkv: [B, L, 3, H, Dh] with queries, keys and values along the third dimension; float32,
+            float16 or bfloat16 ("reference": also float64). L is 1 to 4096, Dh a multiple of 8 up
+            to 128; B may be 0.
+        dropout_p: probability in [0, 1) that a softmax probability is dropped; the others are
+            divided by 1 - dropout_p.
+        seed: of the dropout; an int, or [] int64 on the device of `qkv`, which a captured CUDA
+            graph can change between replays. None draws one from PyTorch's generator. Ignored
+            without dropout.
+        backend: "triton" (GPU, or CPU tensors in Triton's interpreter), "torch"
+            (`scaled_dot_product_attention`), "reference" (every L x L matrix in memory), or "auto":
+            "torch" on CPU; on CUDA "triton" with dropout and up to the length in `TRITON_UP_TO`,
+            "torch" beyond.
+
+    Returns:
+        [B, L, H, Dh], contiguous with "triton", in the dtype of `qkv`.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a wrong shape or device, a probability or seed out of range, an unknown backend.
+        RuntimeError: the backend is not available, the message says what is missing; or a second
+            derivative is asked for.
+
+    Source: "Attention Is All You Need" (arXiv 1706.03762, section 3.2), computed block by block
+    as in FlashAttention-2 (arXiv 2307.08691).
+    """
+    _check(qkv, dropout_p, seed, backend)
+    device = qkv.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        qkv = qkv.to(torch.get_autocast_dtype(device))
+    order = BACKENDS | {device: BACKENDS.get(device, ("torch",))}
+    chosen = inspect.choose_backend(backend, device, order)
+    if backend == "auto":
+        chosen = _automatic(qkv, dropout_p)
+    key = _seed_tensor(seed, qkv.device) if dropout_p > 0 else None
+    if chosen == "triton":
+        out: Tensor = _Attention.apply(  # type: ignore[no-untyped-call]
+            qkv, key, float(dropout_p), chosen
+        )
+        return out
+    if chosen == "reference" or dropout_p > 0:
+        return reference.attention(qkv, dropout_p, key)
+    query, keys, values = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, L, Dh]
+    return F.scaled_dot_product_attention(query, keys, values).transpose(1, 2)
