@@ -2,13 +2,11 @@
 
 import json
 
-import numpy as np
 import pytest
 import torch
 
 from tests.conformance import FOLDER, expected, manifest, uniform, weights
-from titok_fast.models import MaskGIT, Sampling
-from titok_fast.models.maskgit import SCHEDULES
+from titok_fast.models import MaskGIT
 from titok_fast.testing import relative_error
 
 MODEL_TYPES = {"maskgit_vit_tiny": "ViT", "maskgit_uvit_tiny": "UViT", "maskgit_vit_b64": "ViT"}
