@@ -1,7 +1,8 @@
-"""Handwritten digits to 16 tokens each and back: `make demo`.
+"""Handwritten digits to 16 tokens each and back, and new ones: `make demo`.
 
 Encodes held-out digits with the titok-digits model of this package, prints their tokens, writes
-demo.png (originals over reconstructions) and compares the fused search with its reference.
+demo.png (originals over reconstructions, then generated digits, a row for each class) and compares
+the fused search with its reference.
 """
 
 import time
@@ -13,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from titok_fast import TiTok, nearest_code
+from titok_fast import TiTok, generate, nearest_code
 from titok_fast.images import grid, write_png
 from titok_fast.metrics import codebook_usage, psnr
 from titok_fast.testing import peak_extra_bytes, rows_and_codes
@@ -48,12 +49,17 @@ def main() -> None:
         console.print(
             f"digit {label}: " + " ".join(f"{token:3d}" for token in row), highlight=False
         )
-    write_png("demo.png", grid([images[:SHOWN], decoded[:SHOWN]], scale=2))
+    classes = torch.arange(10).repeat_interleave(SHOWN)
+    begin = time.perf_counter()
+    generated = generate(classes, model="titok-digits", seed=0)
+    seconds = time.perf_counter() - begin
+    rows = [images[:SHOWN], decoded[:SHOWN], *generated.split(SHOWN)]
+    write_png("demo.png", grid(rows, scale=2))
     console.print(
         f"\n{len(images)} held-out digits, {tokens.shape[1]} tokens each: "
         f"PSNR {psnr(decoded, images).mean():.2f} dB, "
         f"codebook usage {codebook_usage(tokens, model.codebook_size):.1%}; "
-        f"wrote {Path('demo.png').resolve()}\n",
+        f"{len(generated)} digits generated in {seconds:.1f} s; wrote {Path('demo.png').resolve()}\n",
         highlight=False,
         soft_wrap=True,
     )

@@ -1,12 +1,16 @@
 """MaskGIT against the official implementation, and what its sampling promises."""
 
+import itertools
 import json
+import math
 
 import pytest
 import torch
 
+import titok_fast
 from tests.conformance import FOLDER, expected, manifest, uniform, weights
-from titok_fast.models import MaskGIT
+from titok_fast.models import MaskGIT, Sampling
+from titok_fast.models.maskgit import SCHEDULES
 from titok_fast.testing import relative_error
 
 MODEL_TYPES = {"maskgit_vit_tiny": "ViT", "maskgit_uvit_tiny": "UViT", "maskgit_vit_b64": "ViT"}
@@ -64,3 +68,241 @@ def test_trajectories_conform(tiny):
             return_steps=True,
         )
         assert torch.equal(history, wanted[f"generate{i}"].long()), i
+
+
+def small(model_type="UViT", num_tokens=9, **sampling):
+    generator = {
+        "model_type": model_type,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 48,
+        "image_seq_len": num_tokens,
+        "condition_num_classes": 5,
+        **sampling,
+    }
+    torch.manual_seed(1)
+    config = {"model": {"vq_model": {"codebook_size": 20}, "generator": generator}}
+    model = MaskGIT.from_config(config).eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_step_masks_as_many_as_the_schedule_says(schedule):
+    for length, steps in ((9, 1), (9, 4), (9, 9), (9, 12), (32, 8)):
+        sampling = Sampling(steps, 0.0, "constant", 1.0, schedule=schedule)
+        counts = sampling.num_masked(length)
+        assert len(counts) == steps
+        assert counts[-1] == 0
+        before = length
+        for step, count in enumerate(counts[:-1], 1):
+            share = SCHEDULES[schedule](step / steps)
+            assert count == max(1, min(before - 1, math.floor(length * share)))
+            before = count
+    model = small()
+    history = model.generate([0, 4], steps=5, schedule=schedule, return_steps=True)
+    masked = (history == model.mask_id).sum(-1).tolist()
+    counts = Sampling(5, 0.0, "constant", 1.0, schedule=schedule).num_masked(9)
+    assert masked == [[count] * 2 for count in (9, *counts)]
+    for before, after in itertools.pairwise(history):
+        kept = before != model.mask_id
+        assert torch.equal(after[kept], before[kept])
+
+
+@pytest.mark.parametrize("model_type", ["ViT", "UViT"])
+@pytest.mark.parametrize("decay", ["constant", "linear", "power-cosine"])
+def test_an_image_does_not_depend_on_the_batch(model_type, decay):
+    model = small(model_type)
+    labels = torch.tensor([3, 0, 3, 5, 1])
+    options = {"steps": 4, "guidance_scale": 2.0, "guidance_decay": decay, "seed": 11}
+    whole = model.generate(labels, **options)
+    assert whole.shape == (5, 9)
+    assert whole.dtype == torch.int64
+    assert 0 <= int(whole.min()) <= int(whole.max()) < model.codebook_size
+    for i in range(5):
+        alone = model.generate(labels[i : i + 1], image_ids=torch.tensor([i]), **options)
+        assert torch.equal(alone[0], whole[i])
+    assert not torch.equal(whole[0], whole[2])  # the same label, another image
+    assert not torch.equal(model.generate(labels, **options | {"seed": 12}), whole)
+    assert torch.equal(model.generate(labels.tolist(), **options), whole)
+
+
+def test_the_rules_differ():
+    model, labels = small(), [0, 1, 2, 3]
+    titok = model.generate(labels, steps=3, rule="titok")
+    maskgit = model.generate(labels, steps=3, rule="maskgit")
+    assert not torch.equal(titok, maskgit)
+    greedy = [
+        model.generate(labels, steps=3, randomize_temperature=0.0, seed=seed) for seed in (1, 2)
+    ]
+    assert torch.equal(*greedy)
+
+
+def test_backends_agree():
+    model = small()
+    options = {"steps": 6, "guidance_scale": 3.0, "guidance_decay": "linear"}
+    assert torch.equal(
+        model.generate([0, 1, 2], backend="reference", **options),
+        model.generate([0, 1, 2], backend="cpu", **options),
+    )
+
+
+def test_given_tokens_stay():
+    model = small()
+    ids = torch.full((3, 9), model.mask_id)
+    ids[0, 2:7] = torch.tensor([1, 2, 3, 4, 5])
+    ids[2] = torch.arange(9)
+    out = model.generate([1, 2, 3], ids=ids, steps=4)
+    kept = ids != model.mask_id
+    assert torch.equal(out[kept], ids[kept])
+    assert int(out.max()) < model.codebook_size
+    free = model.generate([1, 2, 3], steps=4, guidance_scale=0.0)
+    assert torch.equal(
+        model.generate(
+            [1, 2, 3], ids=torch.full((3, 9), model.mask_id), steps=4, guidance_scale=0.0
+        ),
+        free,
+    )
+    with_steps = model.generate([1, 2, 3], ids=ids, steps=4, return_steps=True)
+    assert torch.equal(with_steps[-1], out)
+
+
+def test_no_image_is_no_work():
+    model = small()
+    assert model.generate(torch.empty(0, dtype=torch.int64)).shape == (0, 9)
+
+
+def test_unconditional_pass_only_where_it_counts(monkeypatch):
+    model, batches = small(), []
+    hidden = model._hidden
+    monkeypatch.setattr(
+        model, "_hidden", lambda ids, labels: batches.append(len(ids)) or hidden(ids, labels)
+    )
+    model.generate([0, 1, 1, 0], steps=3, guidance_scale=2.0, guidance_decay="linear")
+    assert batches == [2, 8, 8]  # two labels at first, then both branches of four images
+    batches.clear()
+    model.generate([0, 1, 1, 0], steps=2, guidance_scale=0.0, guidance_decay="constant")
+    assert batches == [2, 4]
+    batches.clear()
+    model.generate([0, 1, 1, 0], steps=2, guidance_scale=2.0, guidance_decay="constant")
+    assert batches == [3, 8]
+
+
+def test_releases():
+    for name, parameters in (("maskgit-vit-b-64", "maskgit_vit_b64"),):
+        with torch.device("meta"):
+            model = MaskGIT.from_config(name)
+        shapes = {k: list(v.shape) for k, v in model.state_dict().items()}
+        assert shapes == manifest(parameters)["parameters"]
+    assert MaskGIT.releases.keys() >= {"maskgit-vit-l-32", "maskgit-uvit-s-128"}
+    sampling = {
+        name: (s.steps, s.guidance_scale, s.guidance_decay, s.randomize_temperature)
+        for name in MaskGIT.releases
+        for s in [_on_meta(name).sampling]
+    }
+    assert sampling["maskgit-vit-l-32"] == (8, 4.5, "linear", 9.5)
+    assert sampling["maskgit-vit-b-64"] == (8, 3.0, "linear", 11.0)
+    assert sampling["maskgit-uvit-s-128"] == (64, 6.9, "power-cosine", 2.8)
+
+
+def _on_meta(name):
+    with torch.device("meta"):
+        return MaskGIT.from_config(name)
+
+
+@pytest.mark.parametrize("model_type", ["ViT", "UViT"])
+def test_saves_and_loads(model_type, tmp_path):
+    model = small(model_type)
+    model.save_pretrained(tmp_path)
+    again = MaskGIT.from_pretrained(tmp_path)
+    assert torch.equal(again.generate([0, 1]), model.generate([0, 1]))
+    half = MaskGIT.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert half.generate([0, 1]).shape == (2, 9)
+
+
+@pytest.mark.parametrize("model_type", ["ViT", "UViT"])
+def test_trains(model_type):
+    model = small(model_type, dropout=0.1, attn_drop=0.1).train()
+    ids = torch.randint(0, 21, (4, 9))
+    loss = model(ids, torch.tensor([0, 1, 4, 5])).logsumexp(-1).mean()
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda m: m.generate([5, 6]), ValueError, r"labels: got labels in \[5, 6\], allowed"),
+        (lambda m: m.generate([0.5]), TypeError, "labels: got dtype torch.float32"),
+        (lambda m: m.generate([0], steps=0), ValueError, "steps: got 0, allowed is a positive"),
+        (lambda m: m.generate([0], schedule="sine"), ValueError, "schedule: 'sine' is not one"),
+        (lambda m: m.generate([0], rule="x"), ValueError, "rule: 'x' is not one of 'titok'"),
+        (lambda m: m.generate([0], guidance_decay="x"), ValueError, "guidance_decay: 'x' is"),
+        (lambda m: m.generate([0], guidance_scale=-1), ValueError, "guidance_scale: got -1"),
+        (
+            lambda m: m.generate([0], ids=torch.zeros(1, 8).long()),
+            ValueError,
+            r"ids: got shape \[1, 8\], allowed is \[1, 9\]",
+        ),
+        (
+            lambda m: m.generate([0], ids=torch.full((1, 9), 21)),
+            ValueError,
+            r"ids: got tokens in \[21, 21\], allowed is \[0, 20\]",
+        ),
+        (
+            lambda m: m.logits(torch.zeros(2, 3).long(), None),
+            ValueError,
+            r"ids: got shape \[2, 3\], allowed is \[B, 9\]",
+        ),
+        (
+            lambda m: MaskGIT.from_config({"model": {"vq_model": {"codebook_size": 4}}}),
+            ValueError,
+            "config: model.generator lacks hidden_size",
+        ),
+        (lambda m: small("BERT"), ValueError, "config: model_type is 'BERT', allowed are"),
+    ],
+)
+def test_bad_input(call, error, message):
+    with pytest.raises(error, match=message) as raised:
+        call(small())
+    assert "\n" not in str(raised.value)
+
+
+def test_generates_digits_that_a_classifier_of_real_ones_reads():
+    pytest.importorskip("sklearn")
+    from titok_fast.training.digits_generator import evaluate
+
+    result = evaluate(MaskGIT.from_pretrained("maskgit-digits"))
+    print(result)
+    assert result.real_accuracy >= 0.97
+    assert result.accuracy >= 0.9
+    assert result.distinct >= 0.99
+
+
+def test_from_labels_to_images():
+    images = titok_fast.generate([3, 1, 4], model="titok-digits", seed=5, batch_size=2)
+    assert images.shape == (3, 3, 32, 32)
+    assert 0 <= float(images.min()) < float(images.max()) <= 1
+    one = titok_fast.generate([3, 1, 4], model="titok-digits", seed=5, batch_size=3)
+    assert torch.allclose(images, one, atol=1e-5)
+    with pytest.raises(ValueError, match="model: 'titok-x' is not one of 'titok-l-32'"):
+        titok_fast.generate([1], model="titok-x")
+
+
+def test_capture_needs_a_gpu():
+    with pytest.raises(RuntimeError, match="capture: the model is on cpu, allowed is a CUDA"):
+        small().capture(2)
+
+
+@pytest.mark.gpu
+def test_captured_generation():
+    model = small().cuda()
+    options = {"steps": 4, "guidance_scale": 2.0, "guidance_decay": "linear"}
+    run = model.capture(3, **options)
+    labels, numbers = torch.tensor([1, 0, 4]).cuda(), torch.tensor([5, 6, 9]).cuda()
+    for seed in (0, 7):
+        wanted = model.generate(labels, seed=seed, image_ids=numbers, **options)
+        assert torch.equal(run(labels, torch.tensor(seed).cuda(), numbers), wanted)

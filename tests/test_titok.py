@@ -9,6 +9,7 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
+import titok_fast
 from tests.conformance import expected, image, manifest, parameter, weights
 from titok_fast.models import DiagonalGaussian, MaskGITVQGAN, TiTok, pretrained
 from titok_fast.models.maskgit_vqgan import VQGAN_CONFIG, PixelDecoder
@@ -368,7 +369,9 @@ def test_save_and_load_give_the_same_model(form, tmp_path):
 def test_load_converts_dtype_and_device(tmp_path):
     small("vq").save_pretrained(tmp_path)
     loaded = TiTok.from_pretrained(tmp_path, dtype=torch.bfloat16, device="cpu")
-    assert {weight.dtype for weight in loaded.parameters()} == {torch.bfloat16}
+    kept = [name for name, x in loaded.named_parameters() if x.dtype != torch.bfloat16]
+    assert kept == ["encoder.conv_out.weight", "encoder.conv_out.bias", "quantize.embedding.weight"]
+    assert all(loaded.get_parameter(name).dtype == torch.float32 for name in kept)
 
 
 def test_failed_save_keeps_the_old_files(tmp_path, monkeypatch):
@@ -555,3 +558,56 @@ def test_methods_of_other_variants_refuse():
 def test_bad_config(config, error, message):
     with pytest.raises(error, match=message):
         TiTok.from_config(config)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bits_keep_the_tokens(dtype):
+    pytest.importorskip("sklearn")
+    from titok_fast.training.data import digits
+
+    images, _ = digits("test")
+    model = TiTok.from_pretrained("titok-digits")
+    tokens, decoded = model.encode(images), model.decode(model.encode(images))
+    half = TiTok.from_pretrained("titok-digits", dtype=dtype)
+    assert half.latents(images).dtype == torch.float32
+    equal = (half.encode(images) == tokens).double().mean().item()
+    print(f"{dtype}: {equal:.2%} of the tokens are those of float32")
+    assert equal >= 0.95
+    assert half.decode(tokens).dtype == dtype
+    assert relative_error(half.decode(tokens), decoded) < 0.02
+
+
+def test_cast_says_what_it_takes():
+    with pytest.raises(TypeError, match=r"dtype: got torch\.int8, allowed is a floating dtype"):
+        small("vq").cast(torch.int8)
+    assert small("vae").cast(torch.bfloat16).encoder.conv_out.weight.dtype == torch.float32
+    assert {p.dtype for p in small("vq").cast(torch.float64).parameters()} == {torch.float64}
+
+
+def test_compiled_blocks_agree_with_eager_ones():
+    model, images = small("stage2"), torch.rand(2, 3, 32, 32)
+    latents, names = model.latents(images), list(model.state_dict())
+    decoded = model.decode(model.encode(images))
+    assert titok_fast.compile(model) is model
+    assert list(model.state_dict()) == names
+    assert relative_error(model.latents(images), latents) < 1e-5
+    assert relative_error(model.decode(model.encode(images)), decoded) < 1e-4
+    with pytest.raises(ValueError, match="model: Linear has no block"):
+        titok_fast.compile(torch.nn.Linear(2, 2))
+
+
+def test_capture_needs_a_gpu():
+    with pytest.raises(RuntimeError, match="capture: the model is on cpu, allowed is a CUDA"):
+        small("vq").capture(2)
+
+
+@pytest.mark.gpu
+def test_captured_encode_and_decode():
+    model = small("stage2").cuda()
+    encode, decode = model.capture(2)
+    images = torch.rand(2, 3, 32, 32, device="cuda")
+    tokens = model.encode(images)
+    assert torch.equal(encode(images), tokens)
+    assert relative_error(decode(tokens), model.decode(tokens)) < 1e-4
+    with pytest.raises(ValueError, match=r"capture: argument 0 is torch\.float32"):
+        encode(images[:1])

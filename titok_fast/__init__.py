@@ -3,7 +3,7 @@
 __version__ = "0.1.0"
 
 from titok_fast.layers import IndexPropagationQuantize, VectorQuantizer, accelerate, ibq_quantize
-from titok_fast.models import MaskGIT, MaskGITVQGAN, TiTok, generate
+from titok_fast.models import MaskGIT, MaskGITVQGAN, TiTok, compile, generate
 from titok_fast.ops import attention, index_propagation, maskgit_step, nearest_code
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "__version__",
     "accelerate",
     "attention",
+    "compile",
     "generate",
     "ibq_quantize",
     "index_propagation",

@@ -1,5 +1,6 @@
 """Models with the official parameter names: from images to tokens and back."""
 
+from titok_fast.models.accelerated import compile
 from titok_fast.models.generate import generate
 from titok_fast.models.maskgit import MaskGIT, Sampling
 from titok_fast.models.maskgit_vqgan import MaskGITVQGAN
@@ -14,5 +15,6 @@ __all__ = [
     "Release",
     "Sampling",
     "TiTok",
+    "compile",
     "generate",
 ]

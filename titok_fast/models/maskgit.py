@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from titok_fast.models.accelerated import capture
 from titok_fast.models.blocks import BertBlock, UViTBlock
 from titok_fast.models.maskgit_vqgan import check_tokens
 from titok_fast.models.pretrained import PretrainedModel, Release
@@ -392,7 +393,9 @@ class MaskGIT(PretrainedModel):
                 cond,
                 _gather(ids, positions),
                 mask_id=self.mask_id,
-                num_masked=left[0] if together else torch.tensor(left, device=device),
+                num_masked=left[0]
+                if together
+                else torch.tensor(left, dtype=torch.int64, device=device),
                 uncond_logits=uncond,
                 seed=seed,
                 step=step,
@@ -406,6 +409,27 @@ class MaskGIT(PretrainedModel):
             masked = left[0] if together else length
             history = [*history, ids] if return_steps else []
         return torch.stack(history) if return_steps else ids
+
+    def capture(self, batch_size: int, **options: Any) -> Callable[..., Tensor]:
+        """`generate` for one batch size, all its steps recorded as one CUDA graph.
+
+        Args:
+            batch_size: labels a call, B.
+            **options: of `generate`, but for labels, seed, image_ids, ids, noise and return_steps.
+
+        Returns:
+            `function(labels [B], seed [], image_ids [B])` to tokens [B, L], all int64 on the model's
+            device. It sees later changes of the parameters only if made in place.
+
+        Raises:
+            RuntimeError: the model is not on a CUDA device.
+        """
+        labels = torch.zeros(batch_size, dtype=torch.int64, device=self._head_layer.weight.device)
+
+        def run(labels: Tensor, seed: Tensor, image_ids: Tensor) -> Tensor:
+            return self.generate(labels, seed=seed, image_ids=image_ids, **options)
+
+        return capture(run, labels, labels.new_zeros(()), torch.arange(batch_size).to(labels))
 
     def _branches(
         self, ids: Tensor, labels: Tensor, positions: Tensor | None, *, guided: bool, alike: bool

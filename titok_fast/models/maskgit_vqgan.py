@@ -102,11 +102,11 @@ class PixelEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Maps [B, 3, H, W] to [B, D, H / 16, W / 16] (for five levels)."""
-        x = self.conv_in(images)
+        x = self.conv_in(images.contiguous(memory_format=torch.channels_last))
         for i, level in enumerate(self.down):
             x = level(x if i == 0 else F.avg_pool2d(x, 2))
         x = F.silu(self.norm_out(self.mid(x)))
-        out: Tensor = self.conv_out(x)  # [B, D, h, w]
+        out: Tensor = self.conv_out(x.to(self.conv_out.weight.dtype))  # [B, D, h, w]
         return out
 
 
@@ -132,7 +132,7 @@ class PixelDecoder(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """Maps [B, D, h, w] to [B, 3, 16 h, 16 w] (for five levels), not clamped."""
-        x = self.mid(self.conv_in(z))
+        x = self.mid(self.conv_in(z.contiguous(memory_format=torch.channels_last)))
         for level in reversed(self.up):
             x = level(x)
         out: Tensor = self.conv_out(F.silu(self.norm_out(x)))  # [B, 3, H, W]
@@ -161,6 +161,8 @@ class MaskGITVQGAN(PretrainedModel):
             checkpoint="maskgit-vqgan-imagenet-f16-256.bin",
         )
     }
+
+    full_precision = ("encoder.conv_out", "quantize")
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__(config)
@@ -213,7 +215,7 @@ class MaskGITVQGAN(PretrainedModel):
                 here on the CPU, and a device-side assertion on a GPU.
 
         Returns:
-            [B, 3, 16 h, 16 h] in [0, 1], in the dtype of the parameters.
+            [B, 3, 16 h, 16 h] in [0, 1], in the dtype of the decoder.
 
         Raises:
             TypeError: when tokens is not an integer tensor.
@@ -227,6 +229,7 @@ class MaskGITVQGAN(PretrainedModel):
             )
         codes = self.quantize.embedding(tokens)  # [B, h h, D]
         z = rearrange(codes, "b (h w) d -> b d h w", h=side)  # [B, D, h, h]
+        z = z.to(self.decoder.conv_in.weight.dtype)
         images: Tensor = self.decoder(z).clamp(0, 1)  # [B, 3, H, W]
         return images
 

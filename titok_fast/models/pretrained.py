@@ -53,12 +53,16 @@ class PretrainedModel(nn.Module):
     A subclass takes the configuration as its only constructor argument, passes it to
     `super().__init__`, and lists its named configurations in `releases`.
 
+    `full_precision` names the submodules that stay float32 when the rest is 16-bit: those that make
+    latents and search codes, where rounding would change tokens.
+
     Attributes:
         config: the configuration as plain dicts and lists; keys that the model does not use are
             kept and saved.
     """
 
     releases: ClassVar[Mapping[str, Release]]
+    full_precision: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
@@ -113,7 +117,7 @@ class PretrainedModel(nn.Module):
                   gets that model's configuration, any other needs `config.json` beside it;
                 - `owner/name`, a repository on the Hugging Face Hub.
             revision: branch, tag or commit of the Hub repository.
-            dtype: floating dtype of the parameters; None keeps that of the file.
+            dtype: floating dtype of the network, see `cast`; None keeps that of the file.
             device: device of the parameters; None is the CPU.
 
         Returns:
@@ -130,7 +134,29 @@ class PretrainedModel(nn.Module):
         with torch.device("meta"):
             model = cls(config)
         _load_strict(model, state, weights)
-        return model.to(device=device, dtype=dtype).eval()
+        model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return (model if dtype is None else model.cast(dtype)).eval()
+
+    def cast(self, dtype: torch.dtype) -> Self:
+        """Casts the network in place; what `full_precision` names stays float32, or becomes it.
+
+        Args:
+            dtype: float32, bfloat16, float16 or float64, which casts everything.
+
+        Returns:
+            The model.
+
+        Raises:
+            TypeError: for another dtype.
+        """
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise TypeError(f"dtype: got {dtype}, allowed is a floating dtype")
+        self.to(dtype)
+        modules = dict(self.named_modules())
+        for name in self.full_precision:
+            if dtype.itemsize < 4 and name in modules:
+                modules[name].float()
+        return self
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Writes `model.safetensors` and `config.json`; each file appears whole or not at all.

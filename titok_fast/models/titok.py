@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,6 +12,7 @@ from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 
 from titok_fast.layers import VectorQuantizer
+from titok_fast.models.accelerated import capture
 from titok_fast.models.blocks import ResidualAttentionBlock
 from titok_fast.models.maskgit_vqgan import (
     VQGAN_CODEBOOK_SIZE,
@@ -163,7 +164,7 @@ class TiTokEncoder(_ViT):
             x = x.reshape(len(x), self.width, 1, x.shape[1])  # [B, W, 1, L]
         else:
             x = x.transpose(1, 2).unsqueeze(2)  # [B, W, 1, L]
-        out: Tensor = self.conv_out(x)  # [B, C, 1, L]
+        out: Tensor = self.conv_out(x.to(self.conv_out.weight.dtype))  # [B, C, 1, L]
         return out
 
 
@@ -295,6 +296,8 @@ class TiTok(PretrainedModel):
         ),
     }
 
+    full_precision = ("encoder.conv_out", "quantize")
+
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__(config)
         _check_config(self.config)
@@ -344,8 +347,8 @@ class TiTok(PretrainedModel):
             images: [B, 3, S, S] in [0, 1], floating, S = image_size.
 
         Returns:
-            [B, L, C] in the dtype of the parameters; for a VAE variant mean and log-variance,
-            [B, L, 2 C].
+            [B, L, C] in the dtype of `encoder.conv_out`, which `from_pretrained` and `cast` keep
+            float32 in a 16-bit network; for a VAE variant mean and log-variance, [B, L, 2 C].
 
         Raises:
             TypeError: when images is not a floating tensor.
@@ -404,6 +407,26 @@ class TiTok(PretrainedModel):
             )
         images = self._to_pixels(self.decoder(self._embed(tokens_or_latents)))
         return images.clamp(0, 1) if clamp else images
+
+    def capture(
+        self, batch_size: int
+    ) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+        """`encode` and `decode` of one batch size, each recorded as a CUDA graph.
+
+        Args:
+            batch_size: images a call, B.
+
+        Returns:
+            Functions from images [B, 3, S, S] in the dtype of the parameters to tokens or latents,
+            and back. They see later changes of the parameters only if made in place.
+
+        Raises:
+            RuntimeError: the model is not on a CUDA device.
+        """
+        size, like = self.image_size, self.latent_tokens
+        images = torch.zeros(batch_size, 3, size, size, dtype=like.dtype, device=like.device)
+        encode = capture(self.encode, images)
+        return encode, capture(self.decode, encode(images))
 
     def proxy_logits(self, tokens_or_latents: Tensor) -> Tensor:
         """The legacy decoder's logits of the proxy codes; differentiable in the decoder.
@@ -490,7 +513,8 @@ class TiTok(PretrainedModel):
         if not self.finetune_decoder:
             return decoded
         codes = self.pixel_quantize.embedding.weight  # [1024, D]
-        z = torch.einsum("bkhw,kd->bdhw", decoded.softmax(1), codes)  # [B, D, G, G]
+        weights = decoded.permute(0, 2, 3, 1).softmax(-1)  # [B, G, G, 1024]
+        z = (weights @ codes).permute(0, 3, 1, 2)  # [B, D, G, G], channels last
         images: Tensor = self.pixel_decoder(z)  # [B, 3, 16 G, 16 G]
         return images
 

@@ -1,0 +1,86 @@
+"""Two ways to run a model faster: `torch.compile` of its blocks, and CUDA graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from titok_fast.models.blocks import BertBlock, ResidualAttentionBlock, UViTBlock
+from titok_fast.models.maskgit_vqgan import ResnetBlock
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def compile(model: Model) -> Model:
+    """Applies `torch.compile` to each block of a model, in place.
+
+    The blocks of one kind share their compiled code, so that this takes seconds, not minutes; what
+    lies between them is not worth compiling. The first call for a new shape compiles.
+
+    Args:
+        model: any model of this package, or a module that holds its blocks.
+
+    Returns:
+        The model; its state_dict is unchanged.
+
+    Raises:
+        ValueError: when the module has none of the blocks.
+    """
+    kinds = (BertBlock, ResidualAttentionBlock, ResnetBlock, UViTBlock)
+    blocks = [module for module in model.modules() if isinstance(module, kinds)]
+    if not blocks:
+        raise ValueError(f"model: {type(model).__name__} has no block of titok_fast.models.blocks")
+    for block in blocks:
+        block.compile()
+    return model
+
+
+def capture(function: Callable[..., Tensor], *examples: Tensor) -> Callable[..., Tensor]:
+    """Records a function of CUDA tensors as one CUDA graph, which a call replays.
+
+    Args:
+        function: does not synchronise, and depends on nothing but its arguments and parameters
+            that stay where they are.
+        *examples: arguments of the shapes, dtypes and device to record.
+
+    Returns:
+        A function of such arguments; its result is a copy of the graph's.
+
+    Raises:
+        RuntimeError: the examples are not on a CUDA device.
+        ValueError: from the returned function, for another number of arguments, shape or dtype.
+    """
+    device = examples[0].device
+    if device.type != "cuda":
+        raise RuntimeError(f"capture: the model is on {device}, allowed is a CUDA device")
+    static = [example.clone() for example in examples]
+    with torch.cuda.device(device), torch.no_grad():
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # kernels are compiled and libraries set up before
+            for _ in range(2):
+                function(*static)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = function(*static)
+
+    def replay(*arguments: Tensor) -> Tensor:
+        if len(arguments) != len(static):
+            raise ValueError(f"capture: got {len(arguments)} arguments, allowed is {len(static)}")
+        for i, (argument, target) in enumerate(zip(arguments, static, strict=True)):
+            if argument.shape != target.shape or argument.dtype != target.dtype:
+                raise ValueError(
+                    f"capture: argument {i} is {argument.dtype} {list(argument.shape)}, allowed is "
+                    f"{target.dtype} {list(target.shape)}"
+                )
+        with torch.cuda.device(device):
+            for argument, target in zip(arguments, static, strict=True):
+                target.copy_(argument)
+            graph.replay()
+            return result.clone()
+
+    return replay
