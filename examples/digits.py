@@ -59,7 +59,8 @@ def main() -> None:
         f"\n{len(images)} held-out digits, {tokens.shape[1]} tokens each: "
         f"PSNR {psnr(decoded, images).mean():.2f} dB, "
         f"codebook usage {codebook_usage(tokens, model.codebook_size):.1%}; "
-        f"{len(generated)} digits generated in {seconds:.1f} s; wrote {Path('demo.png').resolve()}\n",
+        f"{len(generated)} digits generated in {seconds:.1f} s; "
+        f"wrote {Path('demo.png').resolve()}\n",
         highlight=False,
         soft_wrap=True,
     )

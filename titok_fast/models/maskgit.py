@@ -418,8 +418,8 @@ class MaskGIT(PretrainedModel):
             **options: of `generate`, but for labels, seed, image_ids, ids, noise and return_steps.
 
         Returns:
-            `function(labels [B], seed [], image_ids [B])` to tokens [B, L], all int64 on the model's
-            device. It sees later changes of the parameters only if made in place.
+            `function(labels [B], seed [], image_ids [B])` to tokens [B, L], all of them int64 on
+            its device. It sees later changes of the parameters only if made in place.
 
         Raises:
             RuntimeError: the model is not on a CUDA device.
