@@ -276,6 +276,7 @@ def over_codes(results: list[Result], op: str) -> dict[str, list[tuple[int, Row]
     """Per provider its (K, row) in the first machine's cases that differ in K alone."""
     for result in results:
         rows = [row for row in result.rows if row.op == op and "[" not in row.provider]
+        rows = [row for row in rows if "K" in row.info]
         families = grouped(rows, lambda r: re.sub(r"K = [\d,]+, ", "", r.case))
         members = max(families.values(), key=len, default=[])
         found: dict[str, list[tuple[int, Row]]] = {}
