@@ -3,10 +3,11 @@
 __version__ = "0.1.0"
 
 from titok_fast.layers import IndexPropagationQuantize, VectorQuantizer, accelerate, ibq_quantize
-from titok_fast.models import MaskGIT, MaskGITVQGAN, TiTok, compile, generate
+from titok_fast.models import IBQTokenizer, MaskGIT, MaskGITVQGAN, TiTok, compile, generate
 from titok_fast.ops import attention, index_propagation, maskgit_step, nearest_code
 
 __all__ = [
+    "IBQTokenizer",
     "IndexPropagationQuantize",
     "MaskGIT",
     "MaskGITVQGAN",

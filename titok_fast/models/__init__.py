@@ -2,6 +2,7 @@
 
 from titok_fast.models.accelerated import compile
 from titok_fast.models.generate import generate
+from titok_fast.models.ibq import IBQTokenizer
 from titok_fast.models.maskgit import MaskGIT, Sampling
 from titok_fast.models.maskgit_vqgan import MaskGITVQGAN
 from titok_fast.models.pretrained import PretrainedModel, Release
@@ -9,6 +10,7 @@ from titok_fast.models.titok import DiagonalGaussian, TiTok
 
 __all__ = [
     "DiagonalGaussian",
+    "IBQTokenizer",
     "MaskGIT",
     "MaskGITVQGAN",
     "PretrainedModel",

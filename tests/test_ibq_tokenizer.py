@@ -1,0 +1,88 @@
+"""IBQ's tokenizer against the official implementation."""
+
+import pytest
+import torch
+
+from tests.conformance import expected, image, manifest, weights
+from titok_fast.models import IBQTokenizer
+from titok_fast.testing import relative_error
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    described = manifest("ibq_tokenizer_tiny")
+    model = IBQTokenizer.from_config(described["config"]).eval()
+    model.load_state_dict(weights(described["parameters"]), strict=True)
+    return model
+
+
+def test_conforms(tiny):
+    wanted, images = expected("ibq_tokenizer_tiny"), image(64)[None]
+    with torch.no_grad():
+        hidden = tiny.latents(images)
+    assert relative_error(hidden[:, ::4], wanted["hidden"]) < 2e-4
+    tokens = tiny.encode(images)
+    assert tokens.shape == (1, 16, 16)
+    differs = tokens.flatten() != wanted["tokens"]
+    assert not (differs & (wanted["gap"] >= 1e-5)).any()
+    pixels = 2 * tiny.decode(wanted["tokens"].long().view(1, 16, 16), clamp=False) - 1
+    assert relative_error(pixels[:, :, ::8, ::8], wanted["reconstruction"]) < 2e-4
+    assert relative_error(pixels.mean((2, 3)), wanted["reconstruction_mean"]) < 2e-4
+    assert relative_error(pixels.std((2, 3)), wanted["reconstruction_std"]) < 2e-4
+
+
+def test_a_release_has_the_official_parameters():
+    described = manifest("ibq_tokenizer_16384")
+    with torch.device("meta"):
+        model = IBQTokenizer.from_config("ibq-16384")
+    assert model.config == described["config"]
+    shapes = {name: list(x.shape) for name, x in model.state_dict().items()}
+    assert shapes == described["parameters"]
+
+
+def test_any_size_that_fits(tiny):
+    images = torch.rand(2, 3, 32, 48)
+    tokens = tiny.encode(images)
+    assert tokens.shape == (2, 8, 12)
+    decoded = tiny.decode(tokens)
+    assert decoded.shape == images.shape
+    assert 0 <= float(decoded.min()) <= float(decoded.max()) <= 1
+
+
+def test_saves_loads_and_runs_in_bfloat16(tiny, tmp_path):
+    tiny.save_pretrained(tmp_path)
+    images = image(64)[None]
+    again = IBQTokenizer.from_pretrained(tmp_path)
+    assert torch.equal(again.encode(images), tiny.encode(images))
+    half = IBQTokenizer.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert half.latents(images).dtype == torch.float32
+    assert relative_error(half.latents(images), tiny.latents(images)) < 0.05
+    assert half.decode(half.encode(images)).dtype == torch.bfloat16
+
+
+def test_trains(tiny):
+    images = image(64)[None]
+    quantized, quant_loss, (_, _, indices) = tiny.quantize(tiny.latents(images))
+    assert torch.equal(indices.flatten(), tiny.encode(images).flatten())
+    pixels = tiny.decoder(tiny.post_quant_conv(quantized))
+    ((pixels - (2 * images - 1)).square().mean() + quant_loss).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in tiny.parameters())
+    tiny.zero_grad()
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda m: m.encode(torch.rand(1, 3, 30, 32)), ValueError, r"images: got shape \[1, 3, 30"),
+        (lambda m: m.encode(torch.rand(3, 32, 32)), ValueError, "images: got shape"),
+        (lambda m: m.encode(torch.zeros(1, 3, 32, 32).byte()), TypeError, "images: got dtype"),
+        (lambda m: m.decode(torch.zeros(1, 4, 4)), TypeError, "tokens: got torch"),
+        (lambda m: m.decode(torch.zeros(1, 4).long()), ValueError, r"allowed is \[B, h, w\]"),
+        (lambda m: m.decode(torch.full((1, 2, 2), 1024)), ValueError, r"\[1024, 1024\], allowed"),
+        (lambda m: IBQTokenizer.from_config({"n_embed": 4}), ValueError, "lacks embed_dim, ddcon"),
+    ],
+)
+def test_bad_input(tiny, call, error, message):
+    with pytest.raises(error, match=message) as raised:
+        call(tiny)
+    assert "\n" not in str(raised.value)

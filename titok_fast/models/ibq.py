@@ -1,0 +1,330 @@
+"""IBQ's tokenizer: a convolutional encoder and decoder around a codebook of up to 262,144 codes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from titok_fast.layers import IndexPropagationQuantize
+from titok_fast.models.maskgit_vqgan import check_floating
+from titok_fast.models.pretrained import PretrainedModel, Release
+from titok_fast.ops import nearest_code
+
+_DDCONFIG = {
+    "double_z": False,
+    "z_channels": 256,
+    "resolution": 256,
+    "in_channels": 3,
+    "out_ch": 3,
+    "ch": 128,
+    "ch_mult": [1, 1, 2, 2, 4],
+    "num_res_blocks": 4,
+    "attn_resolutions": [16],
+    "dropout": 0.0,
+}
+
+
+def _config(num_codes: int) -> Mapping[str, Any]:
+    return {"n_embed": num_codes, "embed_dim": 256, "ddconfig": _DDCONFIG}
+
+
+class ResidualBlock(nn.Module):
+    """Two normalised convolutions and a shortcut of the input."""
+
+    def __init__(self, in_channels: int, out_channels: int, dropout: float) -> None:
+        super().__init__()
+        self.norm1 = _norm(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = _norm(out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        if in_channels != out_channels:
+            self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps [B, in_channels, H, W] to [B, out_channels, H, W]."""
+        h: Tensor = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+
+
+class SpatialAttention(nn.Module):
+    """Self-attention with one head over the positions of a feature map."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = _norm(channels)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps [B, C, H, W] to the same shape."""
+        hidden = self.norm(x)
+        rows = (part(hidden).flatten(2).transpose(1, 2) for part in (self.q, self.k, self.v))
+        out = F.scaled_dot_product_attention(*rows).transpose(1, 2).reshape(x.shape)
+        projected: Tensor = self.proj_out(out)
+        return x + projected
+
+
+class Resample(nn.Module):
+    """Halves or doubles height and width, with a convolution after or before."""
+
+    def __init__(self, channels: int, *, down: bool) -> None:
+        super().__init__()
+        self.down = down
+        self.conv = nn.Conv2d(
+            channels, channels, 3, stride=2 if down else 1, padding=0 if down else 1
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps [B, C, H, W] to [B, C, H / 2, W / 2] or [B, C, 2 H, 2 W]."""
+        x = F.pad(x, (0, 1, 0, 1)) if self.down else F.interpolate(x, scale_factor=2.0)
+        out: Tensor = self.conv(x)
+        return out
+
+
+class Level(nn.Module):
+    """The blocks of one resolution, each with attention or without, and the way to the next."""
+
+    def __init__(
+        self,
+        channels: tuple[int, int],
+        num_blocks: int,
+        dropout: float,
+        *,
+        attention: bool,
+        resample: str | None,
+    ) -> None:
+        super().__init__()
+        first, rest = channels
+        self.block = nn.ModuleList(
+            ResidualBlock(rest if i else first, rest, dropout) for i in range(num_blocks)
+        )
+        self.attn = nn.ModuleList(SpatialAttention(rest) for _ in range(num_blocks * attention))
+        self.resample = resample
+        if resample is not None:
+            self.add_module(resample, Resample(rest, down=resample == "downsample"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps [B, first, H, W] to [B, rest, H, W], or to half or twice the height and width."""
+        for i, block in enumerate(self.block):
+            x = block(x)
+            if self.attn:
+                x = self.attn[i](x)
+        return x if self.resample is None else self.get_submodule(self.resample)(x)
+
+
+def _middle(channels: int, dropout: float) -> nn.ModuleDict:
+    return nn.ModuleDict(
+        {
+            "block_1": ResidualBlock(channels, channels, dropout),
+            "attn_1": SpatialAttention(channels),
+            "block_2": ResidualBlock(channels, channels, dropout),
+        }
+    )
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(32, channels, eps=1e-6)
+
+
+class IBQEncoder(nn.Module):
+    """Images to latents.
+
+    Args:
+        config: the official `ddconfig`.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        widths = [config["ch"] * mult for mult in config["ch_mult"]]
+        inputs = [config["ch"], *widths[:-1]]
+        last = len(widths) - 1
+        self.conv_in = nn.Conv2d(config["in_channels"], config["ch"], 3, padding=1)
+        self.down = nn.ModuleList(
+            Level(
+                (inputs[i], widths[i]),
+                config["num_res_blocks"],
+                config["dropout"],
+                attention=config["resolution"] // 2**i in config["attn_resolutions"],
+                resample="downsample" if i < last else None,
+            )
+            for i in range(len(widths))
+        )
+        self.mid = _middle(widths[-1], config["dropout"])
+        self.norm_out = _norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], config["z_channels"], 3, padding=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Maps [B, 3, H, W] in [-1, 1] to [B, C, H / f, W / f]."""
+        x = self.conv_in(images.contiguous(memory_format=torch.channels_last))
+        for level in self.down:
+            x = level(x)
+        for block in self.mid.values():
+            x = block(x)
+        out: Tensor = self.conv_out(F.silu(self.norm_out(x)))
+        return out
+
+
+class IBQDecoder(nn.Module):
+    """Latents to images; its `up` list is ordered from the finest level.
+
+    Args:
+        config: the official `ddconfig`.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        widths = [config["ch"] * mult for mult in config["ch_mult"]]
+        inputs = [*widths[1:], widths[-1]]
+        self.conv_in = nn.Conv2d(config["z_channels"], widths[-1], 3, padding=1)
+        self.mid = _middle(widths[-1], config["dropout"])
+        self.up = nn.ModuleList(
+            Level(
+                (inputs[i], widths[i]),
+                config["num_res_blocks"] + 1,
+                config["dropout"],
+                attention=config["resolution"] // 2**i in config["attn_resolutions"],
+                resample="upsample" if i > 0 else None,
+            )
+            for i in range(len(widths))
+        )
+        self.norm_out = _norm(widths[0])
+        self.conv_out = nn.Conv2d(widths[0], config["out_ch"], 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Maps [B, C, h, w] to [B, 3, f h, f w], in the scale of [-1, 1], not clamped."""
+        x = self.conv_in(z.contiguous(memory_format=torch.channels_last))
+        for block in self.mid.values():
+            x = block(x)
+        for level in reversed(self.up):
+            x = level(x)
+        out: Tensor = self.conv_out(F.silu(self.norm_out(x)))
+        return out
+
+
+class IBQTokenizer(PretrainedModel):
+    """IBQ's tokenizer (arXiv 2412.02692, section 3): 16 x 16 tokens for a 256 px image.
+
+    Args:
+        config: the official configuration as a mapping of n_embed, embed_dim and ddconfig; further
+            keys of the official model (`entropy_temperature` and so on) go to the quantizer.
+
+    Attributes:
+        stride: pixels of a token's side.
+        codebook_size: number of codes.
+
+    Raises:
+        ValueError: when a key is missing.
+    """
+
+    full_precision = ("quant_conv", "quantize")
+
+    releases: ClassVar[Mapping[str, Release]] = {
+        "ibq-1024": Release(_config(1024)),
+        "ibq-8192": Release(_config(8192)),
+        "ibq-16384": Release(_config(16384)),
+        "ibq-262144": Release(_config(262144)),
+    }
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__(config)
+        missing = [key for key in ("n_embed", "embed_dim", "ddconfig") if key not in config]
+        missing += [key for key in _DDCONFIG if key not in config.get("ddconfig", _DDCONFIG)]
+        if missing:
+            raise ValueError(f"config: IBQTokenizer lacks {', '.join(missing)}")
+        layers, width = config["ddconfig"], config["embed_dim"]
+        self.encoder = IBQEncoder(layers)
+        self.decoder = IBQDecoder(layers)
+        options = ("beta", "use_entropy_loss", "entropy_temperature", "cosine_similarity")
+        self.quantize = IndexPropagationQuantize(
+            config["n_embed"], width, **{key: config[key] for key in options if key in config}
+        )
+        self.quant_conv = nn.Conv2d(layers["z_channels"], width, 1)
+        self.post_quant_conv = nn.Conv2d(width, layers["z_channels"], 1)
+        self.stride: int = 2 ** (len(layers["ch_mult"]) - 1)
+        self.codebook_size: int = config["n_embed"]
+
+    def latents(self, images: Tensor) -> Tensor:
+        """The encoder's output before quantization; differentiable.
+
+        Args:
+            images: [B, 3, H, W] in [0, 1], floating; H and W are multiples of `stride`.
+
+        Returns:
+            [B, D, H / stride, W / stride] in the dtype of `quant_conv`, which `from_pretrained` and
+            `cast` keep float32 in a 16-bit network.
+
+        Raises:
+            TypeError: when images is not a floating tensor.
+            ValueError: for another shape.
+        """
+        check_floating("images", images)
+        channels, stride = self.encoder.conv_in.in_channels, self.stride
+        sizes = images.shape[2:]
+        if (
+            images.ndim != 4
+            or images.shape[1] != channels
+            or any(s % stride or not s for s in sizes)
+        ):
+            raise ValueError(
+                f"images: got shape {list(images.shape)}, allowed is [B, {channels}, H, W] with H "
+                f"and W multiples of {stride}"
+            )
+        hidden = self.encoder(2 * images.to(self.encoder.conv_in.weight.dtype) - 1)
+        out: Tensor = self.quant_conv(hidden.to(self.quant_conv.weight.dtype))
+        return out
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Tokens of images, for inference: builds no graph.
+
+        Args:
+            images: as for `latents`.
+
+        Returns:
+            [B, H / stride, W / stride] int64 in [0, codebook_size).
+
+        Raises:
+            TypeError: when images is not a floating tensor.
+            ValueError: for another shape.
+        """
+        z = self.latents(images)
+        metric = "cosine" if self.quantize.cosine_similarity else "dot"
+        return nearest_code(z.permute(0, 2, 3, 1), self.quantize.embedding.weight, metric=metric)
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor, *, clamp: bool = True) -> Tensor:
+        """Images of tokens, for inference: builds no graph.
+
+        Args:
+            tokens: [B, h, w] int64 in [0, codebook_size). A token out of range is an error here on
+                the CPU, and a device-side assertion on a GPU.
+            clamp: limit the pixels to [0, 1].
+
+        Returns:
+            [B, 3, stride h, stride w] in the dtype of the decoder.
+
+        Raises:
+            TypeError: when tokens is not an int64 tensor.
+            ValueError: for another shape or a token out of range.
+        """
+        if not isinstance(tokens, Tensor) or tokens.dtype != torch.int64:
+            kind = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
+            raise TypeError(f"tokens: got {kind}, allowed is an int64 tensor")
+        if tokens.ndim != 3:
+            raise ValueError(f"tokens: got shape {list(tokens.shape)}, allowed is [B, h, w]")
+        if tokens.device.type == "cpu" and tokens.numel() and not torch.compiler.is_compiling():
+            low, high = int(tokens.min()), int(tokens.max())
+            if low < 0 or high >= self.codebook_size:
+                raise ValueError(
+                    f"tokens: got tokens in [{low}, {high}], allowed is "
+                    f"[0, {self.codebook_size - 1}]"
+                )
+        z = self.quantize.embedding.weight[tokens].permute(0, 3, 1, 2)  # [B, D, h, w]
+        z = self.post_quant_conv(z.to(self.post_quant_conv.weight.dtype))
+        images: Tensor = (self.decoder(z) + 1) / 2
+        return images.clamp(0, 1) if clamp else images
