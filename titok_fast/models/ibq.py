@@ -293,8 +293,7 @@ class IBQTokenizer(PretrainedModel):
             ValueError: for another shape.
         """
         z = self.latents(images)
-        metric = "cosine" if self.quantize.cosine_similarity else "dot"
-        return nearest_code(z.permute(0, 2, 3, 1), self.quantize.embedding.weight, metric=metric)
+        return nearest_code(z.permute(0, 2, 3, 1), self.quantize.embedding.weight, metric="dot")
 
     @torch.no_grad()
     def decode(self, tokens: Tensor, *, clamp: bool = True) -> Tensor:
