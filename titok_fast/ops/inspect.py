@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-TRITON_OPS = ("nearest_code",)
+TRITON_OPS = ("nearest_code", "index_propagation")
 CAPABILITIES = (80, 90, 100, 120)
 _PACKAGE = Path(__file__).resolve().parent.parent
 # Bytes a block can have; sm_86 and sm_89 run what is configured for sm_80 and have the least.
@@ -205,13 +205,17 @@ class KernelReport:
 
 
 def kernel_report(
-    capabilities: Iterable[int] = CAPABILITIES, ops: Iterable[str] = TRITON_OPS
+    capabilities: Iterable[int] = CAPABILITIES,
+    ops: Iterable[str] = TRITON_OPS,
+    *,
+    main: bool = False,
 ) -> Iterator[KernelReport]:
     """Compile every Triton specialization ahead of time and read its resources.
 
     Args:
         capabilities: compute capabilities (90 for sm_90) from `CAPABILITIES`.
         ops: names from `TRITON_OPS`.
+        main: only what decides the time of each op's main shape, in seconds instead of minutes.
 
     Raises:
         RuntimeError: Triton is missing, or TRITON_INTERPRET=1, under which nothing compiles.
@@ -221,7 +225,7 @@ def kernel_report(
     for op in ops:
         module = kernels(op)
         for capability in capabilities:
-            for kernel, types, constants in module.specializations(capability):
+            for kernel, types, constants in module.specializations(capability, main):
                 yield _compile(kernel, types, constants, capability)
 
 
