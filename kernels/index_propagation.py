@@ -1404,6 +1404,7 @@ def _block_options(d: int, layout: _Layout, block: int, interpreted: bool) -> di
         "PIECE": block if interpreted else min(block, max(1, 2048 // layout.width)),
         "CHUNK": 1024,
         "num_warps": 4,
+        "maxnreg": 168,  # left alone, ptxas spills to run more programs at a time
         "enable_fp_fusion": False,
     }
 

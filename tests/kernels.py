@@ -19,7 +19,7 @@ print(json.dumps([dataclasses.asdict(r) for r in kernel_report(ops=sys.argv[1:],
 def assert_kernels_compile(op: str, multiplying: set[str]) -> None:
     """No spills, shared memory within limits, and matrix instructions in `multiplying` kernels.
 
-    For every architecture, but only for the op's main shape; `kernel_report()` compiles all.
+    For every architecture, but only the op's main shape; `kernel_report()` compiles all.
     """
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     run = subprocess.run(
