@@ -89,15 +89,31 @@ _HOPPER = {
 }
 _AMPERE = {
     (64, 1): Config(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
-    (64, 2): Config(Tile(128, 64, 8, 2), Tile(64, 32, 8, 2), Tile(64, 64, 8, 2)),
+    (64, 2): Config(Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 64, 8, 2)),
     (128, 1): Config(Tile(128, 32, 8, 3), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
-    (128, 2): Config(Tile(64, 64, 8, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
+    (128, 2): Config(Tile(64, 64, 8, 2), Tile(32, 32, 4, 2, sharp=16), Tile(32, 32, 4, 2)),
     (256, 1): Config(Tile(64, 64, 8, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
     (_WIDE, 2): Config(
         Tile(64, 32, 8, 2, 64, 256), Tile(64, 32, 8, 2, 64, 256), Tile(32, 64, 8, 2, 64, 256)
     ),
 }
-CONFIGS = {80: _AMPERE, 90: _HOPPER, 100: _HOPPER, 120: _AMPERE}
+# Sums live in tensor memory: each of the three products of two parts takes columns of its own.
+_BLACKWELL = {
+    (64, 1): Config(Tile(64, 64, 4, 2), Tile(128, 32, 8, 2), Tile(64, 128, 8, 2)),
+    (64, 2): Config(Tile(128, 64, 8, 3), Tile(128, 32, 8, 2), Tile(32, 128, 8, 2)),
+    (128, 1): Config(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(32, 128, 8, 2)),
+    (128, 2): Config(Tile(128, 32, 8, 2), Tile(128, 32, 8, 2, 64, 64), Tile(32, 128, 8, 2, 64, 64)),
+    (256, 1): Config(
+        Tile(128, 32, 8, 3), Tile(128, 64, 8, 2, sharp=32), Tile(64, 128, 8, 2, sharp=32)
+    ),
+    (_WIDE, 1): Config(
+        Tile(128, 32, 8, 2, 64, 256), Tile(128, 32, 8, 2, 64, 256), Tile(32, 128, 8, 2, 64, 256)
+    ),
+    (_WIDE, 2): Config(
+        Tile(128, 32, 8, 2, 64, 128), Tile(128, 32, 8, 2, 64, 64), Tile(32, 128, 8, 2, 64, 64)
+    ),
+}
+CONFIGS = {80: _AMPERE, 90: _HOPPER, 100: _BLACKWELL, 120: _AMPERE}
 # Small enough that tests reach several tiles.
 _INTERPRETER = {
     (64, 2): Config(

@@ -42,6 +42,7 @@ def assert_kernels_compile(op: str, multiplying: set[str]) -> None:
         assert report["spilled_bytes"] == 0, report
         assert 0 < report["registers"] <= 255
         assert report["shared_bytes"] <= report["shared_limit"], report
+        assert report["tensor_columns"] <= 512, report
         if report["kernel"] in multiplying:
             wanted = MATRIX_INSTRUCTIONS[report["capability"]]
             assert wanted in report["matrix_instructions"], report

@@ -201,6 +201,7 @@ class KernelReport:
     spilled_bytes: int
     shared_bytes: int
     shared_limit: int
+    tensor_columns: int  # of tensor memory, where there is any; a program with more than 512 traps
     matrix_instructions: tuple[str, ...]
 
 
@@ -263,6 +264,7 @@ def _compile(
         spilled_bytes=int(resources["STACK"]) + int(resources["LOCAL"]),
         shared_bytes=compiled.metadata.shared,
         shared_limit=_SHARED_LIMIT[capability],
+        tensor_columns=compiled.metadata.tmem_size or 0,
         matrix_instructions=tuple(sorted(set(re.findall(r"\b(\w*[HQI]G?MMA)\b", sass)))),
     )
 
