@@ -730,24 +730,30 @@ def launch_attention_bwd(
     return grad_qkv
 
 
+_LENGTHS = (16, 32, 33, 64, 65, 96, 128, 129, 289, 320, 577)  # every tile and every last step
+
+
 def specializations(
-    capability: int, lengths: tuple[int, ...] = (16, 32, 33, 64, 65, 96, 128, 129, 289, 320, 577)
+    capability: int, main: bool = False
 ) -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
     """(kernel, argument types, constants and options) of what a launch on `capability` compiles.
 
     Args:
         capability: 90 for sm_90.
-        lengths: sequence lengths, the default with every tile and every last step.
+        main: only TiTok's length at 256 px and the longest that MaskGIT has, in bfloat16.
     """
-    for dtype, d, dropout in (
-        ("bf16", 64, False),
-        ("bf16", 64, True),
-        ("fp16", 48, False),
-        ("bf16", 128, False),
-        ("fp32", 64, False),
-        ("fp32", 64, True),
-        ("fp32", 128, False),
-    ):
+    kinds = [("bf16", 64, False)]
+    if not main:
+        kinds += [
+            ("bf16", 64, True),
+            ("fp16", 48, False),
+            ("bf16", 128, False),
+            ("fp32", 64, False),
+            ("fp32", 64, True),
+            ("fp32", 128, False),
+        ]
+    lengths = (129, 289) if main else _LENGTHS
+    for dtype, d, dropout in kinds:
         types = dict.fromkeys(("qkv", "out", "grad", "grad_qkv"), f"*{dtype}")
         types |= {"lse": "*fp32", "delta": "*fp32", "seed": "*i64" if dropout else "*fp32"}
         types |= {"scale": "fp32", "keep_scale": "fp32"}

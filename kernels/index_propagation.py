@@ -9,7 +9,7 @@ products are taken. Derivation: docs/ops/index_propagation.md.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -52,6 +52,13 @@ class Tile:
     codes: int
     num_warps: int
     num_stages: int
+    depth: int | None = None  # columns multiplied at a time, where all are too many,
+    out: int | None = None  # and columns of the output to a program
+    sharp: int | None = None  # what a backward launch for rows in float streams at a time instead
+
+    def slices(self, d: int) -> int:
+        """Programs that share `d` columns of the output."""
+        return triton.cdiv(d, self.out or d)
 
 
 @dataclass(frozen=True)
@@ -64,30 +71,58 @@ class Config:
 
 
 # By compute capability, then by (D rounded up to a power of two, parts), the latter up to the
-# first that is large enough; a capability that is not listed takes the nearest lower one.
+# first that is large enough, the last ones for any D; a capability that is not listed takes the
+# nearest lower one.
+_WIDE = 1 << 20
 _HOPPER = {
     (64, 1): Config(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)),
     (64, 2): Config(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
     (128, 1): Config(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(64, 128, 8, 3)),
     (128, 2): Config(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
-    (256, 1): Config(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
-    (256, 2): Config(Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(32, 64, 8, 2)),
-    (512, 1): Config(Tile(64, 64, 8, 2), Tile(64, 32, 8, 2), Tile(32, 64, 8, 2)),
-    (512, 2): Config(Tile(64, 32, 8, 1), Tile(64, 16, 8, 1), Tile(16, 64, 8, 1)),
+    (256, 1): Config(
+        Tile(128, 64, 8, 3), Tile(128, 64, 8, 2, sharp=32), Tile(64, 128, 8, 2, sharp=32)
+    ),
+    (256, 2): Config(Tile(128, 32, 8, 2), Tile(64, 32, 4, 2, sharp=16), Tile(32, 64, 4, 2)),
+    (_WIDE, 2): Config(
+        Tile(64, 32, 8, 3, 64, 256), Tile(64, 64, 8, 2, 64, 256), Tile(64, 64, 8, 2, 64, 256)
+    ),
 }
 _AMPERE = {
     (64, 1): Config(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
-    (64, 2): Config(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
-    (128, 1): Config(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
-    (128, 2): Config(Tile(64, 64, 8, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
+    (64, 2): Config(Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 64, 8, 2)),
+    (128, 1): Config(Tile(128, 32, 8, 3), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
+    (128, 2): Config(Tile(64, 64, 8, 2), Tile(32, 32, 4, 2, sharp=16), Tile(32, 32, 4, 2)),
     (256, 1): Config(Tile(64, 64, 8, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
-    (256, 2): Config(Tile(32, 32, 4, 2), Tile(32, 16, 4, 1), Tile(16, 32, 4, 1)),
-    (512, 1): Config(Tile(32, 32, 4, 2), Tile(32, 16, 4, 1), Tile(16, 32, 4, 1)),
-    (512, 2): Config(Tile(16, 16, 4, 2), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1)),
+    (_WIDE, 2): Config(
+        Tile(64, 32, 8, 2, 64, 256), Tile(64, 32, 8, 2, 64, 256), Tile(32, 64, 8, 2, 64, 256)
+    ),
 }
-CONFIGS = {80: _AMPERE, 90: _HOPPER, 100: _HOPPER, 120: _AMPERE}
+# Sums live in tensor memory: each of the three products of two parts takes columns of its own.
+_BLACKWELL = {
+    (64, 1): Config(Tile(64, 64, 4, 2), Tile(128, 32, 8, 2), Tile(64, 128, 8, 2)),
+    (64, 2): Config(Tile(128, 64, 8, 3), Tile(128, 32, 8, 2), Tile(32, 128, 8, 2)),
+    (128, 1): Config(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(32, 128, 8, 2)),
+    (128, 2): Config(Tile(128, 32, 8, 2), Tile(128, 32, 8, 2, 64, 64), Tile(32, 128, 8, 2, 64, 64)),
+    (256, 1): Config(
+        Tile(128, 32, 8, 3), Tile(128, 64, 8, 2, sharp=32), Tile(64, 128, 8, 2, sharp=32)
+    ),
+    (_WIDE, 1): Config(
+        Tile(128, 32, 8, 2, 64, 256), Tile(128, 32, 8, 2, 64, 256), Tile(32, 128, 8, 2, 64, 256)
+    ),
+    (_WIDE, 2): Config(
+        Tile(128, 32, 8, 2, 64, 128), Tile(128, 32, 8, 2, 64, 64), Tile(32, 128, 8, 2, 64, 64)
+    ),
+}
+CONFIGS = {80: _AMPERE, 90: _HOPPER, 100: _BLACKWELL, 120: _AMPERE}
 # Small enough that tests reach several tiles.
-_INTERPRETER = {(512, 2): Config(Tile(32, 128, 4, 1), Tile(32, 128, 4, 1), Tile(32, 128, 4, 1))}
+_INTERPRETER = {
+    (64, 2): Config(
+        Tile(32, 128, 4, 1), Tile(32, 128, 4, 1, sharp=64), Tile(32, 128, 4, 1, sharp=16)
+    ),
+    (_WIDE, 2): Config(
+        Tile(32, 128, 4, 1, 32, 64), Tile(32, 128, 4, 1, 32, 64), Tile(32, 128, 4, 1, 32, 64)
+    ),
+}
 
 
 @triton.jit
@@ -180,54 +215,77 @@ def index_propagation_copy_kernel(
 
 @triton.jit
 def _load(
-    x,
-    part,  # from the high parts to the low ones; this and the stride in units of 16 elements,
-    stride,  # which tells the compiler about alignment
-    first,
+    x,  # pointer; from the high parts to the low ones; stride: both in units of 16 elements,
+    first,  # which tells the compiler about alignment
     size,
+    at,
     D: tl.constexpr,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     PARTS: tl.constexpr,
     EVEN: tl.constexpr,
 ):
-    # Rows first.. of `size` and their low parts; past the end comes the last row again.
-    columns = tl.arange(0, WIDTH)[None, :]
+    # Columns at.. of rows first.. of `size` and their low parts; past the end, of the last row.
+    pointer, part, stride = x
+    columns = at + tl.arange(0, WIDTH)[None, :]
     row = tl.arange(0, ROWS)
     if not EVEN:
         row = tl.minimum(row, size - 1 - first)
-    where = x + tl.cast(first, tl.int64) * (stride * 16) + (row[:, None] * (stride * 16) + columns)
-    high = tl.load(where) if D == WIDTH else tl.load(where, mask=columns < D, other=0.0)
+    where = tl.cast(first, tl.int64) * (stride * 16) + (row[:, None] * (stride * 16) + columns)
+    where += pointer
+    whole: tl.constexpr = D % WIDTH == 0
+    high = tl.load(where) if whole else tl.load(where, mask=columns < D, other=0.0)
     low = high
     if PARTS == 2:
         where += tl.cast(part, tl.int64) * 16
-        low = tl.load(where) if D == WIDTH else tl.load(where, mask=columns < D, other=0.0)
+        low = tl.load(where) if whole else tl.load(where, mask=columns < D, other=0.0)
     return high, low
 
 
 @triton.jit
 def _store_tile(
     to,
-    sums,  # [ROWS, WIDTH]
+    sums,  # [ROWS, OUT]
     first,  # row of the output
     rows,  # how many there are
+    at,  # column
     D: tl.constexpr,
 ):
     row = tl.arange(0, sums.shape[0])[:, None]
-    columns = tl.arange(0, sums.shape[1])[None, :]
+    columns = at + tl.arange(0, sums.shape[1])[None, :]
     to += tl.cast(first, tl.int64) * D
     mask = (row < rows) & (columns < D)
     tl.store(to + (row * D + columns), sums.to(to.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _product(a, a_low, b, b_low, PARTS: tl.constexpr):
-    # a b^T
-    if PARTS == 1:
-        return tl.dot(a, tl.trans(b), input_precision="ieee")
-    total = tl.dot(a_low, tl.trans(b))
-    total = tl.dot(a, tl.trans(b_low), total)
-    return tl.dot(a, tl.trans(b), total)
+def _product(a, a_low, b, b_low, total, PARTS: tl.constexpr):
+    # total + a b^T
+    if PARTS == 2:
+        total = tl.dot(a_low, tl.trans(b), total)
+        total = tl.dot(a, tl.trans(b_low), total)
+    return tl.dot(a, tl.trans(b), total, input_precision="ieee")
+
+
+@triton.jit
+def _sliced(
+    x, x_first, x_size, y, y_first, y_size,
+    D: tl.constexpr, DEPTH: tl.constexpr, X_ROWS: tl.constexpr, Y_ROWS: tl.constexpr,
+    PARTS: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    # x y^T of rows that are too wide to be held, a slice of columns at a time.
+    total = tl.zeros([X_ROWS, Y_ROWS], tl.float32)
+    for at in tl.range(0, D, DEPTH):
+        a, a_low = _load(x, x_first, x_size, at, D, DEPTH, X_ROWS, PARTS, False)
+        b, b_low = _load(y, y_first, y_size, at, D, DEPTH, Y_ROWS, PARTS, EVEN)
+        total = _product(a, a_low, b, b_low, total, PARTS)
+    return total
+
+
+@triton.jit
+def _slice(D: tl.constexpr, DEPTH: tl.constexpr, OUT: tl.constexpr):
+    # First column of the output.
+    return 0 if D <= DEPTH else tl.program_id(1) * OUT
 
 
 @triton.jit
@@ -297,7 +355,8 @@ def index_propagation_fwd_kernel(
     code_part,
     code_stride,
     D: tl.constexpr,
-    WIDTH: tl.constexpr,
+    DEPTH: tl.constexpr,  # columns multiplied at a time; where fewer than D, a program has
+    OUT: tl.constexpr,  # columns of the output
     OUT_D: tl.constexpr,
     ROWS: tl.constexpr,
     CODES: tl.constexpr,
@@ -307,6 +366,7 @@ def index_propagation_fwd_kernel(
     SHARP: tl.constexpr,  # of two launches, that for tiles with rows in float
 ):
     start, split, begin, end = _row_tile(row_tiles, steps, blocks, ROWS)
+    rows, book, out = (z, z_part, z_stride), (codes, code_part, code_stride), _slice(D, DEPTH, OUT)
     entry = start + tl.arange(0, ROWS)
     inside = entry < n
     if ENTROPY:
@@ -315,19 +375,27 @@ def index_propagation_fwd_kernel(
         if tl.max(flags.to(tl.int32), axis=0) != SHARP:
             return
     scale = _up(z_top, PARTS) * _up(code_top, PARTS)
-    a, a_low = _load(z, z_part, z_stride, first + start, first + n, D, WIDTH, ROWS, PARTS, False)
+    last = first + n
+    first += start
+    if D <= DEPTH:
+        a, a_low = _load(rows, first, last, 0, D, DEPTH, ROWS, PARTS, False)
 
     top = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     sharp = tl.zeros([ROWS], tl.float32)
     weighted = tl.zeros([ROWS], tl.float32)
-    sums = tl.zeros([ROWS, WIDTH], tl.float32)
+    sums = tl.zeros([ROWS, OUT], tl.float32)
     # Without the assumption products run one by one; invariants would spill.
     tl.assume(begin < end)
     for block in tl.range(begin, end, disable_licm=True):
         code = block * CODES
-        e, e_low = _load(codes, code_part, code_stride, code, k, D, WIDTH, CODES, PARTS, EVEN)
-        s = _product(a, a_low, e, e_low, PARTS) * scale
+        if D <= DEPTH:
+            e, e_low = _load(book, code, k, 0, D, DEPTH, CODES, PARTS, EVEN)
+            s = _product(a, a_low, e, e_low, tl.zeros([ROWS, CODES], tl.float32), PARTS)
+        else:
+            s = _sliced(rows, first, last, book, code, k, D, DEPTH, ROWS, CODES, PARTS, EVEN)
+            e, e_low = _load(book, code, k, out, D, OUT, CODES, PARTS, EVEN)
+        s *= scale
         if not EVEN:
             s = tl.where((tl.arange(0, CODES) < k - code)[None, :], s, float("-inf"))
         largest = tl.max(s, axis=1)
@@ -356,7 +424,7 @@ def index_propagation_fwd_kernel(
     if SHARP:
         tl.store(own + 2 * plane, sharp, mask=inside)
         tl.store(own + 3 * plane, weighted, mask=inside)
-    _store_tile(mean, sums, at + start, n - start, OUT_D)
+    _store_tile(mean, sums, at + start, n - start, out, OUT_D)
 
 
 @triton.jit
@@ -584,31 +652,36 @@ def index_propagation_fwd_codes_kernel(
     code_part,
     code_stride,
     D: tl.constexpr,
-    WIDTH: tl.constexpr,
+    DEPTH: tl.constexpr,
     ROWS: tl.constexpr,
     CODES: tl.constexpr,
     PARTS: tl.constexpr,
 ):
     start = tl.program_id(0) * CODES
+    rows, book = (z, z_part, z_stride), (codes, code_part, code_stride)
     code = start.to(tl.int64) + tl.arange(0, CODES)
     inside = code < k
     code += first_code
     total = tl.load(counts + code, mask=inside, other=0).to(tl.float32) / _FIXED_POINT
     if tl.load(any_in_float) > 0:
-        e, e_low = _load(codes, code_part, code_stride, start, k, D, WIDTH, CODES, PARTS, False)
+        if D <= DEPTH:
+            e, e_low = _load(book, start, k, 0, D, DEPTH, CODES, PARTS, False)
         scale = _up(z_top, PARTS) * _up(code_top, PARTS)
         sums = tl.zeros([CODES, ROWS], tl.float32)
         for first in tl.range(0, n, ROWS):
             row = first + tl.arange(0, ROWS)
             inside_rows = row < n
             row = tl.minimum(row, n - 1)
-            a, a_low = _load(z, z_part, z_stride, first, n, D, WIDTH, ROWS, PARTS, False)
             own = statistics + row.to(tl.int64) * 8
             real = inside_rows & (tl.load(own + _IN_FLOAT) > 0)
             top = tl.where(real, tl.load(own + _SHARP_TOP), float("inf"))
             log_sum = tl.load(own + _SHARP_LOG_SUM)
-            s = _product(e, e_low, a, a_low, PARTS) * scale
-            x = (s - top[None, :]) * inverse_t - log_sum[None, :]
+            if D <= DEPTH:
+                a, a_low = _load(rows, first, n, 0, D, DEPTH, ROWS, PARTS, False)
+                s = _product(e, e_low, a, a_low, tl.zeros([CODES, ROWS], tl.float32), PARTS)
+            else:
+                s = _sliced(book, start, k, rows, first, n, D, DEPTH, CODES, ROWS, PARTS, False)
+            x = (s * scale - top[None, :]) * inverse_t - log_sum[None, :]
             sums += tl.exp2(x * _LOG2E)
         total += tl.sum(sums, axis=1)
     nans = tl.load(counts + last)
@@ -703,12 +776,13 @@ def index_propagation_bwd_weights_kernel(
     code_part,
     code_stride,
     D: tl.constexpr,
-    WIDTH: tl.constexpr,
+    DEPTH: tl.constexpr,
     ROWS: tl.constexpr,
     CODES: tl.constexpr,
     PARTS: tl.constexpr,
 ):
     start, split, begin, end = _row_tile(row_tiles, steps, blocks, ROWS)
+    rows, book = (z, z_part, z_stride), (codes, code_part, code_stride)
     entry = start + tl.arange(0, ROWS)
     own = statistics + (first + tl.minimum(entry, n - 1)).to(tl.int64) * 8
     in_float = tl.load(own + _IN_FLOAT) > 0
@@ -717,18 +791,22 @@ def index_propagation_bwd_weights_kernel(
         top = tl.load(own + _SHARP_TOP)[:, None]
         log_sum = tl.where(in_float, tl.load(own + _SHARP_LOG_SUM), float("inf"))[:, None]
         scale = _up(z_top, PARTS) * _up(code_top, PARTS)
-        a, a_low = _load(
-            z, z_part, z_stride, first + start, first + n, D, WIDTH, ROWS, PARTS, False
-        )
+        last = first + n
+        first += start
+        if D <= DEPTH:
+            a, a_low = _load(rows, first, last, 0, D, DEPTH, ROWS, PARTS, False)
         within = tl.arange(0, CODES)
         tl.assume(begin < end)
         for block in tl.range(begin, end, disable_licm=True):
             code = block * CODES
-            e, e_low = _load(codes, code_part, code_stride, code, k, D, WIDTH, CODES, PARTS, False)
             weight = code_weight + first_code + code + within
             weight = tl.load(weight, mask=within < k - code, other=0.0)
-            s = _product(a, a_low, e, e_low, PARTS) * scale
-            _, q = _sharp(s - top, log_sum, inverse_t)
+            if D <= DEPTH:
+                e, e_low = _load(book, code, k, 0, D, DEPTH, CODES, PARTS, False)
+                s = _product(a, a_low, e, e_low, tl.zeros([ROWS, CODES], tl.float32), PARTS)
+            else:
+                s = _sliced(rows, first, last, book, code, k, D, DEPTH, ROWS, CODES, PARTS, False)
+            _, q = _sharp(s * scale - top, log_sum, inverse_t)
             total += tl.sum(q * weight[None, :], axis=1)
     to = weights + (slot + split).to(tl.int64) * n + entry
     tl.store(to, total, mask=entry < n)
@@ -774,16 +852,21 @@ def index_propagation_bwd_z_kernel(
     code_part,
     code_stride,
     D: tl.constexpr,
-    WIDTH: tl.constexpr,
+    DEPTH: tl.constexpr,  # columns multiplied at a time; where fewer than D, a program has
+    OUT: tl.constexpr,  # columns of the output
     OUT_D: tl.constexpr,
     ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,  # codes to an entry of `needed`
     CODES: tl.constexpr,
     PARTS: tl.constexpr,
     EVEN: tl.constexpr,
     ENTROPY: tl.constexpr,
     SHARP: tl.constexpr,  # of two launches, that for tiles with rows in float
 ):
-    start, split, begin, end = _row_tile(row_tiles, steps, blocks, ROWS)
+    to_a_block: tl.constexpr = BLOCK // CODES
+    start, split, begin, end = _row_tile(row_tiles, steps * to_a_block, blocks * to_a_block, ROWS)
+    rows, grads = (z, z_part, z_stride), (grad, z_part, z_stride)
+    book, out = (codes, code_part, code_stride), _slice(D, DEPTH, OUT)
     entry = start + tl.arange(0, ROWS)
     inside = entry < size
     row = first + tl.minimum(entry, size - 1)
@@ -798,51 +881,63 @@ def index_propagation_bwd_z_kernel(
     scale, grad_scale = _up(z_top, PARTS) * code_scale, _up(grad_top, PARTS) * code_scale
     down, _ = _powers(tl.load(bound))
     last = first + size
-    a, a_low = _load(z, z_part, z_stride, first + start, last, D, WIDTH, ROWS, PARTS, False)
-    g, g_low = _load(grad, z_part, z_stride, first + start, last, D, WIDTH, ROWS, PARTS, False)
+    first += start
+    if D <= DEPTH:
+        a, a_low = _load(rows, first, last, 0, D, DEPTH, ROWS, PARTS, False)
+        g, g_low = _load(grads, first, last, 0, D, DEPTH, ROWS, PARTS, False)
     top = tl.load(own + _TOP)[:, None]
     # With the scale of the gradient, so that small ones stay normal in fp16.
     log_sum = (tl.load(own + _LOG_SUM) * _LOG2E - tl.log2(down))[:, None]
     score = tl.load(mean_score + row)[:, None]
     if SHARP:
         # The two softmaxes of a row in float have one top.
-        sharp_log_sum = tl.load(own + _SHARP_LOG_SUM)
+        sharp_log_sum = tl.load(own + _SHARP_LOG_SUM) - tl.log(down) - tl.log(inverse_t / n)
         sharp_log_sum = tl.where(in_float, sharp_log_sum, float("inf"))[:, None]
         mean_exponent = tl.load(own + _MEAN_EXPONENT)[:, None]
         mean = tl.load(mean_weight + row)[:, None]
         spread = tl.load(sample_weight)
-        unit = down * inverse_t / n
 
     within = tl.arange(0, CODES)
+    wanted = tl.zeros([ROWS], tl.int1)
     residual = tl.zeros([ROWS], tl.float32)
-    sums = tl.zeros([ROWS, WIDTH], tl.float32)
+    sums = tl.zeros([ROWS, OUT], tl.float32)
+    zeros = tl.zeros([ROWS, CODES], tl.float32)
     # Without the assumption products run one by one; invariants would spill.
     tl.assume(begin < end)
     for block in tl.range(begin, end, disable_licm=True):
         code = block * CODES
-        e, e_low = _load(codes, code_part, code_stride, code, k, D, WIDTH, CODES, PARTS, EVEN)
-        s = _product(a, a_low, e, e_low, PARTS) * scale
+        if D <= DEPTH:
+            e, e_low = _load(book, code, k, 0, D, DEPTH, CODES, PARTS, EVEN)
+            s = _product(a, a_low, e, e_low, zeros, PARTS)
+            slope = _product(g, g_low, e, e_low, zeros, PARTS)
+        else:
+            s = _sliced(rows, first, last, book, code, k, D, DEPTH, ROWS, CODES, PARTS, EVEN)
+            slope = _sliced(grads, first, last, book, code, k, D, DEPTH, ROWS, CODES, PARTS, EVEN)
+            e, e_low = _load(book, code, k, out, D, OUT, CODES, PARTS, EVEN)
+        s *= scale
         if not EVEN:
             s = tl.where((within < k - code)[None, :], s, float("-inf"))
         below = s - top
         p = tl.exp2(below * _LOG2E - log_sum)
-        ds = p * (_product(g, g_low, e, e_low, PARTS) * grad_scale - score)
+        ds = p * (slope * grad_scale - score)
         residual += tl.sum(ds, axis=1)
         if ENTROPY:
-            error = _coarse_error(norm, tl.load(block_norm + first_block + block), D, PARTS)
-            wanted = ~(tl.max(s, axis=1) + error < threshold) & ~in_float
-            to = needed + (first_block + block).to(tl.int64) * n + row
+            entry_block = first_block + block // to_a_block
+            error = _coarse_error(norm, tl.load(block_norm + entry_block), D, PARTS)
+            wanted &= block % to_a_block != 0
+            wanted |= ~(tl.max(s, axis=1) + error < threshold) & ~in_float
+            to = needed + entry_block.to(tl.int64) * n + row
             tl.store(to, wanted.to(tl.int8), mask=inside)
         if SHARP:
             weight = code_weight + first_code + code + within
             weight = tl.load(weight, mask=within < k - code, other=0.0)[None, :]
             x, q = _sharp(below, sharp_log_sum, inverse_t)
-            ds += unit * _sharp_gradient(x, q, mean_exponent, mean, spread, weight)
+            ds += _sharp_gradient(x, q, mean_exponent, mean, spread, weight)
         sums = _accumulate(ds, e, e_low, sums, PARTS)
 
     at = tl.cast(slot + split, tl.int64) * size
     tl.store(residuals + at + entry, residual, mask=inside)
-    _store_tile(partial, sums, at + start, size - start, OUT_D)
+    _store_tile(partial, sums, at + start, size - start, out, OUT_D)
 
 
 @triton.jit(
@@ -989,7 +1084,8 @@ def index_propagation_bwd_codebook_kernel(
     code_part,
     code_stride,
     D: tl.constexpr,
-    WIDTH: tl.constexpr,
+    DEPTH: tl.constexpr,  # columns multiplied at a time; where fewer than D, a program has
+    OUT: tl.constexpr,  # columns of the output
     OUT_D: tl.constexpr,
     ROWS: tl.constexpr,
     CODES: tl.constexpr,
@@ -1003,44 +1099,56 @@ def index_propagation_bwd_codebook_kernel(
     code_scale, z_scale = _up(code_top, PARTS), _up(z_top, PARTS)
     scale, grad_scale = z_scale * code_scale, _up(grad_top, PARTS) * code_scale
     down, up = _powers(tl.load(bound))
+    up *= z_scale
     shift = tl.log2(down)
-    e, e_low = _load(codes, code_part, code_stride, start, k, D, WIDTH, CODES, PARTS, False)
+    rows, grads = (z, z_part, z_stride), (grad, z_part, z_stride)
+    book, out = (codes, code_part, code_stride), _slice(D, DEPTH, OUT)
+    if D <= DEPTH:
+        e, e_low = _load(book, start, k, 0, D, DEPTH, CODES, PARTS, False)
     if SHARP:
         code = tl.arange(0, CODES)[:, None]
         weight = tl.load(code_weight + first_code + start + code, mask=code < k - start, other=0.0)
-        unit = down * inverse_t / n
+        unit = tl.log(down) + tl.log(inverse_t / n)
         spread = tl.load(sample_weight)
-    sums = tl.zeros([CODES, WIDTH], tl.float32)
+    sums = tl.zeros([CODES, OUT], tl.float32)
+    zeros = tl.zeros([CODES, ROWS], tl.float32)
     tl.assume(n > 0)
     for first in tl.range(0, n, ROWS):
         row = first + tl.arange(0, ROWS)
         real = row < n
         row = tl.minimum(row, n - 1)
-        a, a_low = _load(z, z_part, z_stride, first, n, D, WIDTH, ROWS, PARTS, False)
-        g, g_low = _load(grad, z_part, z_stride, first, n, D, WIDTH, ROWS, PARTS, False)
-        s = _product(e, e_low, a, a_low, PARTS) * scale
-        slope = _product(e, e_low, g, g_low, PARTS) * grad_scale
+        if D <= DEPTH:
+            a, a_low = _load(rows, first, n, 0, D, DEPTH, ROWS, PARTS, False)
+            g, g_low = _load(grads, first, n, 0, D, DEPTH, ROWS, PARTS, False)
+            s = _product(e, e_low, a, a_low, zeros, PARTS)
+            slope = _product(e, e_low, g, g_low, zeros, PARTS)
+        else:
+            s = _sliced(book, start, k, rows, first, n, D, DEPTH, CODES, ROWS, PARTS, False)
+            slope = _sliced(book, start, k, grads, first, n, D, DEPTH, CODES, ROWS, PARTS, False)
+            a, a_low = _load(rows, first, n, out, D, OUT, ROWS, PARTS, False)
+        s *= scale
+        slope *= grad_scale
         own = statistics + row.to(tl.int64) * 8
         top = tl.where(real, tl.load(own + _TOP), float("inf"))
         log_sum = tl.load(own + _LOG_SUM) * _LOG2E - shift
         score, rest = tl.load(mean_score + row), tl.load(residual + row)
-        if PARTS == 1 and not SHARP:  # half precision can do with fewer registers
+        below = s - top[None, :]
+        if PARTS == 1:  # half precision can do with fewer registers
             p = tl.exp2(s * _LOG2E - (top * _LOG2E + log_sum)[None, :])
             ds = p * (slope - (score + rest)[None, :])
         else:
-            below = s - top[None, :]
             p = tl.exp2(below * _LOG2E - log_sum[None, :])
             ds = p * (slope - score[None, :] - rest[None, :])
         if SHARP:
             real &= tl.load(own + _IN_FLOAT) > 0
-            sharp_log_sum = tl.load(own + _SHARP_LOG_SUM)
+            sharp_log_sum = tl.load(own + _SHARP_LOG_SUM) - unit
             sharp_log_sum = tl.where(real, sharp_log_sum, float("inf"))[None, :]
             mean_exponent = tl.load(own + _MEAN_EXPONENT)[None, :]
             mean = tl.load(mean_weight + row)[None, :]
             x, q = _sharp(below, sharp_log_sum, inverse_t)
-            ds += unit * _sharp_gradient(x, q, mean_exponent, mean, spread, weight)
+            ds += _sharp_gradient(x, q, mean_exponent, mean, spread, weight)
         sums = _accumulate(ds, a, a_low, sums, PARTS)
-    _store_tile(grad_codebook, sums * (up * z_scale), first_code + start, k - start, OUT_D)
+    _store_tile(grad_codebook, sums * up, first_code + start, k - start, out, OUT_D)
 
 
 @triton.jit(do_not_specialize=["n", "k", "inverse_t", "z_stride", "codebook_stride"])
@@ -1128,19 +1236,17 @@ class _Layout:
     def dtype(self) -> torch.dtype | None:
         return torch.float16 if self.parts == 2 else None
 
-    @property
-    def sizes(self) -> dict[str, int]:
-        return {"D": self.d, "WIDTH": self.width, "PARTS": self.parts}
-
 
 def _layout(*inputs: Tensor) -> _Layout:
     """For the rows z, perhaps those of their gradient, and the codebook."""
-    d = inputs[0].shape[1]
-    width = max(16, triton.next_power_of_2(d))
-    parts = 2 if inputs[0].dtype == torch.float32 else 1
+    d, parts = inputs[0].shape[1], 2 if inputs[0].dtype == torch.float32 else 1
     strides = [x.stride(0) for x in inputs]
     aligned = all((d | stride) % 16 == 0 and stride < 1 << 22 for stride in strides)
-    copy = parts == 2 or not aligned or strides[0] != strides[-2]
+    return _layout_of(d, parts, aligned and strides[0] == strides[-2])
+
+
+def _layout_of(d: int, parts: int, in_place: bool) -> _Layout:
+    width, copy = max(16, triton.next_power_of_2(d)), parts == 2 or not in_place
     return _Layout(width if copy else d, width, parts, copy)
 
 
@@ -1279,13 +1385,30 @@ def _plan(
     return _Plan(n, chunk, steps, splits, (chunks - 1) * splits + last, tile)
 
 
-def _tile_options(tile: Tile) -> dict[str, Any]:
+def _tile_options(tile: Tile, layout: _Layout, out_d: int | None = None) -> dict[str, Any]:
+    """Of the kernels with tiles; `out_d`: columns of their output, if it has any."""
+    out = {"OUT": tile.out or layout.width, "OUT_D": out_d} if out_d else {}
     return {
+        "D": layout.d,
+        "DEPTH": tile.depth or layout.width,
+        **out,
+        "PARTS": layout.parts,
         "ROWS": tile.rows,
         "CODES": tile.codes,
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
     }
+
+
+def _bwd_z_options(tile: Tile, layout: _Layout, out_d: int, sharp: bool) -> dict[str, Any]:
+    codes = tile.sharp if sharp and tile.sharp else tile.codes
+    options = _tile_options(replace(tile, codes=codes), layout, out_d)
+    return {"SHARP": sharp, "BLOCK": tile.codes, **options}
+
+
+def _bwd_codebook_options(tile: Tile, layout: _Layout, out_d: int, sharp: bool) -> dict[str, Any]:
+    rows = tile.sharp if sharp and tile.sharp else tile.rows
+    return {"SHARP": sharp, **_tile_options(replace(tile, rows=rows), layout, out_d)}
 
 
 def _block_options(d: int, layout: _Layout, block: int, interpreted: bool) -> dict[str, Any]:
@@ -1294,9 +1417,10 @@ def _block_options(d: int, layout: _Layout, block: int, interpreted: bool) -> di
         "D": d,
         "WIDTH": layout.width,
         "BLOCK": block,
-        "PIECE": block if interpreted else min(block, max(4, 4096 // layout.width)),
+        "PIECE": block if interpreted else min(block, max(1, 2048 // layout.width)),
         "CHUNK": 1024,
         "num_warps": 4,
+        "maxnreg": 168,  # left alone, ptxas spills to run more programs at a time
         "enable_fp_fusion": False,
     }
 
@@ -1349,12 +1473,12 @@ def launch_index_propagation_fwd(
             code, count, codes, code_part, code_stride = chunk
             here, programs = plan.codes(count)
             for sharp in (False, True)[: 1 + entropy]:
-                index_propagation_fwd_kernel[(row_tiles * programs,)](
+                index_propagation_fwd_kernel[(row_tiles * programs, tile.slices(d))](
                     rows, codes, z_top, code_top, z_norm, code_norm, state, mean, table, first,
                     size, count, inverse_t, code // tile.codes, here, row_tiles, plan.steps,
                     part * plan.splits, slots, z_part, z_stride, code_part, code_stride,
-                    EVEN=count % tile.codes == 0, ENTROPY=entropy, SHARP=sharp, OUT_D=d,
-                    **layout.sizes, **_tile_options(tile),
+                    EVEN=count % tile.codes == 0, ENTROPY=entropy, SHARP=sharp,
+                    **_tile_options(tile, layout, d),
                 )  # fmt: skip
         index_propagation_fwd_rows_kernel[(size,)](
             z, codebook, z_norm, block_norm, code_norm, code_top, state, mean, table, indices,
@@ -1370,7 +1494,7 @@ def launch_index_propagation_fwd(
             index_propagation_fwd_codes_kernel[(triton.cdiv(count, tile.codes),)](
                 rows, codes, z_top, code_top, statistics, any_in_float, counts, code_probability,
                 n, count, inverse_t, code, k, z_part, z_stride, code_part, code_stride,
-                **layout.sizes, **_tile_options(tile),
+                **_tile_options(tile, layout),
             )  # fmt: skip
     return outputs
 
@@ -1448,7 +1572,7 @@ def launch_index_propagation_bwd(
                 index_propagation_bwd_weights_kernel[(row_tiles * programs,)](
                     rows, codes, z_top, code_top, statistics, code_weight, weights, first, size,
                     count, inverse_t, code, here, row_tiles, plan.steps, part * plan.splits, z_part,
-                    z_stride, code_part, code_stride, **layout.sizes, **_tile_options(tile),
+                    z_stride, code_part, code_stride, **_tile_options(tile, layout),
                 )  # fmt: skip
             kept = weights.view(-1)[: slots * size].view(slots, size)
             torch.sum(kept, 0, out=mean_weight[first : first + size])
@@ -1456,13 +1580,13 @@ def launch_index_propagation_bwd(
             code, count, codes, code_part, code_stride = chunk
             here, programs = plan.codes(count)
             for sharp in (False, True)[: 1 + entropy]:
-                index_propagation_bwd_z_kernel[(row_tiles * programs,)](
+                index_propagation_bwd_z_kernel[(row_tiles * programs, tile.slices(d))](
                     rows, grads, codes, z_top, grad_top, code_top, bound, statistics, mean_score,
                     z_norm, block_norm, code_weight, mean_weight, sample_weight, partial,
                     residuals, needed, first, size, n, count, inverse_t, code, code // tile.codes,
                     here, row_tiles, plan.steps, part * plan.splits, z_part, z_stride,
                     code_part, code_stride, EVEN=count % tile.codes == 0, ENTROPY=entropy,
-                    SHARP=sharp, OUT_D=d, **layout.sizes, **_tile_options(tile),
+                    **_bwd_z_options(tile, layout, d, sharp),
                 )  # fmt: skip
         index_propagation_bwd_rows_kernel[(size,)](
             z, codebook, statistics, mean_code, wide_weight, sample_weight, code_top, bound,
@@ -1475,11 +1599,11 @@ def launch_index_propagation_bwd(
     for chunk in _codes(codebook, code_top, layout, tile.codes):
         code, count, codes, code_part, code_stride = chunk
         for sharp in (False, True)[: 1 + entropy]:
-            index_propagation_bwd_codebook_kernel[(triton.cdiv(count, tile.codes),)](
+            index_propagation_bwd_codebook_kernel[(triton.cdiv(count, tile.codes), tile.slices(d))](
                 rows, grads, codes, z_top, grad_top, code_top, bound, statistics, any_in_float,
                 mean_score, residual, code_weight, mean_weight, sample_weight, grad_codebook, n,
                 count, inverse_t, code, z_part, z_stride, code_part, code_stride,
-                OUT_D=d, ENTROPY=entropy, SHARP=sharp, **layout.sizes, **_tile_options(tile),
+                ENTROPY=entropy, **_bwd_codebook_options(tile, layout, d, sharp),
             )  # fmt: skip
     options = _block_options(d, layout, block, interpreted)
     index_propagation_bwd_sparse_kernel[(triton.cdiv(k, options["PIECE"]),)](
@@ -1490,23 +1614,34 @@ def launch_index_propagation_bwd(
     return grad_z, grad_codebook
 
 
-def specializations(capability: int) -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
+def specializations(
+    capability: int, main: bool = False
+) -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
     """(kernel, argument types, constants and options) of what a launch on `capability` compiles.
 
-    Every tile; the static report compiles them all.
+    Every tile, with padded widths and numbers of codes that fill no tile; what is left out compiles
+    to less: SHARP or EVEN alone missing from both, and all without ENTROPY. The static report
+    compiles them all; with `main` only the largest products, those of float32 at D = 256.
     """
-    for d, dtype in (
-        (64, "bf16"),
-        (64, "fp32"),
-        (128, "bf16"),
-        (128, "fp32"),
-        (256, "bf16"),
-        (256, "fp32"),
-        (512, "fp16"),
-        (512, "fp32"),
-    ):
+    shapes = (  # whole: with the kernels whose code the tile hardly changes
+        (256, "fp32", True),
+        (256, "bf16", True),
+        (12, "bf16", False),
+        (12, "fp32", False),
+        (48, "bf16", False),
+        (64, "fp32", True),
+        (96, "bf16", False),
+        (96, "fp32", False),
+        (128, "bf16", True),
+        (128, "fp32", False),
+        (512, "fp16", True),
+        (512, "fp32", True),
+        (768, "fp32", False),
+        (1024, "fp32", True),
+    )
+    for d, dtype, whole in shapes[:1] if main else shapes:
         parts = 2 if dtype == "fp32" else 1
-        layout = _Layout(d, d, parts, parts == 2)
+        layout = _layout_of(d, parts, d % 16 == 0)
         config = _choose(CONFIGS[capability], layout)
         half = "fp16" if parts == 2 else dtype
         names = (
@@ -1525,27 +1660,33 @@ def specializations(capability: int) -> Iterator[tuple[Any, dict[str, str], dict
         types |= dict.fromkeys(tensors, f"*{dtype}")
         halves = types | dict.fromkeys(["z", "grad", "codes", "out"], f"*{half}")
 
-        sizes = {"D": d, "WIDTH": d, "ROWS": max(1, 4096 // d)}
-        block = {"BLOCK": sizes["ROWS"], "FOLD": False}
-        yield index_propagation_measure_kernel, types, {**sizes, **block}
-        block = {"BLOCK": config.fwd.codes, "FOLD": True}
-        sizes["ROWS"] = min(sizes["ROWS"], config.fwd.codes)
-        yield index_propagation_measure_kernel, types, {**sizes, **block}
-        if parts == 2:
-            yield index_propagation_copy_kernel, halves, {**sizes, "PARTS": 2}
-        yield index_propagation_bwd_prepare_kernel, types, sizes
-        for sharp in (False, True):
-            options = {"ENTROPY": True, "SHARP": sharp, "OUT_D": d, **layout.sizes}
-            tile = {"EVEN": True, **_tile_options(config.fwd)}
+        for even, sharp in (
+            ((True, True),) if main else ((True, True), (True, False), (False, True))
+        ):
+            options = {"EVEN": even, "ENTROPY": True}
+            tile = {"SHARP": sharp, **_tile_options(config.fwd, layout, d)}
             yield index_propagation_fwd_kernel, halves, {**options, **tile}
-            tile = {"EVEN": True, **_tile_options(config.bwd_z)}
+            tile = _bwd_z_options(config.bwd_z, layout, d, sharp)
             yield index_propagation_bwd_z_kernel, halves, {**options, **tile}
-            tile = _tile_options(config.bwd_codebook)
-            yield index_propagation_bwd_codebook_kernel, halves, {**options, **tile}
-        options = {**layout.sizes, **_tile_options(config.bwd_codebook)}
+        for sharp in (True, False)[: 1 if main else 2]:
+            tile = _bwd_codebook_options(config.bwd_codebook, layout, d, sharp)
+            yield index_propagation_bwd_codebook_kernel, halves, {"ENTROPY": True, **tile}
+        if main or not whole:
+            continue
+        options = _tile_options(config.bwd_codebook, layout)
         yield index_propagation_fwd_codes_kernel, halves, options
-        options = {**layout.sizes, **_tile_options(config.bwd_z)}
+        options = _tile_options(config.bwd_z, layout)
         yield index_propagation_bwd_weights_kernel, halves, options
+
+        rows = max(1, 4096 // layout.width)
+        sizes = {"D": d, "WIDTH": layout.width, "ROWS": rows}
+        yield index_propagation_bwd_prepare_kernel, types, sizes
+        block = {"BLOCK": rows, "FOLD": False}
+        yield index_propagation_measure_kernel, types, {**sizes, **block}
+        if layout.copy:
+            yield index_propagation_copy_kernel, halves, {**sizes, "PARTS": parts}
+        block = {"BLOCK": config.fwd.codes, "FOLD": True, "ROWS": min(rows, config.fwd.codes)}
+        yield index_propagation_measure_kernel, types, {**sizes, **block}
         options = {"ENTROPY": True, **_row_options(d, layout, config.fwd.codes, False)}
         yield index_propagation_fwd_rows_kernel, types, options
         types = types | {"code_weight": "*fp64", "wide": "*fp64"}

@@ -901,22 +901,26 @@ def launch_nearest_code(
     return indices, distances
 
 
-def specializations(capability: int) -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
+def specializations(
+    capability: int, main: bool = False
+) -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
     """(kernel, argument types, constants and options) of what a launch on `capability` compiles.
 
-    Every tile, with the inputs that the models use; the static report compiles them all.
+    Every tile, with the inputs that the models use; or, with `main`, D = 256 in half precision
+    alone. The static report compiles them all.
     """
     tiles = CONFIGS[capability].tiles
-    for d, dtype, metric, whole in (  # whole: with the kernels whose code the tile hardly changes
+    shapes = (  # whole: with the kernels whose code the tile hardly changes
+        (256, "bf16", "cosine", True),
         (12, "fp32", "cosine", True),
         (12, "fp32", "l2", False),
         (32, "bf16", "l2", False),
         (64, "fp32", "l2", True),
         (128, "bf16", "l2", False),
         (256, "fp32", "l2", False),
-        (256, "bf16", "cosine", True),
         (512, "fp16", "dot", True),
-    ):
+    )
+    for d, dtype, metric, whole in shapes[:1] if main else shapes:
         tile, padded_d = _tile(d, tiles)
         copy = dtype == "fp32"
         half = "fp16" if copy else dtype

@@ -1,16 +1,10 @@
 """attention against float64: no worse than the eager arithmetic of the same dtype."""
 
-import dataclasses
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
+from tests.kernels import assert_kernels_compile
 from titok_fast import attention
-from titok_fast.ops import inspect
 from titok_fast.ops.attention import TRITON_UP_TO
 from titok_fast.reference.attention import dropout_mask, philox
 from titok_fast.testing import relative_error
@@ -342,28 +336,4 @@ def test_gpu_graph_capture_takes_another_seed():
 
 
 def test_kernels_compile_for_every_architecture():
-    """Ahead of time, without a GPU: no spills, tensor cores used, shared memory within limits.
-
-    The models' sequence lengths; `kernel_report` compiles the rest.
-    """
-    code = (
-        "import json, dataclasses; from titok_fast.ops import inspect;"
-        "kinds = lambda c: inspect.kernels('attention').specializations(c, (129, 289));"
-        "wanted = lambda t, o: o['D'] == 64 and (t['qkv'] == '*bf16' or o['TILE'] == 64);"
-        "print(json.dumps([dataclasses.asdict(inspect._compile(k, t, o, c))"
-        " for c in inspect.CAPABILITIES for k, t, o in kinds(c)"
-        " if wanted(t, o) and not o['DROPOUT']]))"
-    )
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    run = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    reports = [inspect.KernelReport(**report) for report in json.loads(run.stdout)]
-    assert {report.capability for report in reports} == set(inspect.CAPABILITIES)
-    for report in reports:
-        print(dataclasses.astuple(report))
-        assert report.spilled_bytes == 0, report
-        assert 0 < report.registers <= 255
-        assert report.shared_bytes <= report.shared_limit, report
-        assert any(name.endswith("MMA") for name in report.matrix_instructions), report
+    assert_kernels_compile("attention", {"attention_fwd_kernel", "attention_bwd_kernel"})

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tests.kernels import assert_kernels_compile
 from titok_fast import index_propagation, nearest_code
 from titok_fast.ops import inspect
 from titok_fast.ops.index_propagation import propagate
@@ -380,6 +381,27 @@ def test_indices_depend_on_neither_threads_nor_instruction_set():
                 torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_depend_on_no_threads(dtype):
+    """The same bits for every number of threads, with many rows to a code."""
+    if default_backend() != "auto":
+        pytest.skip("the extension is built without the op")
+    z, codebook = rows_and_codes(301, 2003, 20, dtype=dtype)
+    z[::3] = codebook[7]
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        _, expected = run(z, codebook, "cpu")
+        for count in (2, 3, 5):
+            torch.set_num_threads(count)
+            _, actual = run(z, codebook, "cpu")
+            for name in LOSSES:
+                for a, b in zip(actual[name], expected[name], strict=True):
+                    assert torch.equal(a, b), (count, name)
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_more_than_2_to_the_31_scores():
     """Rows whose gradient is zero add nothing, so a few rows are the truth for all."""
     if default_backend() == "streaming":
@@ -679,3 +701,10 @@ def test_gpu_graph_capture():
     graph.replay()
     for actual, expected in zip(captured, step(), strict=True):
         assert torch.equal(actual, expected)
+
+
+def test_kernels_compile_for_every_architecture():
+    names = ("fwd", "bwd_z", "bwd_codebook")
+    assert_kernels_compile(
+        "index_propagation", {f"index_propagation_{name}_kernel" for name in names}
+    )

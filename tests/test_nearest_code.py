@@ -1,14 +1,12 @@
 """nearest_code against its float64 reference, to the bit."""
 
-import json
 import os
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
 
+from tests.kernels import assert_kernels_compile
 from titok_fast import nearest_code
 from titok_fast.ops import inspect
 from titok_fast.ops.nearest_code import rescored_codes
@@ -514,27 +512,4 @@ def test_gpu_graph_capture():
 
 
 def test_kernels_compile_for_every_architecture():
-    """Ahead of time, without a GPU: no spills, tensor cores used, shared memory within limits."""
-    code = (
-        "import json, dataclasses; from titok_fast.ops.inspect import kernel_report;"
-        "print(json.dumps([dataclasses.asdict(r) for r in kernel_report(ops=['nearest_code'])]))"
-    )
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    run = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    reports = json.loads(run.stdout)
-    assert {report["capability"] for report in reports} == set(inspect.CAPABILITIES)
-    matrix = {80: {"HMMA"}, 90: {"HGMMA"}, 100: {"UTCHMMA"}, 120: {"HMMA"}}
-    for report in reports:
-        print(
-            f"sm_{report['capability']} {report['kernel']} [{report['constants']}]: "
-            f"{report['registers']} registers, {report['spilled_bytes']} B spilled, "
-            f"{report['shared_bytes']} B shared, {report['matrix_instructions']}"
-        )
-        assert report["spilled_bytes"] == 0, report
-        assert 0 < report["registers"] <= 255
-        assert report["shared_bytes"] <= report["shared_limit"], report
-        if report["kernel"] == "nearest_code_coarse_kernel":
-            assert set(report["matrix_instructions"]) >= matrix[report["capability"]], report
+    assert_kernels_compile("nearest_code", {"nearest_code_coarse_kernel"})

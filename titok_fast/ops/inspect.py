@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-TRITON_OPS = ("attention", "nearest_code")
+TRITON_OPS = ("nearest_code", "index_propagation", "attention")
 CAPABILITIES = (80, 90, 100, 120)
 _PACKAGE = Path(__file__).resolve().parent.parent
 # Bytes a block can have; sm_86 and sm_89 run what is configured for sm_80 and have the least.
@@ -201,17 +201,22 @@ class KernelReport:
     spilled_bytes: int
     shared_bytes: int
     shared_limit: int
+    tensor_columns: int  # of tensor memory, where there is any; a program with more than 512 traps
     matrix_instructions: tuple[str, ...]
 
 
 def kernel_report(
-    capabilities: Iterable[int] = CAPABILITIES, ops: Iterable[str] = TRITON_OPS
+    capabilities: Iterable[int] = CAPABILITIES,
+    ops: Iterable[str] = TRITON_OPS,
+    *,
+    main: bool = False,
 ) -> Iterator[KernelReport]:
     """Compile every Triton specialization ahead of time and read its resources.
 
     Args:
         capabilities: compute capabilities (90 for sm_90) from `CAPABILITIES`.
         ops: names from `TRITON_OPS`.
+        main: only what decides the time of each op's main shape, in seconds instead of minutes.
 
     Raises:
         RuntimeError: Triton is missing, or TRITON_INTERPRET=1, under which nothing compiles.
@@ -221,7 +226,7 @@ def kernel_report(
     for op in ops:
         module = kernels(op)
         for capability in capabilities:
-            for kernel, types, constants in module.specializations(capability):
+            for kernel, types, constants in module.specializations(capability, main):
                 yield _compile(kernel, types, constants, capability)
 
 
@@ -259,6 +264,7 @@ def _compile(
         spilled_bytes=int(resources["STACK"]) + int(resources["LOCAL"]),
         shared_bytes=compiled.metadata.shared,
         shared_limit=_SHARED_LIMIT[capability],
+        tensor_columns=compiled.metadata.tmem_size or 0,
         matrix_instructions=tuple(sorted(set(re.findall(r"\b(\w*[HQI]G?MMA)\b", sass)))),
     )
 
