@@ -21,6 +21,15 @@ ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 DIGITS = ("generate", "--model", "titok-digits")
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """The work is too small to share."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def contents(folder):
     """The files of a folder but options.json, which names the other files."""
     files = (p for p in folder.iterdir() if p.name[0] != "." and p.name != "options.json")
@@ -217,6 +226,8 @@ def test_errors_are_one_line(titok_fast, tmp_path, options, words):
 def test_a_run_needs_a_place_of_its_own(titok_fast, tmp_path):
     result = titok_fast(*DIGITS)
     assert result.returncode == 2 and "--output: got neither it nor --npz" in result.err
+    result = titok_fast(*DIGITS, "-o", tmp_path, "--npz", tmp_path / "tokens.npz")
+    assert result.returncode == 2 and "which is the token file" in result.err
     (tmp_path / "000000.png").touch()
     result = titok_fast(*DIGITS, "-o", tmp_path)
     assert result.returncode == 2 and "options.json: not readable" in result.err

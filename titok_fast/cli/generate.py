@@ -44,7 +44,7 @@ def _option(help: str, default: bool | str = True) -> Any:
 def generate(
     labels: Annotated[str | None, _option("Classes such as 1,7,20-29, in turn.", "all")] = None,
     count: Annotated[int | None, _option("Number of images.", "one for each label")] = None,
-    seed: Annotated[int, _option("With it and its number, an image is always the same.")] = 0,
+    seed: Annotated[int, _option("Image i depends on it and on i alone.")] = 0,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Folder of PNG files, a contact sheet and tokens."),
@@ -91,6 +91,8 @@ def generate(
         raise ValueError("--output: got neither it nor --npz, at least one is needed")
     if npz is not None and npz.suffix != ".npz":
         raise ValueError(f"--npz: got suffix {npz.suffix!r}, allowed is .npz")
+    if output is not None and npz == home:
+        raise ValueError(f"--npz: got {npz}, which is the token file")
     if not 0 <= seed < 2**63:
         raise ValueError(f"--seed: got {seed}, allowed is 0 to 2**63 - 1")
     if count is not None and count < 1:
