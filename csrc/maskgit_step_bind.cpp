@@ -87,11 +87,12 @@ void define(py::module_& m, const char* name, void (*run)(const titok::MaskgitSt
       py::arg("cond"), py::arg("uncond"), py::arg("cond_strides"), py::arg("uncond_strides"),
       py::arg("batch"), py::arg("length"), py::arg("vocabulary"), py::arg("dtype"),
       py::arg("from_uncond"), py::arg("kind"), py::arg("ids"), py::arg("mask_id"),
-      py::arg("image_ids"), py::arg("positions"), py::arg("token_noise"), py::arg("confidence_noise"),
-      py::arg("num_masked"), py::arg("num_masked_stride"), py::arg("seed"), py::arg("step"),
-      py::arg("guidance_scale"), py::arg("softmax_temperature"), py::arg("token_temperature"),
-      py::arg("confidence_temperature"), py::arg("ids_next"), py::arg("tokens"),
-      py::arg("confidence"), py::arg("workspace"), py::arg("threads"), py::arg("stream"));
+      py::arg("image_ids"), py::arg("positions"), py::arg("token_noise"),
+      py::arg("confidence_noise"), py::arg("num_masked"), py::arg("num_masked_stride"),
+      py::arg("seed"), py::arg("step"), py::arg("guidance_scale"), py::arg("softmax_temperature"),
+      py::arg("token_temperature"), py::arg("confidence_temperature"), py::arg("ids_next"),
+      py::arg("tokens"), py::arg("confidence"), py::arg("workspace"), py::arg("threads"),
+      py::arg("stream"));
 }
 
 }  // namespace

@@ -1,7 +1,9 @@
-"""Shared set-up: fixed seeds, poisoned memory, and Triton's interpreter where there is no GPU."""
+"""Shared set-up: fixed seeds, poisoned memory, the command, Triton's interpreter without a GPU."""
 
 import importlib.util
 import os
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -80,3 +82,20 @@ def ibq_backend(request: pytest.FixtureRequest):
 @pytest.fixture
 def device(backend: str) -> str:
     return "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def titok_fast(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Runs a command in this process; arguments after the first are strings or paths."""
+    from titok_fast import cli
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def run(*arguments: object) -> SimpleNamespace:
+        monkeypatch.setattr(sys, "argv", ["titok-fast", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        return SimpleNamespace(returncode=caught.value.code or 0, **capsys.readouterr()._asdict())
+
+    return run

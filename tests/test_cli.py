@@ -7,14 +7,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from titok_fast import cli
 from titok_fast.images import read_image
 from titok_fast.metrics import psnr, ssim
 from titok_fast.models import TiTok
@@ -22,21 +20,6 @@ from titok_fast.tokens import TokenFile, fingerprint
 
 COMMAND = Path(sys.executable).with_name("titok-fast")
 ENVIRONMENT = os.environ | {"COLUMNS": "500", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-
-
-@pytest.fixture
-def titok_fast(monkeypatch, capsys):
-    """Runs a command in this process; arguments after the first are strings or paths."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["titok-fast", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        return SimpleNamespace(returncode=caught.value.code or 0, **capsys.readouterr()._asdict())
-
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+def remove_temporaries(folder: Path, names: str) -> None:
+    """Removes what killed processes left of files whose names match a glob pattern."""
+    for path in folder.glob(f".{names}.*.tmp"):
+        path.unlink(missing_ok=True)
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place once the block succeeds.

@@ -25,6 +25,7 @@ FORMAT = "titok_fast.tokens"
 VERSION = 1
 
 Array = npt.NDArray[Any]
+Setting = str | int | float | bool | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -251,6 +252,27 @@ def fingerprint(model: TiTok) -> str:
     return digest.hexdigest()[:16]
 
 
+def write_settings(path: Path, settings: Mapping[str, Setting]) -> None:
+    """Writes the settings of a run as JSON."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def check_settings(path: Path, settings: Mapping[str, Setting]) -> None:
+    """Raises ValueError unless `write_settings` wrote the same to the path."""
+    try:
+        old = json.loads(path.read_text(encoding="utf-8"))
+        names = [name for name in settings if old.get(name) != settings[name]]
+    except (AttributeError, OSError, ValueError):
+        raise ValueError(f"{path}: not readable, delete its folder to start anew") from None
+    if names:
+        changes = ", ".join(f"{name} {old.get(name)} now {settings[name]}" for name in names)
+        raise ValueError(
+            f"{path.parent}: left by a run with other settings ({changes}); "
+            "repeat those to finish it, or delete the folder to start anew"
+        )
+
+
 class Parts:
     """What an unfinished run has made so far, in the hidden folder `.NAME.parts` beside its output.
 
@@ -268,7 +290,7 @@ class Parts:
     """
 
     def __init__(
-        self, output: Path, settings: Mapping[str, str | int | None], *, interval: float = 2.0
+        self, output: Path, settings: Mapping[str, Setting], *, interval: float = 2.0
     ) -> None:
         self.folder = output.with_name(f".{output.name}.parts")
         self._interval = interval
@@ -277,25 +299,11 @@ class Parts:
         self._tokens: list[Array] = []
         manifest = self.folder / "manifest.json"
         if manifest.exists() and any(self.folder.glob("[0-9]*.npz")):
-            self._compare(manifest, settings)
+            check_settings(manifest, settings)
             return
         if self.folder.exists():  # nothing was done yet, or its removal was interrupted
             shutil.rmtree(self.folder)
-        with replacing(manifest) as temporary:
-            temporary.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-
-    def _compare(self, manifest: Path, settings: Mapping[str, str | int | None]) -> None:
-        try:
-            old = json.loads(manifest.read_text(encoding="utf-8"))
-            names = [name for name in settings if old.get(name) != settings[name]]
-        except (AttributeError, ValueError):
-            raise ValueError(f"{manifest}: not readable, delete its folder to start anew") from None
-        if names:
-            changes = ", ".join(f"{name} {old.get(name)} now {settings[name]}" for name in names)
-            raise ValueError(
-                f"{self.folder}: left by an interrupted run with other settings ({changes}); "
-                "repeat those to finish it, or delete the folder to start anew"
-            )
+        write_settings(manifest, settings)
 
     def add(self, indices: Iterable[int], tokens: Array) -> None:
         """Keeps the tokens [n, ...] of n images; writes them once the interval has passed."""
@@ -328,9 +336,8 @@ class Parts:
             tokens.append(values)
         if not indices:
             return np.zeros(0, np.int64), None
-        positions = np.concatenate(indices)
-        order = np.argsort(positions)
-        return positions[order], np.concatenate(tokens)[order]
+        positions, first = np.unique(np.concatenate(indices), return_index=True)
+        return positions, np.concatenate(tokens)[first]
 
     def remove(self) -> None:
         """Deletes the folder."""

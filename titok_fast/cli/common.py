@@ -74,6 +74,7 @@ class Network:
         revision: as given.
         fingerprint: of the stored weights.
         device: of the model.
+        dtype: of the model.
     """
 
     model: TiTok
@@ -81,6 +82,7 @@ class Network:
     revision: str | None
     fingerprint: str
     device: torch.device
+    dtype: torch.dtype
 
     @classmethod
     def load(cls, source: str, revision: str | None, device: str, dtype: str) -> "Network":
@@ -91,7 +93,7 @@ class Network:
         if source not in TiTok.releases and Path(source).expanduser().exists():
             name = str(Path(source).expanduser().resolve())
         mark = fingerprint(model)
-        return cls(model.to(device=place, dtype=kind), name, revision, mark, place)
+        return cls(model.to(place).cast(kind), name, revision, mark, place, kind)
 
     def images(self, paths: Sequence[str], batch_size: int, workers: int) -> Iterator[ImageBatch]:
         """Batches of the images, read ahead."""

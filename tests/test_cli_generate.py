@@ -1,0 +1,233 @@
+"""titok-fast generate, run as a user runs it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from titok_fast.models import MaskGIT, TiTok
+from titok_fast.tokens import TokenFile
+
+COMMAND = Path(sys.executable).with_name("titok-fast")
+ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+DIGITS = ("generate", "--model", "titok-digits")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """The work is too small to share."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def contents(folder):
+    """The files of a folder but options.json, which names the other files."""
+    files = (p for p in folder.iterdir() if p.name[0] != "." and p.name != "options.json")
+    return {p.name: p.read_bytes() for p in files}
+
+
+def pixels(path):
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def test_files_of_a_run(titok_fast, tmp_path):
+    """Each image is that of its number, label and seed, truncated to 8 bits."""
+    out, npz = tmp_path / "out", tmp_path / "samples.npz"
+    result = titok_fast(
+        *DIGITS, "--labels", "7,1-2", "--count", 8, "--seed", 5, "-o", out, "--npz", npz
+    )
+    assert result.returncode == 0, result.err
+    assert f"8 images to {out} and {npz}: " in result.out
+    names = [f"{i:06d}.png" for i in range(8)]
+    assert sorted(p.name for p in out.iterdir()) == [
+        *names, "options.json", "sheet.png", "tokens.npz"
+    ]  # fmt: skip
+    labels = [7, 1, 2, 7, 1, 2, 7, 1]
+    tokens = MaskGIT.from_pretrained("maskgit-digits").generate(labels, seed=5)
+    images = TiTok.from_pretrained("titok-digits").decode(tokens)
+    expected = (images * 255).byte().permute(0, 2, 3, 1).numpy()
+    assert len(np.unique(expected, axis=0)) == 8
+    np.testing.assert_array_equal(np.stack([pixels(out / name) for name in names]), expected)
+
+    with np.load(npz) as archive:
+        assert archive.files == ["arr_0"] and archive["arr_0"].dtype == np.uint8
+        np.testing.assert_array_equal(archive["arr_0"], expected)
+
+    file = TokenFile.load(out / "tokens.npz")
+    np.testing.assert_array_equal(file.tokens, tokens.numpy())
+    assert file.image_ids == names
+    assert [int(file.class_names[i]) for i in file.labels] == labels
+
+    sheet = pixels(out / "sheet.png")
+    assert sheet.shape == (3 * 34 - 2, 3 * 34 - 2, 3)  # a row for each label
+    np.testing.assert_array_equal(sheet[34:66, 68:], expected[7])
+    assert (sheet[68:, 68:] == 255).all()
+
+    assert titok_fast("decode", out / "tokens.npz", "-o", tmp_path / "decoded").returncode == 0
+    rounded = np.stack([pixels(tmp_path / "decoded" / name) for name in names])
+    np.testing.assert_allclose(rounded.astype(int), expected, atol=1)
+
+
+def test_the_batch_size_does_not_change_the_images(titok_fast, tmp_path):
+    found = []
+    for batch_size in (3, 64):
+        out = tmp_path / str(batch_size)
+        result = titok_fast(*DIGITS, "-o", out, "--batch-size", batch_size)
+        assert result.returncode == 0, result.err
+        found.append(contents(out))
+    assert len(found[0]) == 10 + 2 and found[0] == found[1]
+
+
+def test_a_killed_run_resumes_with_the_same_images(titok_fast, tmp_path):
+    def command(name):
+        return (
+            *DIGITS, "--labels", "3", "--count", 120, "--batch-size", 4,
+            "-o", tmp_path / name, "--npz", tmp_path / f"{name}.npz",
+        )  # fmt: skip
+
+    out, npz = tmp_path / "killed", tmp_path / "killed.npz"
+    process = subprocess.Popen(
+        [COMMAND, *map(str, command("killed"))],
+        env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 60
+        while not (out / "000007.png").exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.005)
+    finally:
+        process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not npz.exists() and not (out / "tokens.npz").exists()
+    pictures = contents(out)
+    (out / ".000100.png.1.tmp").touch()
+    (tmp_path / ".killed.npz.1.tmp").touch()
+
+    for option, value, words in (
+        ("--seed", 1, "--seed 0 now 1"),
+        ("--steps", 4, "--steps 8 now 4"),
+        ("--count", 121, "--count 120 now 121"),
+    ):
+        changed = titok_fast(*command("killed"), option, value)
+        assert changed.returncode == 2 and words in changed.err
+        assert len(changed.err.strip().splitlines()) == 1
+    resumed = titok_fast(*command("killed"))
+    assert resumed.returncode == 0 and " of 120 images were done before" in resumed.out
+    assert titok_fast(*command("once")).returncode == 0
+    assert contents(out) == contents(tmp_path / "once")
+    assert npz.read_bytes() == (tmp_path / "once.npz").read_bytes()
+    assert contents(out).items() > pictures.items()
+    assert not list(out.glob(".*")) and not list(tmp_path.glob(".*"))
+
+
+def test_a_finished_run_has_nothing_to_repeat(titok_fast, tmp_path):
+    command = (*DIGITS, "--count", 6, "-o", tmp_path, "--batch-size", 3)
+    assert titok_fast(*command).returncode == 0
+    before = contents(tmp_path)
+    again = titok_fast(*command)
+    assert again.returncode == 0 and "6 of 6 images were done before" in again.out
+    assert contents(tmp_path) == before
+    (tmp_path / "000004.png").unlink()
+    assert titok_fast(*command).returncode == 0
+    assert contents(tmp_path) == before
+    assert json.loads((tmp_path / "options.json").read_text())["--guidance-scale"] == 1.5
+
+
+def test_an_array_alone_resumes(titok_fast, tmp_path, monkeypatch):
+    npz = tmp_path / "samples.npz"
+    command = (*DIGITS, "--count", 12, "--batch-size", 4, "--npz", npz)
+    assert titok_fast(*command).returncode == 0
+    whole = npz.read_bytes()
+    npz.unlink()
+    generate, calls = MaskGIT.generate, []
+
+    def interrupted(*arguments, **options):
+        calls.append(options["image_ids"].tolist())
+        if len(calls) == 3:
+            raise OSError("disk full")
+        return generate(*arguments, **options)
+
+    monkeypatch.setattr("titok_fast.models.MaskGIT.generate", interrupted)
+    assert titok_fast(*command).returncode == 2
+    assert titok_fast(*command, "--rule", "maskgit").returncode == 2
+    assert titok_fast(*command).returncode == 0
+    assert calls[0] == [0, 1, 2, 3] and calls[-1] == [8, 9, 10, 11]
+    assert npz.read_bytes() == whole
+    assert [p.name for p in tmp_path.iterdir()] == [npz.name]
+
+
+def test_options_reach_the_sampler(titok_fast, tmp_path, monkeypatch):
+    seen = {}
+
+    def generate(self, labels, **options):
+        seen.update(options)
+        return torch.zeros(len(labels), self.num_tokens, dtype=torch.int64)
+
+    monkeypatch.setattr("titok_fast.models.MaskGIT.generate", generate)
+    options = {
+        "steps": 3, "guidance_scale": 2.5, "guidance_decay": "power-cosine",
+        "guidance_scale_pow": 2.0, "randomize_temperature": 1.25, "schedule": "cosine",
+        "rule": "maskgit", "seed": 9,
+    }  # fmt: skip
+    flags = [x for name, v in options.items() for x in (f"--{name.replace('_', '-')}", v)]
+    result = titok_fast(*DIGITS, "-o", tmp_path, "--no-softmax-temperature-annealing", *flags)
+    assert result.returncode == 0, result.err
+    assert seen.items() >= (options | {"softmax_temperature_annealing": False}).items()
+
+
+def test_given_tokens_are_kept(titok_fast, tmp_path):
+    assert titok_fast(*DIGITS, "--labels", "4,9", "-o", tmp_path / "a").returncode == 0
+    edit = ("--ids", tmp_path / "a" / "tokens.npz", "--regenerate", "0-3,9")
+    command = (*DIGITS, "--labels", "4,9", "--count", 5, "-o", tmp_path / "b", "--seed", 1)
+    result = titok_fast(*command, *edit)
+    assert result.returncode == 0, result.err
+    given = TokenFile.load(tmp_path / "a" / "tokens.npz").tokens[[0, 1, 0, 1, 0]]
+    edited = TokenFile.load(tmp_path / "b" / "tokens.npz").tokens
+    changed = (given != edited).any(0)
+    assert set(np.flatnonzero(changed)) <= {0, 1, 2, 3, 9} and changed.any()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--labels", "3,10"], "--labels: got '10', allowed is 0 to 9"),
+        (["--labels", "8-12"], "--labels: got '8-12', allowed is 0 to 9"),
+        (["--labels", "5-2"], "--labels: got '5-2', allowed is 0 to 9, ascending"),
+        (["--labels", "cat"], "--labels: got 'cat', allowed is a list such as 1,7,20-29"),
+        (["--labels", ""], "--labels: got '', allowed is a list"),
+        (["--count", "0"], "--count: got 0, allowed is a positive number"),
+        (["--seed", "-1"], "--seed: got -1, allowed is 0 to 2**63 - 1"),
+        (["--model", "titok-ll-32"], "--model: 'titok-ll-32' is not one of titok-l-32, "),
+        (["--npz", "samples.npy"], "--npz: got suffix '.npy', allowed is .npz"),
+        (["--steps", "0"], "--steps: got 0, allowed is a positive int"),
+        (["--guidance-decay", "cubic"], "--guidance-decay: 'cubic' is not one of 'constant'"),
+        (["--regenerate", "0-3"], "--regenerate: allowed with --ids and only with it"),
+    ],
+)
+def test_errors_are_one_line(titok_fast, tmp_path, options, words):
+    result = titok_fast(*DIGITS, "-o", tmp_path / "out", *options)
+    assert result.returncode == 2
+    assert words in result.err
+    assert len(result.err.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_needs_a_place_of_its_own(titok_fast, tmp_path):
+    result = titok_fast(*DIGITS)
+    assert result.returncode == 2 and "--output: got neither it nor --npz" in result.err
+    result = titok_fast(*DIGITS, "-o", tmp_path, "--npz", tmp_path / "tokens.npz")
+    assert result.returncode == 2 and "which is the token file" in result.err
+    (tmp_path / "000000.png").touch()
+    result = titok_fast(*DIGITS, "-o", tmp_path)
+    assert result.returncode == 2 and "options.json: not readable" in result.err

@@ -1,0 +1,322 @@
+"""From class labels to images."""
+
+import glob
+import hashlib
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from numpy.lib.format import open_memmap
+from torch import Tensor
+
+from titok_fast._files import remove_temporaries, replacing
+from titok_fast.cli.common import (
+    DEFAULT_MODEL,
+    BatchSize,
+    Counter,
+    Device,
+    Dtype,
+    Network,
+    PngWriter,
+    Workers,
+    default_workers,
+    say,
+)
+from titok_fast.images import grid, read_pixels, to_float, write_png
+from titok_fast.models import MaskGIT
+from titok_fast.models.generate import GENERATORS
+from titok_fast.models.maskgit import GUIDANCE_DECAYS, RULES, SCHEDULES, Sampling
+from titok_fast.tokens import Parts, Setting, TokenFile, check_settings, write_settings
+
+SHEET = 16  # images along a side of the contact sheet, at most
+
+
+def _option(help: str, default: bool | str = True) -> Any:
+    return typer.Option(help=help, show_default=default)
+
+
+def generate(
+    labels: Annotated[str | None, _option("Classes such as 1,7,20-29, in turn.", "all")] = None,
+    count: Annotated[int | None, _option("Number of images.", "one for each label")] = None,
+    seed: Annotated[int, _option("Image i depends on it and on i alone.")] = 0,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Folder of PNG files, a contact sheet and tokens."),
+    ] = None,
+    npz: Annotated[
+        Path | None, _option("Array arr_0 [N, H, W, 3] uint8, as the ADM evaluator reads it.")
+    ] = None,
+    model: Annotated[str, _option(", ".join(GENERATORS))] = DEFAULT_MODEL,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    batch_size: BatchSize = 64,
+    workers: Workers = None,
+    steps: Annotated[int | None, _option("Sampling steps.", "the model's")] = None,
+    guidance_scale: Annotated[
+        float | None, _option("Of classifier-free guidance.", "the model's")
+    ] = None,
+    guidance_decay: Annotated[
+        str | None, _option(", ".join(GUIDANCE_DECAYS), "the model's")
+    ] = None,
+    guidance_scale_pow: Annotated[
+        float, _option("Exponent of the power-cosine decay.")
+    ] = Sampling.guidance_scale_pow,
+    randomize_temperature: Annotated[
+        float | None, _option("Of the noise in the first step.", "the model's")
+    ] = None,
+    softmax_temperature_annealing: Annotated[
+        bool, _option("Divide the logits by 1.3 in the first step, falling to 0.5.")
+    ] = Sampling.softmax_temperature_annealing,
+    schedule: Annotated[str, _option(", ".join(SCHEDULES))] = Sampling.schedule,
+    rule: Annotated[str, _option(", ".join(RULES))] = Sampling.rule,
+    ids: Annotated[
+        Path | None, _option("Token file to edit: its rows are taken in turn, as labels are.")
+    ] = None,
+    regenerate: Annotated[
+        str | None, _option("Positions such as 0-15,20 to generate anew; others keep --ids.")
+    ] = None,
+) -> None:
+    """Generate images of classes; the same command finishes what an interrupted one began.
+
+    Pixels are clamped and truncated to 8 bits, as in the official sampling script.
+    """
+    home = npz if output is None else output / "tokens.npz"
+    if home is None:
+        raise ValueError("--output: got neither it nor --npz, at least one is needed")
+    if npz is not None and npz.suffix != ".npz":
+        raise ValueError(f"--npz: got suffix {npz.suffix!r}, allowed is .npz")
+    if output is not None and npz == home:
+        raise ValueError(f"--npz: got {npz}, which is the token file")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"--seed: got {seed}, allowed is 0 to 2**63 - 1")
+    if count is not None and count < 1:
+        raise ValueError(f"--count: got {count}, allowed is a positive number")
+    if (ids is None) != (regenerate is None):
+        raise ValueError("--regenerate: allowed with --ids and only with it")
+    if model not in GENERATORS:
+        raise ValueError(f"--model: {model!r} is not one of {', '.join(GENERATORS)}")
+    network = Network.load(model, None, device, dtype)
+    generator = MaskGIT.from_pretrained(
+        GENERATORS[model], dtype=network.dtype, device=network.device
+    )
+    sampling = _sampling(
+        generator.sampling,
+        steps=steps,
+        guidance_scale=guidance_scale,
+        guidance_decay=guidance_decay,
+        guidance_scale_pow=guidance_scale_pow,
+        randomize_temperature=randomize_temperature,
+        softmax_temperature_annealing=softmax_temperature_annealing,
+        schedule=schedule,
+        rule=rule,
+    )
+    if labels is None:
+        labels = f"0-{generator.num_classes - 1}"
+    classes = torch.tensor(_numbers("--labels", labels, generator.num_classes))
+    kept = None
+    if ids is not None and regenerate is not None:
+        kept = _tokens(ids, network)
+        kept[:, _numbers("--regenerate", regenerate, generator.num_tokens)] = generator.mask_id
+    if count is None:
+        count = len(classes if kept is None else kept)
+    run = _Run(
+        home,
+        output,
+        npz,
+        shape=(count, network.model.image_size),
+        settings={
+            "--model": model,
+            "--labels": labels,
+            "--count": count,
+            "--seed": seed,
+            **{_flag(name): value for name, value in asdict(sampling).items()},
+            "--ids": None if kept is None else _digest(kept),
+            "--npz": None if npz is None else str(npz),
+            "--device": network.device.type,
+            "--dtype": dtype,
+            "--batch-size": batch_size,  # rounding in the matrix products can depend on it
+        },
+    )
+    if run.done:
+        say(f"{run.done} of {count} images were done before")
+    workers = default_workers(workers, network.device)
+    with Counter("generate", count, run.done) as counter, PngWriter(workers) as writer:
+        for numbers in run.todo(batch_size):
+            tokens = generator.generate(
+                classes[numbers % len(classes)],
+                seed=seed,
+                image_ids=numbers.to(network.device),
+                ids=None if kept is None else kept[numbers % len(kept)],
+                **asdict(sampling),
+            )
+            images = network.model.decode(tokens).float().clamp(0, 1)
+            run.add(numbers, tokens.cpu(), images.mul(255).to(torch.uint8).cpu(), writer)
+            counter.advance(len(numbers))
+    run.finish(network, classes)
+    places = " and ".join(str(place) for place in (output, npz) if place is not None)
+    say(f"{count} images to {places}: {counter.speed}")
+
+
+def _digest(tokens: Tensor) -> str:
+    return hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16]
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _sampling(default: Sampling, **given: Any) -> Sampling:
+    """The model's sampling with the options that are given."""
+    try:
+        return replace(default, **{name: v for name, v in given.items() if v is not None})
+    except ValueError as error:
+        name, _, reason = str(error).partition(":")
+        raise ValueError(f"{_flag(name)}:{reason}") from None
+
+
+def _numbers(flag: str, text: str, limit: int) -> list[int]:
+    """The numbers below `limit` that a list such as 1,7,20-29 names, in its order."""
+    numbers: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", part.strip())
+        if match is None:
+            raise ValueError(f"{flag}: got {part!r}, allowed is a list such as 1,7,20-29")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if not first <= last < limit:
+            raise ValueError(f"{flag}: got {part!r}, allowed is 0 to {limit - 1}, ascending")
+        numbers += range(first, last + 1)
+    return numbers
+
+
+def _tokens(path: Path, network: Network) -> Tensor:
+    """The tokens [N, L] int64 of a token file of the same tokenizer."""
+    file = TokenFile.load(path)
+    if file.fingerprint != network.fingerprint:
+        raise ValueError(
+            f"--ids: {path} was made with {file.model} (weights {file.fingerprint}), allowed is "
+            f"{network.name} (weights {network.fingerprint})"
+        )
+    if not len(file.tokens):
+        raise ValueError(f"--ids: {path} holds no image")
+    return torch.from_numpy(file.tokens.astype(np.int64))
+
+
+class _Run:
+    """The files of a run, and which images an earlier run has finished.
+
+    An image is finished when its tokens are among the parts and its PNG file exists; its pixels
+    are in the array before its tokens are among the parts.
+
+    Args:
+        home: the file whose parts hold the tokens until the end.
+        folder: of the PNG files, the contact sheet and the tokens.
+        npz: file of the array of pixels.
+        shape: number of images and their side in pixels.
+        settings: everything that the images depend on.
+
+    Raises:
+        ValueError: when the files are those of a run with other settings.
+    """
+
+    def __init__(
+        self,
+        home: Path,
+        folder: Path | None,
+        npz: Path | None,
+        *,
+        shape: tuple[int, int],
+        settings: Mapping[str, Setting],
+    ) -> None:
+        count, size = shape
+        self._folder, self._npz, self._size = folder, npz, size
+        self._paths: list[Path] = []
+        self._whole = False
+        if folder is not None:
+            self._paths = [folder / f"{i:06d}.png" for i in range(count)]
+            options = folder / "options.json"
+            if any(folder.glob("[0-9]" * 6 + ".png")):
+                check_settings(options, settings)
+                last = [folder / "sheet.png", folder / "tokens.npz", *([npz] if npz else [])]
+                self._whole = all(path.exists() for path in (*self._paths, *last))
+            else:
+                write_settings(options, settings)
+            remove_temporaries(folder, "*.png")
+        if npz is not None:
+            remove_temporaries(npz.parent, glob.escape(npz.name))
+        self._parts = Parts(home, settings)
+        finished = np.full(count, self._whole)
+        finished[self._parts.load()[0]] = True
+        if folder is not None:
+            finished &= [path.exists() for path in self._paths]
+        self._array = self._parts.folder / "pixels.npy"
+        if npz is not None and not self._whole and not self._array.exists():
+            finished[:] = False
+            with replacing(self._array) as temporary:
+                open_memmap(temporary, "w+", np.uint8, (count, size, size, 3))
+        self._finished = torch.from_numpy(finished)
+
+    @property
+    def done(self) -> int:
+        """How many images are finished."""
+        return int(self._finished.sum())
+
+    def todo(self, batch_size: int) -> Iterator[Tensor]:
+        """Numbers of images to generate; every batch is one of an uninterrupted run."""
+        for numbers in torch.arange(len(self._finished)).split(batch_size):
+            if not self._finished[numbers].all():
+                yield numbers
+
+    def add(self, numbers: Tensor, tokens: Tensor, pixels: Tensor, writer: PngWriter) -> None:
+        """Keep a batch: tokens [B, L], and pixels [B, 3, S, S] uint8."""
+        if self._paths:
+            writer.write([self._paths[i] for i in numbers], pixels)
+        if self._npz is not None:
+            array = open_memmap(self._array, "r+")
+            array[numbers.numpy()] = pixels.permute(0, 2, 3, 1).numpy()
+        self._parts.add(numbers.tolist(), tokens.numpy())
+
+    def finish(self, network: Network, classes: Tensor) -> None:
+        """Write the files of all images, unless an earlier run did."""
+        self._parts.flush()
+        if not self._whole and self._npz is not None:
+            with replacing(self._npz) as temporary, open(temporary, "wb") as file:
+                np.savez(file, arr_0=open_memmap(self._array, "r"))
+        if not self._whole and self._folder is not None:
+            rows = [
+                [to_float(read_pixels(self._paths[i], self._size)) for i in row]
+                for row in _sheet(len(self._paths), len(classes))
+            ]
+            write_png(self._folder / "sheet.png", grid(rows))
+            self._token_file(network, classes).save(self._folder / "tokens.npz")
+        self._parts.remove()
+
+    def _token_file(self, network: Network, classes: Tensor) -> TokenFile:
+        numbers, tokens = self._parts.load()
+        if tokens is None:
+            raise RuntimeError(f"{self._parts.folder}: its files are gone, repeat the command")
+        names, positions = np.unique(classes.numpy().astype(str), return_inverse=True)
+        return TokenFile(
+            tokens=tokens,
+            image_ids=[path.name for path in self._paths],
+            model=network.name,
+            fingerprint=network.fingerprint,
+            image_size=network.model.image_size,
+            codebook_size=network.model.codebook_size,
+            labels=positions[numbers % len(classes)],
+            class_names=names.tolist(),
+        )
+
+
+def _sheet(count: int, classes: int) -> list[range]:
+    """Numbers of the images in each row: a row for each label, or where that fails a square."""
+    if 1 < classes <= SHEET and classes < count:
+        return [range(count)[row::classes][:SHEET] for row in range(classes)]
+    shown = min(count, SHEET**2)
+    side = math.ceil(math.sqrt(shown))
+    return [range(shown)[start : start + side] for start in range(0, shown, side)]
