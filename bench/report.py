@@ -179,6 +179,8 @@ def performance(results: list[Result], document: Path) -> list[str]:
         lines += [result.heading(document), ""]
         quoted = [r for r in result.rows if "[" not in r.provider and r.provider != "reference"]
         for (op, device), rows in grouped(quoted, lambda r: (r.op, r.device)).items():
+            if not any(row.ours for row in rows):
+                continue
             providers = sorted(
                 grouped(rows, lambda r: r.provider), key=lambda p: not p.startswith(OURS)
             )
