@@ -151,11 +151,13 @@ class PretrainedModel(nn.Module):
         """
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise TypeError(f"dtype: got {dtype}, allowed is a floating dtype")
-        self.to(dtype)
         modules = dict(self.named_modules())
-        for name in self.full_precision:
-            if dtype.itemsize < 4 and name in modules:
-                modules[name].float()
+        kept = [modules[name] for name in self.full_precision if name in modules]
+        states = [module.state_dict() for module in kept]  # not yet rounded
+        self.to(dtype)
+        if dtype.itemsize < 4:
+            for module, state in zip(kept, states, strict=True):
+                module.float().load_state_dict(state)
         return self
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
