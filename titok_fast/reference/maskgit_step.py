@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from titok_fast.reference.attention import philox
+
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
 FLOAT_MAX = torch.finfo(torch.float32).max
@@ -22,36 +24,10 @@ _EXP2 = tuple(
 _WORD = 0xFFFFFFFF
 
 
-def philox4x32(counter: Tensor, key: Tensor) -> Tensor:
-    """Philox4x32-10: four random 32-bit words for each counter.
-
-    Args:
-        counter: [..., 4] int64, words in [0, 2^32).
-        key: [2] int64, words in [0, 2^32).
-
-    Returns:
-        [..., 4] int64, words in [0, 2^32).
-
-    Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
-    """
-    a, b, c, d = counter.unbind(-1)
-    low_key, high_key = key.unbind()
-    for _ in range(10):
-        # An int64 product wraps, but its 64 bits are those of the unsigned one.
-        ab, cd = a * 0xD2511F53, c * 0xCD9E8D57
-        a = (cd >> 32) & _WORD ^ b ^ low_key
-        c = (ab >> 32) & _WORD ^ d ^ high_key
-        b, d = cd & _WORD, ab & _WORD
-        low_key, high_key = (low_key + 0x9E3779B9) & _WORD, (high_key + 0xBB67AE85) & _WORD
-    return torch.stack([a, b, c, d], -1)
-
-
 def random_words(seed: Tensor, image: Tensor, step: Tensor, position: Tensor, draw: int) -> Tensor:
     """Philox words [..., 4] of counter (image, step, position, draw), each modulo 2^32."""
-    words = torch.broadcast_tensors(image, step, position, torch.full_like(position, draw))
-    return philox4x32(
-        torch.stack(words, -1) & _WORD, torch.stack([seed & _WORD, seed >> 32 & _WORD])
-    )
+    counter = (image, step, position, torch.full_like(position, draw))
+    return torch.stack(philox(tuple(word & _WORD for word in counter), seed), -1)
 
 
 def natural_log(x: Tensor) -> Tensor:
