@@ -1,9 +1,10 @@
-"""The one `torch.library.Library` of the package and the helper that registers an op with it."""
+"""The one `torch.library.Library` of the package, and what every op needs to register with it."""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 _library = torch.library.Library("titok_fast", "DEF")
 
@@ -30,3 +31,28 @@ def register(
     torch.library.register_fake(f"titok_fast::{name}", fake, lib=_library)
     op: Callable[..., Any] = getattr(torch.ops.titok_fast, name).default
     return op
+
+
+class _Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, op: str, count: int, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        ctx.op = op
+        return tuple(x.view_as(x) for x in tensors[:count] if x is not None)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(f"{ctx.op}: has no double backward; backend='reference' has one")
+
+
+def once(op: str, gradients: tuple[Tensor, ...], *sources: Tensor | None) -> tuple[Tensor, ...]:
+    """Gradients that refuse to be differentiated with respect to the tensors they come from.
+
+    Args:
+        op: name, for the RuntimeError.
+        gradients: what an op's backward returns.
+        *sources: what it computed them from.
+    """
+    result: tuple[Tensor, ...] = _Once.apply(  # type: ignore[no-untyped-call]
+        op, len(gradients), *gradients, *sources
+    )
+    return result

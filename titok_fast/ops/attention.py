@@ -9,8 +9,8 @@ from torch import Tensor
 
 from titok_fast import _library, reference
 from titok_fast.ops import inspect
+from titok_fast.ops.nearest_code import DTYPES
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BACKENDS: dict[str, tuple[str, ...]] = {
     "cpu": ("torch", "triton"),
     "cuda": ("triton", "torch"),
@@ -134,18 +134,6 @@ _bwd_op = _library.register(
 )
 
 
-class _Once(torch.autograd.Function):
-    """Passes a gradient on and refuses to be differentiated."""
-
-    @staticmethod
-    def forward(ctx: Any, grad_qkv: Tensor, *_: Any) -> Tensor:
-        return grad_qkv.view_as(grad_qkv)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
-        raise RuntimeError("attention: has no double backward; backend='reference' has one")
-
-
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -163,7 +151,7 @@ class _Attention(torch.autograd.Function):
         with torch.no_grad():
             grad_qkv = _bwd_op(grad, qkv, out, lse, seed, *ctx.options)
         if torch.is_grad_enabled():
-            grad_qkv = _Once.apply(grad_qkv, qkv, grad)  # type: ignore[no-untyped-call]
+            (grad_qkv,) = _library.once("attention", (grad_qkv,), qkv, grad)
         return grad_qkv, None, None, None
 
 

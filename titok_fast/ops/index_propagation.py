@@ -295,18 +295,6 @@ class Propagation(NamedTuple):
     max_probability: Tensor
 
 
-class _Once(torch.autograd.Function):
-    """Passes gradients on and refuses to be differentiated."""
-
-    @staticmethod
-    def forward(ctx: Any, grad_z: Tensor, grad_codebook: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-        return grad_z.view_as(grad_z), grad_codebook.view_as(grad_codebook)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
-        raise RuntimeError("index_propagation: has no double backward; backend='reference' has one")
-
-
 class _IndexPropagation(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -347,8 +335,8 @@ class _IndexPropagation(torch.autograd.Function):
         with torch.no_grad():
             grad_z, grad_codebook = _IndexPropagation._gradients(ctx, *grads)
         if torch.is_grad_enabled():
-            grad_z, grad_codebook = _Once.apply(  # type: ignore[no-untyped-call]
-                grad_z, grad_codebook, *ctx.saved_tensors[:2], *grads
+            grad_z, grad_codebook = _library.once(
+                "index_propagation", (grad_z, grad_codebook), *ctx.saved_tensors[:2], *grads
             )
         return grad_z, grad_codebook, None, None, None, None
 
