@@ -76,7 +76,7 @@ def test_trains(tiny):
         (lambda m: m.encode(torch.rand(1, 3, 30, 32)), ValueError, r"images: got shape \[1, 3, 30"),
         (lambda m: m.encode(torch.rand(3, 32, 32)), ValueError, "images: got shape"),
         (lambda m: m.encode(torch.zeros(1, 3, 32, 32).byte()), TypeError, "images: got dtype"),
-        (lambda m: m.decode(torch.zeros(1, 4, 4)), TypeError, "tokens: got torch"),
+        (lambda m: m.decode(torch.zeros(1, 4, 4)), TypeError, "tokens: got dtype torch"),
         (lambda m: m.decode(torch.zeros(1, 4).long()), ValueError, r"allowed is \[B, h, w\]"),
         (lambda m: m.decode(torch.full((1, 2, 2), 1024)), ValueError, r"\[1024, 1024\], allowed"),
         (lambda m: IBQTokenizer.from_config({"n_embed": 4}), ValueError, "lacks embed_dim, ddcon"),

@@ -5,7 +5,7 @@ import hashlib
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -174,7 +174,7 @@ def _flag(name: str) -> str:
 def _sampling(default: Sampling, **given: Any) -> Sampling:
     """The model's sampling with the options that are given."""
     try:
-        return replace(default, **{name: v for name, v in given.items() if v is not None})
+        return default.replaced(**given)
     except ValueError as error:
         name, _, reason = str(error).partition(":")
         raise ValueError(f"{_flag(name)}:{reason}") from None

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titok_fast.layers import IndexPropagationQuantize
-from titok_fast.models.maskgit_vqgan import check_floating
+from titok_fast.models.maskgit_vqgan import check_floating, check_tokens, group_norm
 from titok_fast.models.pretrained import PretrainedModel, Release
 from titok_fast.ops import nearest_code
 
@@ -37,9 +37,9 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, dropout: float) -> None:
         super().__init__()
-        self.norm1 = _norm(in_channels)
+        self.norm1 = group_norm(in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = _norm(out_channels)
+        self.norm2 = group_norm(out_channels)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         if in_channels != out_channels:
@@ -57,7 +57,7 @@ class SpatialAttention(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.norm = _norm(channels)
+        self.norm = group_norm(channels)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -127,10 +127,6 @@ def _middle(channels: int, dropout: float) -> nn.ModuleDict:
     )
 
 
-def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(32, channels, eps=1e-6)
-
-
 class IBQEncoder(nn.Module):
     """Images to latents.
 
@@ -155,7 +151,7 @@ class IBQEncoder(nn.Module):
             for i in range(len(widths))
         )
         self.mid = _middle(widths[-1], config["dropout"])
-        self.norm_out = _norm(widths[-1])
+        self.norm_out = group_norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], config["z_channels"], 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -192,7 +188,7 @@ class IBQDecoder(nn.Module):
             )
             for i in range(len(widths))
         )
-        self.norm_out = _norm(widths[0])
+        self.norm_out = group_norm(widths[0])
         self.conv_out = nn.Conv2d(widths[0], config["out_ch"], 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -311,18 +307,7 @@ class IBQTokenizer(PretrainedModel):
             TypeError: when tokens is not an int64 tensor.
             ValueError: for another shape or a token out of range.
         """
-        if not isinstance(tokens, Tensor) or tokens.dtype != torch.int64:
-            kind = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
-            raise TypeError(f"tokens: got {kind}, allowed is an int64 tensor")
-        if tokens.ndim != 3:
-            raise ValueError(f"tokens: got shape {list(tokens.shape)}, allowed is [B, h, w]")
-        if tokens.device.type == "cpu" and tokens.numel() and not torch.compiler.is_compiling():
-            low, high = int(tokens.min()), int(tokens.max())
-            if low < 0 or high >= self.codebook_size:
-                raise ValueError(
-                    f"tokens: got tokens in [{low}, {high}], allowed is "
-                    f"[0, {self.codebook_size - 1}]"
-                )
+        check_tokens("tokens", tokens, self.codebook_size, "B, h, w")
         z = self.quantize.embedding.weight[tokens].permute(0, 3, 1, 2)  # [B, D, h, w]
         z = self.post_quant_conv(z.to(self.post_quant_conv.weight.dtype))
         images: Tensor = (self.decoder(z) + 1) / 2

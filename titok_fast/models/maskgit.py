@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -121,6 +121,14 @@ class Sampling:
             value = getattr(self, name)
             if not isinstance(value, int | float) or not 0 <= value < math.inf:
                 raise ValueError(f"{name}: got {value!r}, allowed is a finite number from 0")
+
+    def replaced(self, **given: Any) -> Sampling:
+        """The same but for what is given; None keeps.
+
+        Raises:
+            ValueError: an unknown option or a number out of range.
+        """
+        return replace(self, **{name: value for name, value in given.items() if value is not None})
 
     def num_masked(self, start: int) -> list[int]:
         """Positions that are masked after each step, of `start` at first."""
@@ -276,7 +284,7 @@ class MaskGIT(PretrainedModel):
             raise ValueError(f"ids: got shape {list(ids.shape)}, allowed is [B, {self.num_tokens}]")
         if labels is None:
             labels = ids.new_full((len(ids),), self.num_classes)
-        self._check_labels(labels, len(ids), self.num_classes)
+        self._check_labels(labels, len(ids))
         return self._head(self._hidden(ids, labels))
 
     @torch.no_grad()
@@ -334,18 +342,13 @@ class MaskGIT(PretrainedModel):
         """
         device = self._head_layer.weight.device
         labels = torch.as_tensor(labels, device=device)
-        self._check_labels(labels, len(labels), self.num_classes)
-        default = self.sampling
-        sampling = Sampling(
-            steps=default.steps if steps is None else steps,
-            guidance_scale=default.guidance_scale if guidance_scale is None else guidance_scale,
-            guidance_decay=default.guidance_decay if guidance_decay is None else guidance_decay,
+        self._check_labels(labels, len(labels))
+        sampling = self.sampling.replaced(
+            steps=steps,
+            guidance_scale=guidance_scale,
+            guidance_decay=guidance_decay,
             guidance_scale_pow=guidance_scale_pow,
-            randomize_temperature=(
-                default.randomize_temperature
-                if randomize_temperature is None
-                else randomize_temperature
-            ),
+            randomize_temperature=randomize_temperature,
             softmax_temperature_annealing=softmax_temperature_annealing,
             schedule=schedule,
             rule=rule,
@@ -485,16 +488,16 @@ class MaskGIT(PretrainedModel):
         x = self.norm(x[:, 1:])
         return x
 
-    def _check_labels(self, labels: Tensor, batch: int, largest: int) -> None:
+    def _check_labels(self, labels: Tensor, batch: int) -> None:
         if labels.dtype != torch.int64:
             raise TypeError(f"labels: got dtype {labels.dtype}, allowed is int64")
         if labels.shape != (batch,):
             raise ValueError(f"labels: got shape {list(labels.shape)}, allowed is [{batch}]")
         if labels.device.type == "cpu" and batch and not torch.compiler.is_compiling():
             low, high = int(labels.min()), int(labels.max())
-            if low < 0 or high > largest:
+            if low < 0 or high > self.num_classes:
                 raise ValueError(
-                    f"labels: got labels in [{low}, {high}], allowed is [0, {largest}]"
+                    f"labels: got labels in [{low}, {high}], allowed is [0, {self.num_classes}]"
                 )
 
 

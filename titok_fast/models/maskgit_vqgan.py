@@ -28,7 +28,8 @@ VQGAN_CONFIG: Mapping[str, Any] = {
 }
 
 
-def _norm(channels: int) -> nn.GroupNorm:
+def group_norm(channels: int) -> nn.GroupNorm:
+    """The normalisation of every VQGAN: 32 groups."""
     return nn.GroupNorm(32, channels, eps=1e-6)
 
 
@@ -41,9 +42,9 @@ class ResnetBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
-        self.norm1 = _norm(in_channels)
+        self.norm1 = group_norm(in_channels)
         self.conv1 = _conv(in_channels, out_channels, 3, bias=False)
-        self.norm2 = _norm(out_channels)
+        self.norm2 = group_norm(out_channels)
         self.conv2 = _conv(out_channels, out_channels, 3, bias=False)
         if in_channels != out_channels:
             self.nin_shortcut = _conv(out_channels, out_channels, 1, bias=False)
@@ -97,7 +98,7 @@ class PixelEncoder(nn.Module):
             Level(inputs[i], channels[i], num_blocks) for i in range(len(channels))
         )
         self.mid = _blocks(channels[-1], channels[-1], num_blocks)
-        self.norm_out = _norm(channels[-1])
+        self.norm_out = group_norm(channels[-1])
         self.conv_out = _conv(channels[-1], config["z_channels"], 1)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -127,7 +128,7 @@ class PixelDecoder(nn.Module):
         self.up = nn.ModuleList(
             Level(inputs[i], channels[i], num_blocks, upsample=i > 0) for i in range(len(channels))
         )
-        self.norm_out = _norm(channels[0])
+        self.norm_out = group_norm(channels[0])
         self.conv_out = _conv(channels[0], config["num_channels"], 3)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -240,12 +241,12 @@ def check_floating(name: str, value: Tensor) -> None:
         raise TypeError(f"{name}: got {_kind(value)}, allowed is a floating tensor")
 
 
-def check_tokens(name: str, value: Tensor, codebook_size: int) -> None:
-    """Raises unless value is [B, L] int64 and, on the CPU, within the codebook."""
+def check_tokens(name: str, value: Tensor, codebook_size: int, shape: str = "B, L") -> None:
+    """Raises unless value is [`shape`] int64 and, on the CPU, within the codebook."""
     if not isinstance(value, Tensor) or value.dtype != torch.int64:
         raise TypeError(f"{name}: got {_kind(value)}, allowed is an int64 tensor")
-    if value.ndim != 2:
-        raise ValueError(f"{name}: got shape {list(value.shape)}, allowed is [B, L]")
+    if value.ndim != shape.count(",") + 1:
+        raise ValueError(f"{name}: got shape {list(value.shape)}, allowed is [{shape}]")
     # Reading values of a CUDA tensor would synchronise, and of a traced one break the graph.
     if value.device.type == "cpu" and value.numel() and not torch.compiler.is_compiling():
         low, high = int(value.min()), int(value.max())
