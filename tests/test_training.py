@@ -1,4 +1,4 @@
-"""Metrics, the digits data, the loop, the recipe of titok-digits and the weights it made."""
+"""Metrics, the digits data, the loop, the recipes of the digits models and the weights they made."""
 
 import math
 import re
@@ -10,11 +10,13 @@ import torch
 from torch import nn
 
 from titok_fast.metrics import codebook_usage, perplexity, psnr
-from titok_fast.models import TiTok
+from titok_fast.models import MaskGIT, TiTok
 from titok_fast.training import digits as recipe
+from titok_fast.training import digits_generator as generator_recipe
 from titok_fast.training.data import augment, digits, shuffled
 from titok_fast.training.loop import Optimization, fit
 from titok_fast.training.losses import reconstruction_loss, tokenizer_loss
+from titok_fast.training.recipe import THREADS, initial_model
 
 
 def quiet(line):
@@ -164,7 +166,7 @@ def test_fit():
 
 def test_a_short_recipe_improves():
     images = digits("test")[0]
-    untrained = recipe.initial_model(0).eval()
+    untrained = initial_model(TiTok, recipe.NAME, 0).eval()
     before = psnr(images, untrained.decode(untrained.encode(images))).mean()
     lines = []
     model, losses = recipe.train(60, log=lines.append)
@@ -178,42 +180,61 @@ def test_a_short_recipe_improves():
     assert not model.training
 
 
-def test_a_seed_decides_every_bit():
+@pytest.fixture(params=[recipe, generator_recipe], ids=["tokenizer", "generator"])
+def each(request, monkeypatch):
+    monkeypatch.setattr(generator_recipe, "COPIES", 1)
+    return request.param
+
+
+def test_a_seed_decides_every_bit(each):
     states = []
     for other, seed in enumerate((0, 0, 1)):
         torch.manual_seed(other)
         around = torch.get_rng_state()
-        states.append(recipe.train(6, seed, log=quiet)[0].state_dict())
+        states.append(each.train(4, seed, log=quiet)[0].state_dict())
         assert torch.equal(torch.get_rng_state(), around)
     assert all(torch.equal(states[0][name], tensor) for name, tensor in states[1].items())
     assert not all(torch.equal(states[0][name], tensor) for name, tensor in states[2].items())
 
 
-def test_the_recipe_writes_a_model_and_its_card(tmp_path, capsys):
-    threads = torch.get_num_threads()
+def test_a_short_generator_recipe_improves(monkeypatch):
+    monkeypatch.setattr(generator_recipe, "COPIES", 1)
+    model, losses = generator_recipe.train(40, log=quiet)
+    first, last = sum(losses[:5]) / 5, sum(losses[-5:]) / 5
+    print(f"\n40 steps: loss {first:.3f} -> {last:.3f}")
+    assert last < math.log(model.codebook_size) < first  # better than a guess
+    assert not model.training
+
+
+def test_a_recipe_writes_a_model_and_its_card(each, tmp_path, capsys):
+    threads, out = torch.get_num_threads(), tmp_path / "out"
     try:
-        recipe.main(["-o", str(tmp_path / "out"), "--steps", "2", "--seed", "3", "--threads", "1"])
+        each.main(["-o", str(out), "--steps", "2", "--seed", "3", "--threads", "1"])
+        expected, _ = each.train(2, 3, log=quiet)
     finally:
         torch.set_num_threads(threads)
     printed = capsys.readouterr().out
-    for word in ("PSNR", "codebook usage", "parameters", "trained in"):
+    shown = ("PSNR", "codebook usage") if each is recipe else ("read as their label", "distinct")
+    for word in (*shown, "parameters", "trained in"):
         assert word in printed
-    written = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert written == ["README.md", "config.json", "model.safetensors"]
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert "--steps 2 --seed 3 --threads 1" in card
+    assert sorted(path.name for path in out.iterdir()) == [
+        "README.md", "config.json", "model.safetensors"
+    ]  # fmt: skip
+    card, module = (out / "README.md").read_text(), each.__name__
+    assert f"python -m {module} -o {each.NAME} --steps 2 --seed 3 --threads 1" in card
     assert "CC BY 4.0" in card
-    images = digits("test")[0][:4]
-    model = TiTok.from_pretrained(tmp_path / "out")
-    expected, _ = recipe.train(2, 3, log=quiet)
+    assert "{" not in card
+    kind = TiTok if each is recipe else MaskGIT
+    model = kind.from_pretrained(out)
     assert model.config == expected.config
-    assert model.encode(images).shape == (4, 16)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, expected.state_dict()[name])
 
 
 @pytest.mark.parametrize("steps", ["0", "-3"])
-def test_the_recipe_refuses_no_steps(steps, tmp_path, capsys):
+def test_a_recipe_refuses_no_steps(each, steps, tmp_path, capsys):
     with pytest.raises(SystemExit):
-        recipe.main(["-o", str(tmp_path), "--steps", steps])
+        each.main(["-o", str(tmp_path), "--steps", steps])
     assert "--steps: got" in capsys.readouterr().err
 
 
@@ -229,6 +250,6 @@ def test_the_shipped_weights():
     assert result.usage >= 0.5
     assert result.agreement >= 0.95
     card = (folder / "README.md").read_text()
-    assert f"--steps {recipe.STEPS} --seed {recipe.SEED} --threads {recipe.THREADS}" in card
+    assert f"--steps {recipe.STEPS} --seed {recipe.SEED} --threads {THREADS}" in card
     stated = float(re.search(r"PSNR.*\| ([\d.]+) dB", card)[1])
     assert result.psnr == pytest.approx(stated, abs=0.05)  # CPUs differ in the last bits

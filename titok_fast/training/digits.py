@@ -8,28 +8,24 @@ has learned to use them.
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from titok_fast._files import replacing
 from titok_fast.metrics import codebook_usage, perplexity, psnr
 from titok_fast.models import TiTok
 from titok_fast.ops import nearest_code
 from titok_fast.training.data import augment, digits, shuffled
 from titok_fast.training.loop import Optimization, fit
 from titok_fast.training.losses import reconstruction_loss, tokenizer_loss
+from titok_fast.training.recipe import initial_model, run
 
+NAME = "titok-digits"
 STEPS = 3000
 SEED = 0
-THREADS = 2
 BATCH_SIZE = 32
 LEARNING_RATE = 3e-3
 CONTINUOUS_FRACTION = 0.3
@@ -80,7 +76,7 @@ def train(
         The model in evaluation mode, and the loss of each step.
     """
     images, _ = digits("train")  # [N, 3, 32, 32]
-    model = initial_model(seed).train()
+    model = initial_model(TiTok, NAME, seed).train()
     generator = torch.Generator().manual_seed(seed)
     batches = shuffled(len(images), BATCH_SIZE, generator)
     continuous_steps = round(CONTINUOUS_FRACTION * steps)
@@ -102,21 +98,6 @@ def train(
     optimization = Optimization(steps, LEARNING_RATE)
     losses = fit(model.parameters(), loss_at, optimization, log_every=250, log=log)
     return model.eval(), losses
-
-
-def initial_model(seed: int) -> TiTok:
-    """The untrained model that `train` starts from, in training mode.
-
-    Its matrices are drawn by Glorot's rule: TiTok's standard deviation of 0.02 suits a width of 512
-    and more; at this width it leaves training on the mean image for hundreds of steps.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = TiTok.from_config("titok-digits")
-        for module in model.modules():
-            if isinstance(module, nn.Linear | nn.Conv2d):
-                nn.init.xavier_uniform_(module.weight)
-    return model
 
 
 @torch.no_grad()
@@ -224,56 +205,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: of the command line; None takes those of the process.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m titok_fast.training.digits", description="Train titok-digits."
-    )
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER")
-    parser.add_argument("--steps", type=positive, default=STEPS, metavar="N")
-    parser.add_argument("--seed", type=int, default=SEED, metavar="S")
-    parser.add_argument("--threads", type=positive, default=THREADS, metavar="N")
-    options = parser.parse_args(arguments)
-    try:
-        train_images, test_images = digits("train")[0], digits("test")[0]
-    except ImportError as error:
-        parser.exit(1, f"error: {error}\n")
-
-    torch.set_num_threads(options.threads)
-    start = time.perf_counter()
-    model, _ = train(options.steps, options.seed)
-    seconds = time.perf_counter() - start
-    result = evaluate(model)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    print(f"held-out: {result}")
-    print(f"{parameters:,} parameters, trained in {seconds:.0f} s")
-
-    model.save_pretrained(options.output)
-    card = _CARD.format(
-        tokens=model.num_latent_tokens,
-        codes=model.codebook_size,
-        train=f"{len(train_images):,}",
-        test=len(test_images),
-        command=f"python -m titok_fast.training.digits -o titok-digits --steps {options.steps} "
-        f"--seed {options.seed} --threads {options.threads}",
-        steps=options.steps,
-        batch=BATCH_SIZE,
-        seconds=seconds,
-        threads=options.threads,
-        torch=torch.__version__,
-        result=result,
-        parameters=parameters,
-        megabytes=4e-6 * parameters,
-        date=datetime.date.today().isoformat(),
-    )
-    with replacing(options.output / "README.md") as temporary:
-        temporary.write_text(card, encoding="utf-8")
-    print(f"wrote {options.output}")
-
-
-def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"got {number}, allowed is a positive number")
-    return number
+    model = TiTok.from_config(NAME)
+    run(
+        NAME, "digits", train, evaluate, _CARD, arguments, steps=STEPS, seed=SEED, batch=BATCH_SIZE,
+        tokens=model.num_latent_tokens, codes=model.codebook_size,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -6,23 +6,20 @@ copies of it, of which a random part is masked, and in one case of ten no label.
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from titok_fast._files import replacing
 from titok_fast.models import MaskGIT, TiTok
 from titok_fast.training.data import augment, digits, mask_tokens, shuffled
-from titok_fast.training.digits import THREADS, digit_classifier, positive
+from titok_fast.training.digits import digit_classifier
 from titok_fast.training.loop import Optimization, fit
 from titok_fast.training.losses import masked_token_loss
+from titok_fast.training.recipe import initial_model, run
 
+NAME = "maskgit-digits"
 STEPS = 8000
 SEED = 0
 BATCH_SIZE = 64
@@ -68,7 +65,7 @@ def train(
     """
     generator = torch.Generator().manual_seed(seed)
     tokens, labels = _token_sequences(generator)
-    model = initial_model(seed).train()
+    model = initial_model(MaskGIT, NAME, seed).train()
     batches = shuffled(len(tokens), BATCH_SIZE, generator)
 
     def loss_at(step: int) -> Tensor:
@@ -82,17 +79,6 @@ def train(
         model.parameters(), loss_at, Optimization(steps, LEARNING_RATE), log_every=500, log=log
     )
     return model.eval(), losses
-
-
-def initial_model(seed: int) -> MaskGIT:
-    """The untrained model that `train` starts from, its matrices drawn by Glorot's rule."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = MaskGIT.from_config("maskgit-digits")
-        for module in model.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-    return model
 
 
 def _token_sequences(generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -168,47 +154,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: of the command line; None takes those of the process.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m titok_fast.training.digits_generator", description="Train maskgit-digits."
-    )
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FOLDER")
-    parser.add_argument("--steps", type=positive, default=STEPS, metavar="N")
-    parser.add_argument("--seed", type=int, default=SEED, metavar="S")
-    parser.add_argument("--threads", type=positive, default=THREADS, metavar="N")
-    options = parser.parse_args(arguments)
-    try:
-        train_images, _ = digits("train")
-    except ImportError as error:
-        parser.exit(1, f"error: {error}\n")
-
-    torch.set_num_threads(options.threads)
-    start = time.perf_counter()
-    model, _ = train(options.steps, options.seed)
-    seconds = time.perf_counter() - start
-    result = evaluate(model)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    print(result)
-    print(f"{parameters:,} parameters, trained in {seconds:.0f} s")
-
-    model.save_pretrained(options.output)
-    card = _CARD.format(
-        train=f"{len(train_images):,}",
+    run(
+        NAME, "digits_generator", train, evaluate, _CARD, arguments, steps=STEPS, seed=SEED, batch=BATCH_SIZE,
         copies=COPIES - 1,
-        command=f"python -m titok_fast.training.digits_generator -o maskgit-digits "
-        f"--steps {options.steps} --seed {options.seed} --threads {options.threads}",
-        steps=options.steps,
-        batch=BATCH_SIZE,
-        seconds=seconds,
-        threads=options.threads,
-        torch=torch.__version__,
-        result=result,
-        parameters=parameters,
-        megabytes=4e-6 * parameters,
-        date=datetime.date.today().isoformat(),
-    )
-    with replacing(options.output / "README.md") as temporary:
-        temporary.write_text(card, encoding="utf-8")
-    print(f"wrote {options.output}")
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
