@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titok_fast.layers import IndexPropagationQuantize
-from titok_fast.models.maskgit_vqgan import check_floating, check_tokens, group_norm
+from titok_fast.models.checks import check_floating, check_tokens
+from titok_fast.models.maskgit_vqgan import group_norm
 from titok_fast.models.pretrained import PretrainedModel, Release
 from titok_fast.ops import nearest_code
 

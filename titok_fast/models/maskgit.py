@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from titok_fast.models.accelerated import capture
 from titok_fast.models.blocks import BertBlock, UViTBlock
-from titok_fast.models.maskgit_vqgan import check_tokens
+from titok_fast.models.checks import check_labels, check_tokens
 from titok_fast.models.pretrained import PretrainedModel, Release
 from titok_fast.ops import maskgit_step
 
@@ -284,7 +284,7 @@ class MaskGIT(PretrainedModel):
             raise ValueError(f"ids: got shape {list(ids.shape)}, allowed is [B, {self.num_tokens}]")
         if labels is None:
             labels = ids.new_full((len(ids),), self.num_classes)
-        self._check_labels(labels, len(ids))
+        check_labels(labels, len(ids), self.num_classes)
         return self._head(self._hidden(ids, labels))
 
     @torch.no_grad()
@@ -342,7 +342,7 @@ class MaskGIT(PretrainedModel):
         """
         device = self._head_layer.weight.device
         labels = torch.as_tensor(labels, device=device)
-        self._check_labels(labels, len(labels))
+        check_labels(labels, len(labels), self.num_classes)
         sampling = self.sampling.replaced(
             steps=steps,
             guidance_scale=guidance_scale,
@@ -487,18 +487,6 @@ class MaskGIT(PretrainedModel):
             x = block(x, skips.pop())
         x = self.norm(x[:, 1:])
         return x
-
-    def _check_labels(self, labels: Tensor, batch: int) -> None:
-        if labels.dtype != torch.int64:
-            raise TypeError(f"labels: got dtype {labels.dtype}, allowed is int64")
-        if labels.shape != (batch,):
-            raise ValueError(f"labels: got shape {list(labels.shape)}, allowed is [{batch}]")
-        if labels.device.type == "cpu" and batch and not torch.compiler.is_compiling():
-            low, high = int(labels.min()), int(labels.max())
-            if low < 0 or high > self.num_classes:
-                raise ValueError(
-                    f"labels: got labels in [{low}, {high}], allowed is [0, {self.num_classes}]"
-                )
 
 
 class _BertEmbeddings(nn.Module):

@@ -12,6 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from titok_fast.layers import VectorQuantizer
+from titok_fast.models.checks import check_floating, check_tokens
 from titok_fast.models.pretrained import PretrainedModel, Release
 
 VQGAN_CODEBOOK_SIZE = 1024
@@ -233,28 +234,3 @@ class MaskGITVQGAN(PretrainedModel):
         z = z.to(self.decoder.conv_in.weight.dtype)
         images: Tensor = self.decoder(z).clamp(0, 1)  # [B, 3, H, W]
         return images
-
-
-def check_floating(name: str, value: Tensor) -> None:
-    """Raises TypeError unless value is a floating tensor."""
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        raise TypeError(f"{name}: got {_kind(value)}, allowed is a floating tensor")
-
-
-def check_tokens(name: str, value: Tensor, codebook_size: int, shape: str = "B, L") -> None:
-    """Raises unless value is [`shape`] int64 and, on the CPU, within the codebook."""
-    if not isinstance(value, Tensor) or value.dtype != torch.int64:
-        raise TypeError(f"{name}: got {_kind(value)}, allowed is an int64 tensor")
-    if value.ndim != shape.count(",") + 1:
-        raise ValueError(f"{name}: got shape {list(value.shape)}, allowed is [{shape}]")
-    # Reading values of a CUDA tensor would synchronise, and of a traced one break the graph.
-    if value.device.type == "cpu" and value.numel() and not torch.compiler.is_compiling():
-        low, high = int(value.min()), int(value.max())
-        if low < 0 or high >= codebook_size:
-            raise ValueError(
-                f"{name}: got tokens in [{low}, {high}], allowed is [0, {codebook_size - 1}]"
-            )
-
-
-def _kind(value: object) -> str:
-    return f"dtype {value.dtype}" if isinstance(value, Tensor) else type(value).__name__

@@ -14,13 +14,8 @@ from torch import Tensor, nn
 from titok_fast.layers import VectorQuantizer
 from titok_fast.models.accelerated import capture
 from titok_fast.models.blocks import ResidualAttentionBlock
-from titok_fast.models.maskgit_vqgan import (
-    VQGAN_CODEBOOK_SIZE,
-    VQGAN_CONFIG,
-    PixelDecoder,
-    check_floating,
-    check_tokens,
-)
+from titok_fast.models.checks import check_floating, check_tokens
+from titok_fast.models.maskgit_vqgan import VQGAN_CODEBOOK_SIZE, VQGAN_CONFIG, PixelDecoder
 from titok_fast.models.pretrained import PretrainedModel, Release
 
 _SIZES: Mapping[str, Mapping[str, int]] = {
