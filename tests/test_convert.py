@@ -178,9 +178,10 @@ STORAGE = (
 )
 
 
-def tensor_call(
-    function=name("torch._utils", "_rebuild_tensor_v2"), storage=STORAGE, shape=b"K\x02\x85"
-):
+REBUILD = name("torch._utils", "_rebuild_tensor_v2")
+
+
+def tensor_call(function=REBUILD, storage=STORAGE, shape=b"K\x02\x85"):
     """The opcodes of a float32 tensor [2]."""
     return function + b"(" + storage + b"K\x00" + shape + b"K\x01\x85\x89}tR"
 
@@ -254,7 +255,7 @@ HOSTILE = {
         name("collections", "OrderedDict") + b")R}" + text("items") + CALL + b"sb"
     ),
     "attribute of a class": entry(
-        tensor_call() + b"0" + name("torch._utils", "_rebuild_tensor_v2")
+        tensor_call() + b"0" + REBUILD
         + b"N}" + text("load") + CALL + b"s\x86b"
     ),
     "attribute of the ordered dict's class": entry(
@@ -355,7 +356,9 @@ def test_other_contents(tmp_path, contents, words):
 
 
 def test_inconsistent_archives(tmp_path):
-    def refused(words, data=entry(tensor_call()), **members):
+    sound = entry(tensor_call())
+
+    def refused(words, data=sound, **members):
         path = write_zip(tmp_path / "z.ckpt", assembled(data), **members)
         with pytest.raises(ValueError, match=words):
             read_checkpoint(path)
@@ -365,8 +368,8 @@ def test_inconsistent_archives(tmp_path):
     refused("not little-endian", data_0=bytes(8), byteorder=b"big")
     refused("out of bounds", data=entry(tensor_call(shape=b"K\x03\x85")), data_0=bytes(8))
     with zipfile.ZipFile(tmp_path / "z.ckpt", "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("archive/data.pkl", assembled(entry(tensor_call())))
-    with pytest.raises(ValueError, match="its data.pkl is compressed"):
+        archive.writestr("archive/data.pkl", assembled(sound))
+    with pytest.raises(ValueError, match=r"its data\.pkl is compressed"):
         read_checkpoint(tmp_path / "z.ckpt")
     with zipfile.ZipFile(tmp_path / "z.ckpt", "w") as archive:
         archive.writestr("archive/other", b"")
@@ -450,7 +453,7 @@ def test_released_files(tmp_path, state, monkeypatch):
     }
     assert IBQTokenizer.releases.keys() == names.keys()
     tiny = {}
-    for name, (repository, file) in names.items():
+    for name, (_, file) in names.items():
         release = IBQTokenizer.releases[name]
         assert release.config["n_embed"] == int(name.split("-")[1])
         tiny[name] = pretrained.Release(

@@ -33,16 +33,13 @@ def load_tokenizer(
     Args:
         path_or_hub_id: a name in `releases` of either, or as for `from_pretrained` a folder, a file
             or a repository on the Hugging Face Hub.
-        revision: branch, tag or commit of the Hub repository.
-        dtype: floating dtype of the network, see `cast`; None keeps that of the file.
-        device: device of the parameters; None is the CPU.
+        revision, dtype, device: as for `from_pretrained`.
 
     Returns:
         The model in evaluation mode.
 
     Raises:
-        FileNotFoundError: when the path, the repository, the weights or the configuration are
-            missing.
+        FileNotFoundError: as `from_pretrained`.
         ValueError: for a configuration of neither, and as `from_pretrained`.
     """
     weights, config = locate(path_or_hub_id, releases(TOKENIZERS), revision=revision)

@@ -244,7 +244,10 @@ def locate(
             return weights, known.config
     config_file = weights.with_name(CONFIG_FILE)
     if not config_file.exists():
-        raise FileNotFoundError(f"path_or_hub_id: no {CONFIG_FILE} beside {weights}")
+        raise FileNotFoundError(
+            f"path_or_hub_id: no {CONFIG_FILE} beside {weights}, whose name is not a release's; "
+            "titok-fast convert --model takes another model's configuration"
+        )
     return weights, _read_config(config_file)
 
 
