@@ -13,9 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.conformance import manifest
 from titok_fast.images import read_image
 from titok_fast.metrics import psnr, ssim
-from titok_fast.models import TiTok
+from titok_fast.models import IBQTokenizer, TiTok
 from titok_fast.tokens import TokenFile, fingerprint
 
 COMMAND = Path(sys.executable).with_name("titok-fast")
@@ -44,6 +45,17 @@ def vae(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vae")
     preprocessing = {"preprocessing": {"crop_size": 16}}
     TiTok({"model": {"vq_model": vq_model}, "dataset": preprocessing}).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ibq(tmp_path_factory):
+    """A folder with a small network of 70,000 codes, too many for 16 bits."""
+    folder = tmp_path_factory.mktemp("ibq")
+    torch.manual_seed(0)
+    IBQTokenizer(manifest("ibq_tokenizer_tiny")["config"] | {"n_embed": 70000}).save_pretrained(
+        folder
+    )
     return folder
 
 
@@ -132,6 +144,83 @@ def test_latents(titok_fast, pictures, vae, tmp_path):
     back = read_image(tmp_path / "out" / "wave001.png", 16)
     decoded = network.decode(torch.from_numpy(file.tokens[1:2]))[0]
     torch.testing.assert_close(back, decoded, rtol=0, atol=0.51 / 255)
+
+
+def crop(path, size):
+    return read_image(path, size, interpolation="bilinear")
+
+
+@pytest.mark.parametrize(("suffix", "size"), [(".npz", None), (".safetensors", 32)])
+def test_ibq_encode_and_decode(titok_fast, pictures, ibq, tmp_path, suffix, size):
+    tokens = tmp_path / f"tokens{suffix}"
+    options = () if size is None else ("--image-size", size)
+    result = titok_fast("encode", pictures, "-o", tokens, "--model", ibq, *options)
+    assert result.returncode == 0, result.err
+    file = TokenFile.load(tokens)
+    size = size or 64
+    assert file.tokens.dtype == np.int32 and file.tokens.shape == (8, size // 4, size // 4)
+    assert (file.codebook_size, file.image_size) == (70000, size)
+    network = IBQTokenizer.from_pretrained(ibq)
+    assert file.fingerprint == fingerprint(network)
+    expected = network.encode(torch.stack([crop(pictures / n, size) for n in file.image_ids]))
+    assert int(expected.max()) > 65535
+    np.testing.assert_array_equal(file.tokens, expected.numpy())
+
+    result = titok_fast("decode", tokens, "-o", tmp_path / "out", "--batch-size", 3)
+    assert result.returncode == 0, result.err
+    for name, image in zip(file.image_ids, network.decode(expected), strict=True):
+        back = read_image(tmp_path / "out" / name, size)
+        torch.testing.assert_close(back, image, rtol=0, atol=0.51 / 255)
+
+
+def test_ibq_resumes_with_the_same_size_only(titok_fast, pictures, ibq, tmp_path, monkeypatch):
+    command = ("encode", pictures, "-o", tmp_path / "t.npz", "--model", ibq, "--workers", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(TokenFile, "save", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+        assert titok_fast(*command).returncode == 2
+    refused = titok_fast(*command, "--image-size", 32)
+    assert refused.returncode == 2 and "image size None now 32" in refused.err
+    again = titok_fast(*command, "--image-size", 64)
+    assert again.returncode == 0 and "8 of 8 images were done before" in again.out
+
+
+def test_ibq_reconstruct_from_a_checkpoint(titok_fast, pictures, ibq, tmp_path):
+    network = IBQTokenizer.from_pretrained(ibq)
+    (tmp_path / "run").mkdir()
+    torch.save({"state_dict": network.state_dict()}, tmp_path / "run" / "last.ckpt")
+    (tmp_path / "run" / "config.json").write_bytes((ibq / "config.json").read_bytes())
+    file = pictures / "wave000.png"
+    result = titok_fast(
+        "reconstruct", file, "--model", tmp_path / "run" / "last.ckpt", "-o", tmp_path / "out",
+        "--image-size", 48,
+    )  # fmt: skip
+    assert result.returncode == 0, result.err
+    original = crop(file, 48)[None]
+    decoded = network.decode(network.encode(original))
+    assert f"{file}  {psnr(decoded, original)[0]:.2f} dB" in result.out
+    assert f"{np.log2(70000) / 16:.4g} bits per pixel" in result.out
+    with Image.open(tmp_path / "out" / "wave000.png") as picture:
+        assert picture.size == (2 * 48 + 2, 48)
+
+
+def test_what_a_tokenizer_does_not_take_is_one_line(titok_fast, pictures, model, ibq, tmp_path):
+    def refused(words, *arguments):
+        result = titok_fast(*arguments)
+        assert result.returncode == 2 and words in result.err, result.err
+        assert len(result.err.strip().splitlines()) == 1
+
+    image, output = pictures / "wave000.png", tmp_path / "o.npz"
+    for command in ("encode", "reconstruct"):
+        start = (command, image, "-o", output, "--image-size")
+        for size in (0, -4, 30):
+            words = f"--image-size: got {size}, allowed is a positive multiple of 4"
+            refused(words, *start, size, "--model", ibq)
+        refused("--image-size: got 64, allowed is 32", *start, 64, "--model", model)
+    refused(f"--model: {ibq} is not a TiTok", "inspect", image, "-o", "p.png", "--model", ibq)
+    titok_fast("encode", image, "-o", output, "--model", model)
+    refused("cannot be decoded with", "decode", output, "-o", tmp_path / "out", "--model", ibq)
+    assert titok_fast("encode", image, "-o", output, "--model", model, "--image-size", 32).out
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["o.npz", "pictures"]
 
 
 def test_tokens_depend_on_neither_batches_nor_workers(titok_fast, pictures, model, tmp_path):

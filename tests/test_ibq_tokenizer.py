@@ -1,10 +1,13 @@
 """IBQ's tokenizer against the official implementation."""
 
+import copy
+
 import pytest
 import torch
 
+import titok_fast
 from tests.conformance import expected, image, manifest, weights
-from titok_fast.models import IBQTokenizer
+from titok_fast.models import IBQTokenizer, TiTok
 from titok_fast.testing import relative_error
 
 
@@ -58,6 +61,31 @@ def test_saves_loads_and_runs_in_bfloat16(tiny, tmp_path):
     assert half.latents(images).dtype == torch.float32
     assert relative_error(half.latents(images), tiny.latents(images)) < 0.05
     assert half.decode(half.encode(images)).dtype == torch.bfloat16
+
+
+def test_compiled_blocks_agree_with_eager_ones(tiny):
+    images = image(32)[None]
+    latents, tokens = tiny.latents(images).detach(), tiny.encode(images)
+    model = copy.deepcopy(tiny)
+    assert titok_fast.compile(model) is model
+    assert list(model.state_dict()) == list(tiny.state_dict())
+    with torch.no_grad():
+        assert relative_error(model.latents(images), latents) < 1e-5
+    assert relative_error(model.decode(tokens), tiny.decode(tokens)) < 1e-4
+
+
+def test_loads_by_whichever_class_it_is(tiny, tmp_path):
+    tiny.save_pretrained(tmp_path)
+    model = titok_fast.load_tokenizer(tmp_path, dtype=torch.bfloat16)
+    assert isinstance(model, IBQTokenizer) and not model.training
+    assert model.post_quant_conv.weight.dtype == torch.bfloat16
+    assert model.config == tiny.config
+    assert isinstance(titok_fast.load_tokenizer("titok-digits"), TiTok)
+    (tmp_path / "config.json").write_text('{"n_embed": 4}')
+    with pytest.raises(ValueError, match=r"config: got keys n_embed, allowed .* ddconfig \(IBQ"):
+        titok_fast.load_tokenizer(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"or one of titok-s-128, .*, ibq-1024, "):
+        titok_fast.load_tokenizer("no-such-model")
 
 
 def test_trains(tiny):

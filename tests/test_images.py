@@ -1,6 +1,7 @@
 """Image files are found, read as the official evaluation reads them, and written whole."""
 
 import os
+import zlib
 
 import numpy as np
 import pytest
@@ -38,6 +39,52 @@ def test_resize_and_crop(picture, tmp_path):
     tall = picture.transpose(Image.Transpose.ROTATE_90)
     tall.save(tmp_path / "tall.png")
     assert read_image(tmp_path / "tall.png", 32).shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "size", "expected"),
+    [
+        (100, 60, 32, 2050577339),
+        (60, 100, 32, 1745667497),
+        (45, 64, 32, 486097423),
+        (64, 64, 32, 372641231),
+        (31, 50, 32, 1383057807),
+        (20, 13, 32, 1448888073),
+        (33, 3, 16, 1774466206),
+        (5, 300, 16, 46499282),
+        (640, 427, 256, 2655390290),
+    ],
+)
+def test_bilinear_is_that_of_opencv(tmp_path, width, height, size, expected):
+    """CRC-32 of what SmallestMaxSize and CenterCrop of albumentations 1.4.4 give, OpenCV 4.14."""
+    y, x = np.mgrid[0:height, 0:width]
+    pixels = np.stack([x * x + 3 * y, 7 * x * y, 5 * x + y * y // 3], -1).astype(np.uint8)
+    path = _saved(Image.fromarray(pixels), tmp_path / "a.png")
+    cropped = read_pixels(path, size, interpolation="bilinear")
+    assert zlib.crc32(cropped.permute(1, 2, 0).contiguous().numpy()) == expected
+    image = read_image(path, size, interpolation="bilinear")
+    assert torch.equal(image, to_float(cropped))
+
+
+def test_bilinear_is_near_the_exact_mean(picture, tmp_path):
+    path = _saved(picture, tmp_path / "a.png")
+    whole = torch.from_numpy(np.asarray(picture)).permute(2, 0, 1)[None].double()
+    exact = torch.nn.functional.interpolate(whole, size=(32, 53), mode="bilinear")[0, :, :, 10:42]
+    error = read_pixels(path, 32, interpolation="bilinear").double() - exact
+    assert float(error.abs().max()) < 1  # OpenCV truncates
+
+
+def test_interpolations_are_named(picture, tmp_path):
+    path = _saved(picture, tmp_path / "a.png")
+    words = "interpolation: got 'nearest', allowed are 'bicubic', 'bilinear'"
+    for call in (read_image, read_pixels):
+        with pytest.raises(ValueError, match=words):
+            call(path, 32, interpolation="nearest")
+    with pytest.raises(ValueError, match=words):
+        load_images([str(path)], 32, batch_size=1, interpolation="nearest")
+    (batch,) = load_images([str(path)], 32, batch_size=1, interpolation="bilinear")
+    assert torch.equal(batch.pixels[0], read_pixels(path, 32, interpolation="bilinear"))
+    assert not torch.equal(batch.pixels[0], read_pixels(path, 32))
 
 
 def test_modes(picture, tmp_path):

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from titok_fast.models import TiTok
+from tests.conformance import manifest
+from titok_fast.models import IBQTokenizer, TiTok
 from titok_fast.tokens import Parts, TokenFile, fingerprint
 
 SUFFIXES = [".npz", ".safetensors"]
@@ -73,6 +74,16 @@ def test_no_images(tmp_path, suffix):
     assert back.tokens.shape == (0, 2) and back.image_ids == []
 
 
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_tokens_on_a_grid(tmp_path, suffix):
+    tokens = np.array([[[0, 70000], [262143, 3]]] * 3)
+    path = tmp_path / f"tokens{suffix}"
+    token_file(tokens=tokens, codebook_size=262144).save(path)
+    back = TokenFile.load(path)
+    np.testing.assert_array_equal(back.tokens, tokens)
+    assert back.tokens.dtype == np.int32
+
+
 @pytest.mark.parametrize(("size", "dtype"), [(65536, np.uint16), (65537, np.int32)])
 def test_the_dtype_is_the_smallest_that_fits(size, dtype):
     file = token_file(tokens=np.array([[size - 1]] * 3), codebook_size=size)
@@ -99,7 +110,7 @@ def test_npz_opens_with_numpy_alone(tmp_path):
         ({"tokens": np.array([[0, 256]] * 3)}, ValueError, "got 0 to 256, allowed is 0 to 255"),
         ({"tokens": np.array([[-1, 0]] * 3)}, ValueError, "got -1 to 0"),
         ({"tokens": np.zeros((3, 2))}, TypeError, "float64, allowed are integers"),
-        ({"tokens": np.zeros(3, int)}, ValueError, r"shape \[3\], allowed is \[N, L\]"),
+        ({"tokens": np.zeros(3, int)}, ValueError, r"shape \[3\], allowed are \[N, L\] and"),
         ({"codebook_size": None}, TypeError, "int64, allowed are floating latents"),
         ({"tokens": np.full((3, 1, 1), np.nan), "codebook_size": None}, ValueError, "not finite"),
         ({"image_ids": IDS[:2]}, ValueError, "image_ids: got 2, allowed is one for each of 3"),
@@ -203,6 +214,25 @@ def test_the_fingerprint_is_that_of_the_encoder():
     for parameter in (model.latent_tokens, model.quantize.embedding.weight):
         with torch.no_grad():
             parameter.view(-1)[-1] += 1e-6
+        assert fingerprint(model) != name
+        name = fingerprint(model)
+
+
+def test_the_fingerprint_of_a_release_stays():
+    """Token files name it: with other digits, those of old versions could not be decoded."""
+    assert fingerprint(TiTok.from_pretrained("titok-digits")) == "99c7770553b25b57"
+
+
+def test_the_fingerprint_of_ibq_is_that_of_its_encoder():
+    model = IBQTokenizer.from_config(manifest("ibq_tokenizer_tiny")["config"])
+    name = fingerprint(model)
+    with torch.no_grad():
+        model.decoder.conv_in.bias.add_(1)
+        model.post_quant_conv.bias.add_(1)
+    assert fingerprint(model) == name
+    for part in (model.encoder.conv_in, model.quant_conv, model.quantize.embedding):
+        with torch.no_grad():
+            part.weight.view(-1)[-1] += 1
         assert fingerprint(model) != name
         name = fingerprint(model)
 

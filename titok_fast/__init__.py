@@ -3,7 +3,15 @@
 __version__ = "0.1.0"
 
 from titok_fast.layers import IndexPropagationQuantize, VectorQuantizer, accelerate, ibq_quantize
-from titok_fast.models import IBQTokenizer, MaskGIT, MaskGITVQGAN, TiTok, compile, generate
+from titok_fast.models import (
+    IBQTokenizer,
+    MaskGIT,
+    MaskGITVQGAN,
+    TiTok,
+    compile,
+    generate,
+    load_tokenizer,
+)
 from titok_fast.ops import attention, index_propagation, maskgit_step, nearest_code
 
 __all__ = [
@@ -20,6 +28,7 @@ __all__ = [
     "generate",
     "ibq_quantize",
     "index_propagation",
+    "load_tokenizer",
     "maskgit_step",
     "nearest_code",
 ]

@@ -6,9 +6,10 @@ import signal
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from titok_fast._files import replacing
 
 _KINDS = "avif bmp gif jp2 jpeg jpg pgm png pnm ppm tif tiff webp"
+Pixels = npt.NDArray[Any]
 IMAGE_SUFFIXES = frozenset(f".{kind}" for kind in _KINDS.split(" "))
 
 
@@ -108,6 +110,7 @@ def load_images(
     size: int,
     *,
     batch_size: int,
+    interpolation: str = "bicubic",
     workers: int = 0,
     pin_memory: bool = False,
 ) -> Iterator[ImageBatch]:
@@ -120,6 +123,7 @@ def load_images(
         paths: of image files.
         size: side of the images in pixels.
         batch_size: files of a batch; the last may have fewer.
+        interpolation: as for `read_image`.
         workers: number of processes; 0 reads in this one.
         pin_memory: put the pixels in memory from which copies to a GPU are asynchronous.
 
@@ -127,13 +131,15 @@ def load_images(
         Batches in the order of the paths, one without images included.
 
     Raises:
+        ValueError: for an unknown interpolation.
         RuntimeError: when a worker process dies.
     """
+    _check_interpolation(interpolation)
     # The others start in seconds; a worker touches neither CUDA nor this process's threads.
     context = "fork" if workers and sys.platform == "linux" else None
     return iter(
         DataLoader(
-            _ImageFiles(paths, size),
+            _ImageFiles(paths, size, interpolation),
             batch_size=batch_size,
             num_workers=workers,
             collate_fn=_collate,
@@ -145,16 +151,19 @@ def load_images(
 
 
 class _ImageFiles(Dataset[tuple[int, Tensor | str]]):
-    def __init__(self, paths: Sequence[str], size: int) -> None:
+    def __init__(self, paths: Sequence[str], size: int, interpolation: str) -> None:
         self.paths = paths
         self.size = size
+        self.interpolation = interpolation
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[int, Tensor | str]:
         try:
-            return index, read_pixels(self.paths[index], self.size)
+            return index, read_pixels(
+                self.paths[index], self.size, interpolation=self.interpolation
+            )
         except OSError as error:
             return index, str(error)
 
@@ -173,38 +182,54 @@ def _ignore_interrupt(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def read_image(path: str | os.PathLike[str], size: int) -> Tensor:
-    """Read an image file: shorter edge to `size` (bicubic, antialiased), centre crop.
+def read_image(
+    path: str | os.PathLike[str], size: int, *, interpolation: str = "bicubic"
+) -> Tensor:
+    """Read an image file: shorter edge to `size`, centre crop.
 
     EXIF rotation is applied, transparency is laid over white, 16-bit grey keeps its range.
 
     Args:
         path: of a file that Pillow reads.
         size: side of the result in pixels.
+        interpolation: "bicubic", antialiased, the evaluation of TiTok (arXiv 2406.07550, section
+            4.1); or "bilinear", not antialiased, that of IBQ (arXiv 2412.02692, section 4.1): the
+            pixels are those of albumentations with OpenCV, to the bit.
 
     Returns:
         [3, size, size] float32 in [0, 1].
 
     Raises:
         OSError: the file is missing or is not a readable image; the message names it.
-
-    Source: the evaluation of TiTok (arXiv 2406.07550, section 4.1).
+        ValueError: for an unknown interpolation.
     """
-    return to_float(read_pixels(path, size))
+    return to_float(read_pixels(path, size, interpolation=interpolation))
 
 
-def read_pixels(path: str | os.PathLike[str], size: int) -> Tensor:
+def read_pixels(
+    path: str | os.PathLike[str], size: int, *, interpolation: str = "bicubic"
+) -> Tensor:
     """As `read_image`, but in 8 bits: [3, size, size] uint8."""
+    _check_interpolation(interpolation)
     try:
         with Image.open(path) as file:
-            image = _resized(_to_rgb(ImageOps.exif_transpose(file)), size)
+            image = _to_rgb(ImageOps.exif_transpose(file))
+            pixels = _INTERPOLATIONS[interpolation](image, size)
     except Exception as error:  # on a corrupt file Pillow's decoders raise whatever they run into
         reason = " ".join(str(error).split()) or type(error).__name__
         raise OSError(f"{os.fspath(path)}: not a readable image ({reason})") from error
-    return torch.from_numpy(np.array(image).transpose(2, 0, 1).copy())
+    return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
 
 
-def _resized(image: Image.Image, size: int) -> Image.Image:
+def _check_interpolation(interpolation: str) -> None:
+    if interpolation not in _INTERPOLATIONS:
+        raise ValueError(
+            f"interpolation: got {interpolation!r}, allowed are "
+            f"{', '.join(map(repr, _INTERPOLATIONS))}"
+        )
+
+
+def _bicubic(image: Image.Image, size: int) -> Pixels:
     width, height = image.size
     scale = size / min(width, height)
     # The official resize truncates the longer edge.
@@ -214,7 +239,35 @@ def _resized(image: Image.Image, size: int) -> Image.Image:
         raise ValueError(f"{width} x {height} would be resized to {wide[0]} x {wide[1]}")
     image = image.resize(wide, Image.Resampling.BICUBIC)
     left, top = round((wide[0] - size) / 2), round((wide[1] - size) / 2)
-    return image.crop((left, top, left + size, top + size))
+    return np.array(image.crop((left, top, left + size, top + size)))
+
+
+def _bilinear(image: Image.Image, size: int) -> Pixels:
+    # OpenCV's fixed-point arithmetic: weights of 11 bits, then 4, 16 and 2 bits are dropped.
+    pixels = np.asarray(image)  # [H, W, 3]
+    shorter = min(image.size)
+    (left, right), across = _neighbours(image.width, shorter, size)
+    rows, down = _neighbours(image.height, shorter, size)
+    total = np.full((size, size, 3), 2, np.int32)
+    for row, weight in zip(rows, down, strict=True):
+        near = pixels[np.ix_(row, left)] * across[0][:, None]
+        near += pixels[np.ix_(row, right)] * across[1][:, None]  # [size, size, 3]
+        total += (near >> 4) * weight[:, None, None] >> 16
+    return (total >> 2).astype(np.uint8)
+
+
+def _neighbours(edge: int, shorter: int, size: int) -> tuple[Pixels, Pixels]:
+    """For each place of the crop the two pixels beside it, and 2,048 times their weights."""
+    length = round(edge * (size / shorter))
+    places = np.arange(size) + (length - size) // 2 + 0.5
+    places = (places * (1 / (length / edge)) - 0.5).astype(np.float32)
+    first = np.floor(places)
+    weights = np.stack([1 - (places - first), places - first]) * np.float32(2048)
+    pixels = np.stack([first, first + 1]).clip(0, edge - 1).astype(np.int64)
+    return pixels, np.rint(weights).astype(np.int32)  # each [2, size]
+
+
+_INTERPOLATIONS = {"bicubic": _bicubic, "bilinear": _bilinear}
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from titok_fast._files import replacing
-from titok_fast.models import TiTok
+from titok_fast.models import TiTok, Tokenizer
 
 FORMAT = "titok_fast.tokens"
 VERSION = 1
@@ -33,8 +33,9 @@ class TokenFile:
     """The tokens of N images, and where they come from.
 
     Attributes:
-        tokens: [N, L] codes, uint16 up to a codebook of 65,536 and int32 above (any integer dtype
-            is taken and converted); for a VAE variant latents [N, L, C] float32.
+        tokens: [N, L] codes, or [N, h, w] where they lie on a grid, uint16 up to
+            a codebook of 65,536 and int32 above (any integer dtype is taken and converted); for a
+            VAE variant latents [N, L, C] float32.
         image_ids: N names; see `titok_fast.images.ImageFile`.
         model: name, folder or Hub id of the model.
         fingerprint: of its weights, from `fingerprint`.
@@ -184,8 +185,10 @@ def _check_tokens(tokens: Array, codebook_size: int | None) -> None:
         return
     if tokens.dtype.kind not in "iu":
         raise TypeError(f"tokens: got dtype {tokens.dtype}, allowed are integers")
-    if tokens.ndim != 2:
-        raise ValueError(f"tokens: got shape {list(tokens.shape)}, allowed is [N, L]")
+    if tokens.ndim not in (2, 3):
+        raise ValueError(
+            f"tokens: got shape {list(tokens.shape)}, allowed are [N, L] and [N, h, w]"
+        )
     if tokens.size and not 0 <= tokens.min() <= tokens.max() < codebook_size:
         raise ValueError(
             f"tokens: got {tokens.min()} to {tokens.max()}, allowed is 0 to {codebook_size - 1}"
@@ -231,8 +234,8 @@ def check_suffix(path: Path) -> None:
         raise ValueError(f"{path}: got suffix {path.suffix!r}, allowed are .npz and .safetensors")
 
 
-def fingerprint(model: TiTok) -> str:
-    """A name for the weights that decide what a token means: encoder, latent tokens, codebook.
+def fingerprint(model: Tokenizer) -> str:
+    """A name for the weights that decide what a token means: all before the codebook, and it.
 
     Models that differ in the decoder alone share it, since they can decode each other's tokens.
 
@@ -242,11 +245,15 @@ def fingerprint(model: TiTok) -> str:
     Returns:
         16 hexadecimal digits.
     """
-    digest = hashlib.sha256(f"{model.image_size} {model.is_legacy}".encode())
-    if model.quantize_mode == "vq":
-        digest.update(f"{model.quantize.use_l2_norm}".encode())
+    if isinstance(model, TiTok):
+        kind, first = f"{model.image_size} {model.is_legacy}", "latent_tokens"
+        if model.quantize_mode == "vq":
+            kind += f"{model.quantize.use_l2_norm}"
+    else:
+        kind, first = f"IBQTokenizer {model.stride}", "quant_conv."
+    digest = hashlib.sha256(kind.encode())
     for name, tensor in model.state_dict().items():
-        if name.startswith(("latent_tokens", "encoder.", "quantize.embedding.")):
+        if name.startswith((first, "encoder.", "quantize.embedding.")):
             digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]

@@ -25,7 +25,8 @@ from rich.text import Text
 from torch import Tensor
 
 from titok_fast.images import ImageBatch, load_images, to_float, write_png
-from titok_fast.models import TiTok
+from titok_fast.models import IBQTokenizer, Tokenizer, load_tokenizer
+from titok_fast.models.auto import TOKENIZERS, releases
 from titok_fast.tokens import fingerprint
 
 out = Console()
@@ -46,6 +47,10 @@ Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto takes a GPU.")]
 Dtype = Annotated[str, typer.Option(help="Of the network: float32, bfloat16 or float16.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images at a time.")]
+ImageSize = Annotated[
+    int | None,
+    typer.Option(help="Side in pixels; IBQ takes any multiple of 16.", show_default="the model's"),
+]
 Workers = Annotated[
     int | None,
     typer.Option(
@@ -73,33 +78,48 @@ class Network:
         name: a release, an absolute path or a Hub id.
         revision: as given.
         fingerprint: of the stored weights.
+        image_size: side of the images in pixels.
         device: of the model.
         dtype: of the model.
     """
 
-    model: TiTok
+    model: Tokenizer
     name: str
     revision: str | None
     fingerprint: str
+    image_size: int
     device: torch.device
     dtype: torch.dtype
 
     @classmethod
-    def load(cls, source: str, revision: str | None, device: str, dtype: str) -> "Network":
+    def load(
+        cls,
+        source: str,
+        revision: str | None,
+        device: str,
+        dtype: str,
+        image_size: int | None = None,
+    ) -> "Network":
         """Load the model that the options name."""
         place, kind = _device(device), _dtype(dtype)
-        model = TiTok.from_pretrained(source, revision=revision)
+        model = load_tokenizer(source, revision=revision)
+        size = _image_size(model, image_size)
         name = source
-        if source not in TiTok.releases and Path(source).expanduser().exists():
+        if source not in releases(TOKENIZERS) and Path(source).expanduser().exists():
             name = str(Path(source).expanduser().resolve())
         mark = fingerprint(model)
-        return cls(model.to(place).cast(kind), name, revision, mark, place, kind)
+        return cls(model.to(place).cast(kind), name, revision, mark, size, place, kind)
 
     def images(self, paths: Sequence[str], batch_size: int, workers: int) -> Iterator[ImageBatch]:
         """Batches of the images, read ahead."""
         gpu = self.device.type == "cuda"
         return load_images(
-            paths, self.model.image_size, batch_size=batch_size, workers=workers, pin_memory=gpu
+            paths,
+            self.image_size,
+            batch_size=batch_size,
+            interpolation=self.model.interpolation,
+            workers=workers,
+            pin_memory=gpu,
         )
 
     def to_device(self, pixels: Tensor) -> Tensor:
@@ -234,6 +254,17 @@ class PngWriter:
     def _wait(self) -> None:
         for future in self._pending:
             future.result()
+
+
+def _image_size(model: Tokenizer, size: int | None) -> int:
+    """The side of the images: what the option says, if the model takes it."""
+    if size is None:
+        return model.image_size
+    stride = model.stride if isinstance(model, IBQTokenizer) else None
+    if size < 1 or (size % stride if stride else size != model.image_size):
+        allowed = f"a positive multiple of {stride}" if stride else f"{model.image_size}"
+        raise ValueError(f"--image-size: got {size}, allowed is {allowed}")
+    return size
 
 
 def _device(name: str) -> torch.device:

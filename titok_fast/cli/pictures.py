@@ -17,6 +17,7 @@ from titok_fast.cli.common import (
     Device,
     Dtype,
     Folder,
+    ImageSize,
     Model,
     Network,
     Paths,
@@ -40,22 +41,26 @@ def reconstruct(
     revision: Revision = None,
     device: Device = "auto",
     dtype: Dtype = "float32",
+    image_size: ImageSize = None,
     batch_size: BatchSize = 16,
     workers: Workers = None,
 ) -> None:
     """Encode and decode images: a picture of each beside its reconstruction, PSNR and SSIM."""
     files = find_images(paths)
-    network = Network.load(model, revision, device, dtype)
+    network = Network.load(model, revision, device, dtype, image_size)
     names = png_names(file.image_id for file in files)
     workers = default_workers(workers, network.device)
     values: list[tuple[float, float]] = []
+    density = 0.0
     with Counter("reconstruct", len(files)) as counter, PngWriter(workers) as writer:
         for batch in network.images([file.path for file in files], batch_size, workers):
             counter.skip(batch.errors)
             if not batch.indices:
                 continue
             originals = network.to_device(batch.pixels)
-            decoded = network.model.decode(network.encode(originals, batch_size)).float()
+            tokens = network.encode(originals, batch_size)
+            density = _bits_per_pixel(network, tokens[0])
+            decoded = network.model.decode(tokens).float()
             quality = list(
                 zip(psnr(decoded, originals).tolist(), ssim(decoded, originals).tolist(),
                     strict=True)
@@ -72,7 +77,7 @@ def reconstruct(
         means = [sum(column) / len(values) for column in zip(*values, strict=True)]
         say(
             f"{len(values)} images to {output}: mean PSNR {means[0]:.2f} dB, mean SSIM "
-            f"{means[1]:.4f}, {_bits_per_pixel(network.model):.4g} bits per pixel, {counter.speed}"
+            f"{means[1]:.4f}, {density:.4g} bits per pixel, {counter.speed}"
         )
     counter.finish()
 
@@ -93,27 +98,28 @@ def inspect(
     if output.suffix != ".png":
         raise ValueError(f"--output: got suffix {output.suffix!r}, allowed is .png")
     network = Network.load(model, revision, device, dtype)
-    images = network.to_device(read_pixels(image, network.model.image_size)[None])
+    tokenizer = network.model
+    if not isinstance(tokenizer, TiTok):
+        raise ValueError(f"--model: {network.name} is not a TiTok, which inspect draws")
+    images = network.to_device(read_pixels(image, network.image_size)[None])
     tokens = network.encode(images, 1)[0]
-    changes = token_changes(network.model, tokens, replacement=replacement, batch_size=batch_size)
+    changes = token_changes(tokenizer, tokens, replacement=replacement, batch_size=batch_size)
     quality = float(psnr(changes.reconstruction[None], images.cpu()))
     title = (
         f"{image.name} as {len(tokens)} tokens of {Path(network.name).name}: "
-        f"{_bits_per_pixel(network.model):.4g} bits per pixel, PSNR {quality:.1f} dB"
+        f"{_bits_per_pixel(network, tokens):.4g} bits per pixel, PSNR {quality:.1f} dB"
     )
-    labels = _labels(network.model, tokens, changes.replacements, replacement)
+    labels = _labels(tokenizer, tokens, changes.replacements, replacement)
     with replacing(output) as temporary:
         draw(images[0].cpu(), changes, labels, title).save(temporary, format="PNG")
     say(f"{image} to {output}")
 
 
-def _bits_per_pixel(model: TiTok) -> float:
-    """Size of the tokens, or of float32 latents, for each pixel of the image."""
-    if model.codebook_size is None:
-        bits = 32.0 * model.token_size
-    else:
-        bits = math.log2(model.codebook_size)
-    return model.num_latent_tokens * bits / model.image_size**2
+def _bits_per_pixel(network: Network, tokens: Tensor) -> float:
+    """Size of an image's tokens, or of its float32 latents, for each of its pixels."""
+    codebook_size = network.model.codebook_size
+    bits = 32.0 if codebook_size is None else math.log2(codebook_size)
+    return tokens.numel() * bits / network.image_size**2
 
 
 def _labels(

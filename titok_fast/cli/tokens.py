@@ -17,6 +17,7 @@ from titok_fast.cli.common import (
     Device,
     Dtype,
     Folder,
+    ImageSize,
     Model,
     Network,
     Paths,
@@ -40,13 +41,14 @@ def encode(
     revision: Revision = None,
     device: Device = "auto",
     dtype: Dtype = "float32",
+    image_size: ImageSize = None,
     batch_size: BatchSize = 16,
     workers: Workers = None,
 ) -> None:
     """Turn images into a token file; the same command finishes what an interrupted one began."""
     check_suffix(output)
     files = find_images(paths)
-    network = Network.load(model, revision, device, dtype)
+    network = Network.load(model, revision, device, dtype, image_size)
     parts = Parts(
         output,
         {
@@ -55,6 +57,7 @@ def encode(
             "weights": network.fingerprint,
             "device": network.device.type,
             "dtype": dtype,
+            "image size": None if network.image_size == network.model.image_size else image_size,
             # On a GPU the last bits of a latent can depend on it.
             "batch size": batch_size if network.device.type == "cuda" else None,
             "images": hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16],
@@ -94,7 +97,7 @@ def _token_file(
         image_ids=[files[i].image_id for i in kept],
         model=network.name,
         fingerprint=network.fingerprint,
-        image_size=network.model.image_size,
+        image_size=network.image_size,
         codebook_size=network.model.codebook_size,
         revision=network.revision,
         labels=np.array(labels)[kept] if class_names else None,

@@ -1,6 +1,7 @@
 """Models with the official parameter names: from images to tokens and back."""
 
 from titok_fast.models.accelerated import compile
+from titok_fast.models.auto import Tokenizer, load_tokenizer
 from titok_fast.models.generate import generate
 from titok_fast.models.ibq import IBQTokenizer
 from titok_fast.models.maskgit import MaskGIT, Sampling
@@ -17,6 +18,8 @@ __all__ = [
     "Release",
     "Sampling",
     "TiTok",
+    "Tokenizer",
     "compile",
     "generate",
+    "load_tokenizer",
 ]

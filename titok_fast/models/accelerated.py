@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from titok_fast.models.blocks import BertBlock, ResidualAttentionBlock, UViTBlock
+from titok_fast.models.ibq import ResidualBlock
 from titok_fast.models.maskgit_vqgan import ResnetBlock
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -29,10 +30,10 @@ def compile(model: Model) -> Model:
     Raises:
         ValueError: when the module has none of the blocks.
     """
-    kinds = (BertBlock, ResidualAttentionBlock, ResnetBlock, UViTBlock)
+    kinds = (BertBlock, ResidualAttentionBlock, ResidualBlock, ResnetBlock, UViTBlock)
     blocks = [module for module in model.modules() if isinstance(module, kinds)]
     if not blocks:
-        raise ValueError(f"model: {type(model).__name__} has no block of titok_fast.models.blocks")
+        raise ValueError(f"model: {type(model).__name__} has no block of a model of titok_fast")
     for block in blocks:
         block.compile()
     return model

@@ -29,8 +29,14 @@ _DDCONFIG = {
 }
 
 
-def _config(num_codes: int) -> Mapping[str, Any]:
-    return {"n_embed": num_codes, "embed_dim": 256, "ddconfig": _DDCONFIG}
+def _release(num_codes: int, *, pretrain: bool = False) -> Release:
+    name = f"IBQ_pretrain_{num_codes}.ckpt" if pretrain else f"imagenet256_{num_codes}.ckpt"
+    return Release(
+        {"n_embed": num_codes, "embed_dim": 256, "ddconfig": _DDCONFIG},
+        hub_id=f"TencentARC/IBQ-Tokenizer-{num_codes}{'-Pretrain' if pretrain else ''}",
+        hub_file=name,
+        checkpoint=name,
+    )
 
 
 class ResidualBlock(nn.Module):
@@ -211,8 +217,10 @@ class IBQTokenizer(PretrainedModel):
             keys of the official model (`entropy_temperature` and so on) go to the quantizer.
 
     Attributes:
+        image_size: height and width in pixels of the images it was trained on.
         stride: pixels of a token's side.
         codebook_size: number of codes.
+        interpolation: how the official evaluation resizes images, see `titok_fast.images`.
 
     Raises:
         ValueError: when a key is missing.
@@ -221,11 +229,18 @@ class IBQTokenizer(PretrainedModel):
     full_precision = ("quant_conv", "quantize")
 
     releases: ClassVar[Mapping[str, Release]] = {
-        "ibq-1024": Release(_config(1024)),
-        "ibq-8192": Release(_config(8192)),
-        "ibq-16384": Release(_config(16384)),
-        "ibq-262144": Release(_config(262144)),
+        "ibq-1024": _release(1024),
+        "ibq-8192": _release(8192),
+        "ibq-16384": _release(16384),
+        "ibq-262144": _release(262144),
+        "ibq-16384-pretrain": _release(16384, pretrain=True),
+        "ibq-262144-pretrain": _release(262144, pretrain=True),
     }
+    config_key = "ddconfig"
+    # A file of the autoregressive model holds its tokenizer as well.
+    checkpoint_prefixes = ("", "first_stage_model.")
+    checkpoint_ignored = ("loss.*",)
+    interpolation = "bilinear"
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__(config)
@@ -242,6 +257,7 @@ class IBQTokenizer(PretrainedModel):
         )
         self.quant_conv = nn.Conv2d(layers["z_channels"], width, 1)
         self.post_quant_conv = nn.Conv2d(width, layers["z_channels"], 1)
+        self.image_size: int = layers["resolution"]
         self.stride: int = 2 ** (len(layers["ch_mult"]) - 1)
         self.codebook_size: int = config["n_embed"]
 

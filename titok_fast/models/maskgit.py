@@ -218,6 +218,7 @@ class MaskGIT(PretrainedModel):
             _DIGITS, folder=Path(__file__).parent / "data" / "maskgit-digits"
         ),
     }  # fmt: skip
+    config_key = "model.generator"
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__(config)

@@ -165,6 +165,7 @@ class MaskGITVQGAN(PretrainedModel):
     }
 
     full_precision = ("encoder.conv_out", "quantize")
+    config_key = "channel_mult"
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__(config)

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from titok_fast._files import replacing
+from titok_fast.models.convert import naming, read_checkpoint, select
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -26,6 +25,8 @@ if TYPE_CHECKING:
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 OLD_WEIGHTS_FILE = "pytorch_model.bin"
+
+Model = TypeVar("Model", bound="PretrainedModel")
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,11 @@ class PretrainedModel(nn.Module):
     `full_precision` names the submodules that stay float32 when the rest is 16-bit: those that make
     latents and search codes, where rounding would change tokens.
 
+    `config_key` is the key, with dots between levels, that tells its configurations from those of
+    other models. In a checkpoint that Lightning wrote, the model's names may have one of
+    `checkpoint_prefixes`; names after it that match a pattern of `checkpoint_ignored` are not the
+    model's.
+
     Attributes:
         config: the configuration as plain dicts and lists; keys that the model does not use are
             kept and saved.
@@ -63,6 +69,9 @@ class PretrainedModel(nn.Module):
 
     releases: ClassVar[Mapping[str, Release]]
     full_precision: ClassVar[tuple[str, ...]] = ()
+    config_key: ClassVar[str]
+    checkpoint_prefixes: ClassVar[tuple[str, ...]] = ("",)
+    checkpoint_ignored: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
@@ -101,6 +110,7 @@ class PretrainedModel(nn.Module):
         cls,
         path_or_hub_id: str | os.PathLike[str],
         *,
+        config: str | Mapping[str, Any] | None = None,
         revision: str | None = None,
         dtype: torch.dtype | None = None,
         device: str | torch.device | None = None,
@@ -112,10 +122,13 @@ class PretrainedModel(nn.Module):
 
                 - a name in `releases`;
                 - a folder with `config.json` and `model.safetensors`, or the older
-                  `pytorch_model.bin` or a single other `.bin` file;
-                - a `.safetensors` or `.bin` file; a file with the name of an official checkpoint
-                  gets that model's configuration, any other needs `config.json` beside it;
+                  `pytorch_model.bin` or a single other `.bin` or `.ckpt` file;
+                - a `.safetensors` file, or one that `torch.save` or Lightning wrote, of which
+                  averages of the weights are preferred; a file with the name of an official
+                  checkpoint gets that model's configuration, any other needs `config.json` beside
+                  it or `config`;
                 - `owner/name`, a repository on the Hugging Face Hub.
+            config: a name in `releases` or a mapping, instead of the weights' own configuration.
             revision: branch, tag or commit of the Hub repository.
             dtype: floating dtype of the network, see `cast`; None keeps that of the file.
             device: device of the parameters; None is the CPU.
@@ -127,13 +140,11 @@ class PretrainedModel(nn.Module):
             FileNotFoundError: when the path, the repository, the weights or the configuration are
                 missing.
             ValueError: for weights whose names or shapes are not exactly the model's, an unreadable
-                file, a model that was never released, or a revision without a Hub repository.
+                file, a model that was never released, an unknown configuration, or a revision
+                without a Hub repository.
         """
-        weights, config = cls._locate(path_or_hub_id, revision)
-        state = _read_weights(weights)
-        with torch.device("meta"):
-            model = cls(config)
-        _load_strict(model, state, weights)
+        weights, config = locate(path_or_hub_id, cls.releases, revision=revision, config=config)
+        model, _ = load_weights(cls, weights, config)
         model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         return (model if dtype is None else model.cast(dtype)).eval()
 
@@ -173,45 +184,108 @@ class PretrainedModel(nn.Module):
         with replacing(folder / CONFIG_FILE) as temporary:
             temporary.write_text(json.dumps(self.config, indent=2) + "\n", encoding="utf-8")
 
-    @classmethod
-    def _locate(
-        cls, source: str | os.PathLike[str], revision: str | None
-    ) -> tuple[Path, Mapping[str, Any]]:
-        """The weight file of a source, downloaded if need be, and the configuration."""
-        name = os.fspath(source)
-        release = cls.releases.get(name)
-        if release is not None and release.folder is None:
-            if release.hub_id is None:
-                raise ValueError(
-                    f"path_or_hub_id: the weights of {name} were never released, "
-                    f"{cls.__name__}.from_config({name!r}) builds it untrained"
-                )
-            return _download(release.hub_id, [release.hub_file], revision), release.config
 
-        path = (
-            Path(name).expanduser() if release is None or release.folder is None else release.folder
-        )
-        if release is None and not path.exists() and _is_hub_id(name):
-            config_file = _download(name, [CONFIG_FILE], revision)
-            weights = _download(name, [WEIGHTS_FILE, OLD_WEIGHTS_FILE], revision)
-            return weights, _read_config(config_file)
-        if revision is not None:
-            raise ValueError(f"revision: {revision!r} applies to a Hub repository, not to {path}")
-        if not path.exists():
-            hint = (
-                "this installation lacks its weights"
-                if release is not None
-                else f"and it is not a Hub id or one of {', '.join(cls.releases)}"
+def locate(
+    path_or_hub_id: str | os.PathLike[str],
+    releases: Mapping[str, Release],
+    *,
+    revision: str | None = None,
+    config: str | Mapping[str, Any] | None = None,
+) -> tuple[Path, Mapping[str, Any]]:
+    """The weight file of a source, downloaded if need be, and the configuration.
+
+    Args:
+        path_or_hub_id: as for `PretrainedModel.from_pretrained`.
+        releases: the names that are known.
+        revision: branch, tag or commit of the Hub repository.
+        config: a name in `releases` or a mapping, instead of the weights' own configuration.
+
+    Raises:
+        FileNotFoundError, ValueError: as `PretrainedModel.from_pretrained`.
+    """
+    name = os.fspath(path_or_hub_id)
+    if isinstance(config, str):
+        if config not in releases:
+            raise ValueError(f"config: {config!r} is not one of {', '.join(releases)}")
+        config = releases[config].config
+    release = releases.get(name)
+    if release is not None and release.folder is None:
+        if release.hub_id is None:
+            raise ValueError(
+                f"path_or_hub_id: the weights of {name} were never released, "
+                f"from_config({name!r}) builds it untrained"
             )
-            raise FileNotFoundError(f"path_or_hub_id: {path} does not exist, {hint}")
-        weights = _weights_in(path) if path.is_dir() else path
-        for known in cls.releases.values():
-            if known.checkpoint == weights.name:
-                return weights, known.config
-        config_file = weights.with_name(CONFIG_FILE)
-        if not config_file.exists():
-            raise FileNotFoundError(f"path_or_hub_id: no {CONFIG_FILE} beside {weights}")
-        return weights, _read_config(config_file)
+        weights = _download(release.hub_id, [release.hub_file], revision)
+        return weights, release.config if config is None else config
+
+    path = Path(name).expanduser() if release is None or release.folder is None else release.folder
+    if release is None and not path.exists() and _is_hub_id(name):
+        for known in releases.values():  # repositories that hold a checkpoint alone
+            if known.hub_id == name and known.hub_file != WEIGHTS_FILE:
+                weights = _download(name, [known.hub_file], revision)
+                return weights, known.config if config is None else config
+        if config is None:
+            config = _read_config(_download(name, [CONFIG_FILE], revision))
+        return _download(name, [WEIGHTS_FILE, OLD_WEIGHTS_FILE], revision), config
+    if revision is not None:
+        raise ValueError(f"revision: {revision!r} applies to a Hub repository, not to {path}")
+    if not path.exists():
+        hint = (
+            "this installation lacks its weights"
+            if release is not None
+            else f"and it is not a Hub id or one of {', '.join(releases)}"
+        )
+        raise FileNotFoundError(f"path_or_hub_id: {path} does not exist, {hint}")
+    weights = _weights_in(path) if path.is_dir() else path
+    if config is not None:
+        return weights, config
+    for known in releases.values():
+        if known.checkpoint == weights.name:
+            return weights, known.config
+    config_file = weights.with_name(CONFIG_FILE)
+    if not config_file.exists():
+        raise FileNotFoundError(
+            f"path_or_hub_id: no {CONFIG_FILE} beside {weights}, whose name is not a release's; "
+            "titok-fast convert --model takes another model's configuration"
+        )
+    return weights, _read_config(config_file)
+
+
+def load_weights(
+    model_class: type[Model], weights: Path, config: Mapping[str, Any]
+) -> tuple[Model, dict[str, str]]:
+    """A model with the weights of a file.
+
+    Args:
+        model_class: of the model.
+        weights: a `.safetensors` file, or what `read_checkpoint` reads.
+        config: of the model.
+
+    Returns:
+        The model on the CPU in training mode, and {its names: those in the file}.
+
+    Raises:
+        ValueError: for an unreadable file, names or shapes that are not exactly the model's, or an
+            unusable configuration.
+    """
+    with torch.device("meta"):
+        model = model_class(config)
+    expected = model.state_dict()
+    sources: dict[str, str] = {}
+
+    def choose(names: Sequence[str]) -> Mapping[str, str]:
+        prefixes, ignored = model_class.checkpoint_prefixes, model_class.checkpoint_ignored
+        sources.update(select(names, expected, prefixes, ignored))
+        return sources
+
+    if weights.suffix == ".safetensors":
+        with naming(weights):
+            state = load_file(weights)
+        sources.update({name: name for name in state})
+    else:
+        state = read_checkpoint(weights, choose)
+    _load_strict(model, state, weights)
+    return model, sources
 
 
 def _plain(value: Any) -> Any:
@@ -246,11 +320,11 @@ def _weights_in(folder: Path) -> Path:
     for name in (WEIGHTS_FILE, OLD_WEIGHTS_FILE):
         if (folder / name).exists():
             return folder / name
-    others = sorted(folder.glob("*.bin"))
+    others = sorted([*folder.glob("*.bin"), *folder.glob("*.ckpt")])
     if len(others) != 1:
         raise FileNotFoundError(
             f"path_or_hub_id: {folder} holds neither {WEIGHTS_FILE} nor {OLD_WEIGHTS_FILE} nor a "
-            f"single .bin file ({len(others)} found)"
+            f"single .bin or .ckpt file ({len(others)} found)"
         )
     return others[0]
 
@@ -265,22 +339,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(
-            f"path_or_hub_id: {path} is not a readable weight file: {reason}"
-        ) from error
-    if not isinstance(state, dict) or not all(isinstance(item, Tensor) for item in state.values()):
-        raise ValueError(f"path_or_hub_id: {path} does not hold a flat mapping of names to tensors")
-    return state
-
-
-def _load_strict(model: nn.Module, state: dict[str, Tensor], origin: Path) -> None:
+def _load_strict(model: nn.Module, state: Mapping[str, Tensor], origin: Path) -> None:
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     given = {name: tuple(tensor.shape) for name, tensor in state.items()}
     shapes = [

@@ -232,6 +232,7 @@ class TiTok(PretrainedModel):
         quantize_mode: "vq" or "vae".
         is_legacy: whether the decoder predicts proxy logits.
         finetune_decoder: whether the model holds the proxy codebook and the pixel decoder.
+        interpolation: how the official evaluation resizes images, see `titok_fast.images`.
 
     Raises:
         ValueError: when a key is missing or its value is not allowed.
@@ -292,6 +293,8 @@ class TiTok(PretrainedModel):
     }
 
     full_precision = ("encoder.conv_out", "quantize")
+    config_key = "model.vq_model"
+    interpolation = "bicubic"
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__(config)
