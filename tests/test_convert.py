@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import copyreg
 import importlib
 import io
 import json
@@ -289,6 +290,25 @@ def test_a_hostile_pickle_runs_nothing(tmp_path, monkeypatch, attack):
         with contextlib.suppress(Exception):
             torch.load(path, weights_only=False)
         assert ran  # it is an attack
+
+
+def test_registered_extensions_and_far_memo_indices_are_refused(tmp_path, monkeypatch):
+    ran = []
+    trap(ran, monkeypatch)
+    copyreg.add_extension("trap_module", "call", 240)
+    try:
+        extension = b"\x80\x02\x82\xf0)R."
+        pickle.loads(extension)  # from now on its meaning is cached
+        assert ran == [()]
+        for data, words in (
+            (extension, "has EXT1 240"),
+            (b"\x80\x02}r\xff\xff\xff\x7f.", "BINPUT 2"),
+        ):
+            with pytest.raises(ValueError, match=words):
+                read_checkpoint(write_zip(tmp_path / "e.ckpt", data))
+        assert ran == [()]
+    finally:
+        copyreg.remove_extension("trap_module", "call", 240)
 
 
 @pytest.mark.parametrize("zipped", FORMATS)

@@ -68,7 +68,7 @@ def test_bilinear_is_that_of_opencv(tmp_path, width, height, size, expected):
 
 def test_bilinear_is_near_the_exact_mean(picture, tmp_path):
     path = _saved(picture, tmp_path / "a.png")
-    whole = torch.from_numpy(np.asarray(picture)).permute(2, 0, 1)[None].double()
+    whole = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].double()
     exact = torch.nn.functional.interpolate(whole, size=(32, 53), mode="bilinear")[0, :, :, 10:42]
     error = read_pixels(path, 32, interpolation="bilinear").double() - exact
     assert float(error.abs().max()) < 1  # OpenCV truncates

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import pickletools
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -196,6 +197,13 @@ class _Unpickler(pickle.Unpickler):
     """Unpickles without an import: a name is one of `_GLOBALS` or does nothing."""
 
     def __init__(self, file: IO[bytes]) -> None:
+        start = file.tell()
+        for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
+            # A registered extension is not looked up by name, a far index takes memory up to it.
+            far = opcode.name.endswith("PUT") and isinstance(argument, int) and argument > count
+            if opcode.name.startswith("EXT") or far:
+                raise pickle.UnpicklingError(f"its pickle has {opcode.name} {argument}")
+        file.seek(start)
         super().__init__(file, encoding="utf-8")
         self.storages: dict[str, _Storage] = {}
 
