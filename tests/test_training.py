@@ -1,4 +1,4 @@
-"""Metrics, the digits data, the loop, the recipes of the digits models and the weights they made."""
+"""Metrics, the digits data, the loop, the recipes of the digits models and their weights."""
 
 import math
 import re

@@ -155,8 +155,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: of the command line; None takes those of the process.
     """
     run(
-        NAME, "digits_generator", train, evaluate, _CARD, arguments, steps=STEPS, seed=SEED, batch=BATCH_SIZE,
-        copies=COPIES - 1,
+        NAME, "digits_generator", train, evaluate, _CARD, arguments, steps=STEPS, seed=SEED,
+        batch=BATCH_SIZE, copies=COPIES - 1,
     )  # fmt: skip
 
 
