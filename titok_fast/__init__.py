@@ -4,7 +4,7 @@ __version__ = "0.1.0"
 
 from titok_fast.layers import IndexPropagationQuantize, VectorQuantizer, accelerate, ibq_quantize
 from titok_fast.models import IBQTokenizer, MaskGIT, MaskGITVQGAN, TiTok, compile, generate
-from titok_fast.ops import attention, index_propagation, maskgit_step, nearest_code
+from titok_fast.ops import attention, index_propagation, maskgit_step, nearest_code, sample_token
 
 __all__ = [
     "IBQTokenizer",
@@ -22,4 +22,5 @@ __all__ = [
     "index_propagation",
     "maskgit_step",
     "nearest_code",
+    "sample_token",
 ]
