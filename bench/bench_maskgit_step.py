@@ -150,15 +150,14 @@ def prepare_compiled(case: Case, cond: Tensor, uncond: Tensor, ids: Tensor) -> C
     return lambda: compiled(cond, uncond, ids, case.v, case.kept)
 
 
-BENCH = Bench(
-    op="maskgit_step",
-    cases=cases,
-    providers=(
-        Provider("titok_fast-cpu", prepare_ours("cpu"), devices=("cpu",), ours=True),
+def own_providers(prepare: Callable[[str], Callable[..., Any]]) -> tuple[Provider, ...]:
+    """Each backend of an op that draws tokens, the CPU's also with slower instruction sets."""
+    return (
+        Provider("titok_fast-cpu", prepare("cpu"), devices=("cpu",), ours=True),
         *(
             Provider(
                 f"titok_fast-cpu[{isa}]",
-                prepare_ours("cpu"),
+                prepare("cpu"),
                 devices=("cpu",),
                 ours=True,
                 setting=partial(cpu_isa, isa),
@@ -166,8 +165,16 @@ BENCH = Bench(
             for isa in slower_isas()
             if isa != "avx512"  # the same code as with BF16
         ),
-        Provider("titok_fast-cuda", prepare_ours("cuda"), devices=("cuda",), ours=True),
-        Provider("reference", prepare_ours("reference"), ours=True),
+        Provider("titok_fast-cuda", prepare("cuda"), devices=("cuda",), ours=True),
+        Provider("reference", prepare("reference"), ours=True),
+    )
+
+
+BENCH = Bench(
+    op="maskgit_step",
+    cases=cases,
+    providers=(
+        *own_providers(prepare_ours),
         Provider("official", prepare_official),
         Provider("compiled", prepare_compiled),
     ),

@@ -12,6 +12,11 @@ namespace titok {
 
 enum class DType { float32, float16, bfloat16 };
 
+// Internal: files that are compiled for one instruction set include this too.
+static constexpr int64_t round_up(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+
 // The threads of one parallel region: `fn(Team::Member)` runs once per thread, the caller's
 // included, and every thread is joined before `run` returns. Nothing outlives a call, so the
 // process may fork between calls and no pool spins beside torch's.

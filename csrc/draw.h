@@ -27,11 +27,13 @@ struct Value {
 namespace {
 namespace draw {
 
-constexpr int kWeightBits = 30;
+constexpr int64_t kChunk = 256;  // tokens that a sum of weights covers on a CPU
+constexpr int kWeightBits = 30, kWideBits = 40;
 constexpr double kLog2E = 1.4426950408889634, kLn2 = 0.6931471805599453;
 constexpr double kUniformFloor = 1e-20;  // the official code's guard against log(0)
 constexpr float kFloatMax = 3.402823466e38f;
 constexpr float kLowest = -40.0f;                    // 2^-40 is far below half a weight
+constexpr float kWideLowest = -41.0f;                // below 2^-40, where wide weights end
 constexpr float kMagic = 12582912.0f + kWeightBits;  // a sum with it is rounded to an integer
 // 2^f = 1 + f (c1 + f (c2 + ...)) on [-1/2, 1/2], highest power first.
 #define TITOK_EXP2 \
@@ -132,21 +134,47 @@ TITOK_BOTH float sharpness(float temperature, float other = 1.0f) {
 // What the weights measure from.
 TITOK_BOTH float finite_largest(float largest) { return largest < kFloatMax ? largest : kFloatMax; }
 
-// round(2^30 2^(factor (x - largest))); 0 for NaN and -inf, 2^30 for +inf.
-TITOK_BOTH uint32_t weight(float x, float finite_largest, float factor) {
-  constexpr float kCoefficients[] = TITOK_EXP2;
+// factor (x - largest), within [lowest, 0]; NaN and -inf are `lowest`, +inf is 0.
+TITOK_BOTH float exponent(float x, float finite_largest, float factor, float lowest) {
   float t = mul(add(x, -finite_largest), factor);
-  t = t > kLowest ? t : kLowest;
-  t = t < 0.0f ? t : 0.0f;
+  t = t > lowest ? t : lowest;
+  return t < 0.0f ? t : 0.0f;
+}
+
+// 2^t as `mantissa`, about 1, times 2^n, where n + kWeightBits stands in the low bits of `shifted`.
+struct Power {
+  float mantissa, shifted;
+};
+
+TITOK_BOTH Power power_of_two(float t) {
+  constexpr float kCoefficients[] = TITOK_EXP2;
   const float shifted = add(t, kMagic), f = add(t, -add(shifted, -kMagic));
   float p = kCoefficients[0];
   for (int i = 1; i < 6; ++i) p = add(mul(p, f), kCoefficients[i]);
-  const float scaled = bits_of<float>(bits_of<uint32_t>(p) + (bits_of<uint32_t>(shifted) << 23));
+  return {p, shifted};
+}
+
+TITOK_BOTH uint32_t rounded(float x) {
 #if defined(__CUDA_ARCH__)
-  return __float2uint_rn(scaled);
+  return __float2uint_rn(x);
 #else
-  return static_cast<uint32_t>(lrintf(scaled));
+  return static_cast<uint32_t>(lrintf(x));
 #endif
+}
+
+// round(2^30 2^(factor (x - largest))); 0 for NaN and -inf, 2^30 for +inf.
+TITOK_BOTH uint32_t weight(float x, float finite_largest, float factor) {
+  const Power power = power_of_two(exponent(x, finite_largest, factor, kLowest));
+  return rounded(
+      bits_of<float>(bits_of<uint32_t>(power.mantissa) + (bits_of<uint32_t>(power.shifted) << 23)));
+}
+
+// floor(2^40 2^t) for t in [kWideLowest, 0].
+TITOK_BOTH uint64_t wide_weight(float t) {
+  const Power power = power_of_two(t);
+  const uint64_t mantissa = rounded(mul(power.mantissa, 0x1p30f));
+  const uint32_t shift = bits_of<uint32_t>(kMagic) - bits_of<uint32_t>(power.shifted);
+  return mantissa << (kWideBits - 30) >> shift;
 }
 
 // Which base the guidance starts from; `none` has conditional logits alone.

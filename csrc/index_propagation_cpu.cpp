@@ -24,10 +24,6 @@ const IndexPropagationKernels& kernels() {
   return index_propagation_portable;
 }
 
-int64_t round_up(int64_t value, int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
-
 IndexPropagationPlan make_plan(const IndexPropagationKernels& set, int64_t n, int64_t k, int64_t d,
                                int threads, bool backward) {
   IndexPropagationPlan plan{};

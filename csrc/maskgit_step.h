@@ -50,8 +50,6 @@ struct MaskgitStepPlan {
   int threads;
 };
 
-constexpr int64_t kMaskgitStepChunk = 256;  // tokens that a sum of weights covers
-
 // One per instruction set; see maskgit_step_simd.h.
 using MaskgitStepRun = void (*)(const MaskgitStepArgs&, const MaskgitStepPlan&,
                                 const Team::Member&);

@@ -14,19 +14,9 @@ namespace py = pybind11;
 
 namespace {
 
-template <class T>
-T* pointer(std::uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-// (number, address of a tensor or 0)
-template <class T>
-using Pair = std::pair<T, std::uintptr_t>;
-
-template <class T>
-titok::Value<T> value(const Pair<T>& pair) {
-  return {pair.first, pointer<const T>(pair.second)};
-}
+using titok::Pair;
+using titok::pointer;
+using titok::value;
 
 titok::Confidence parse_confidence(const std::string& name) {
   if (name == "logit") return titok::Confidence::logit;

@@ -21,15 +21,11 @@ MaskgitStepRun kernel() {
   return maskgit_step_portable;
 }
 
-int64_t round_up(int64_t value, int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
-
 MaskgitStepPlan make_plan(int64_t length, int64_t vocabulary, int threads) {
   MaskgitStepPlan plan{};
-  plan.padded = round_up(vocabulary, kMaskgitStepChunk);
+  plan.padded = round_up(vocabulary, draw::kChunk);
   plan.sums = static_cast<std::size_t>(plan.padded) * sizeof(float);
-  plan.keys = plan.sums + static_cast<std::size_t>(plan.padded / kMaskgitStepChunk) * 8;
+  plan.keys = plan.sums + static_cast<std::size_t>(plan.padded / draw::kChunk) * 8;
   plan.thread_bytes =
       static_cast<std::size_t>(round_up(static_cast<int64_t>(plan.keys) + length * 8, 64));
   plan.threads = threads;

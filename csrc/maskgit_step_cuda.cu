@@ -1,109 +1,12 @@
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include "cuda_common.cuh"
+#include "draw.cuh"
 #include "maskgit_step.h"
 
 namespace titok {
 namespace {
 
-constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr int64_t kKept = 12032;  // logits that fit into 48 KiB of shared memory
 constexpr int kTile = 1024;       // keys of the selection in shared memory
-constexpr unsigned kAll = 0xffffffffu;
-
-__device__ __forceinline__ float widen(float x) { return x; }
-__device__ __forceinline__ float widen(__half x) { return __half2float(x); }
-__device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
-
-// 16 bytes of logits.
-template <class T>
-struct alignas(16) Vector {
-  static constexpr int size = 16 / sizeof(T);
-  T values[size];
-};
-
-// One position's logits, as one block reads them.
-template <class T>
-struct Row {
-  static constexpr int kSize = Vector<T>::size;
-  const T* cond;
-  const T* uncond;
-  int64_t vocabulary;
-  float scale;
-  draw::Guidance guidance;
-  bool aligned;
-
-  __device__ Row(const MaskgitStepArgs& args, int64_t b, int64_t l, bool aligned)
-      : cond(static_cast<const T*>(args.cond) + b * args.cond_strides[0] +
-             l * args.cond_strides[1]),
-        uncond(static_cast<const T*>(args.uncond) + b * args.uncond_strides[0] +
-               l * args.uncond_strides[1]),
-        vocabulary(args.vocabulary),
-        scale(args.guidance_scale.get()),
-        guidance(!args.uncond       ? draw::Guidance::none
-                 : args.from_uncond ? draw::Guidance::uncond
-                                    : draw::Guidance::cond),
-        aligned(aligned) {}
-
-  __device__ Vector<T> load(const T* row, int64_t v) const {
-    Vector<T> out;
-    if (aligned && v + kSize <= vocabulary) {
-      const int4 bits = __ldg(reinterpret_cast<const int4*>(row + v));
-      memcpy(&out, &bits, sizeof out);
-    } else {
-#pragma unroll
-      for (int i = 0; i < kSize; ++i) {
-        out.values[i] = v + i < vocabulary ? row[v + i] : T(-INFINITY);
-      }
-    }
-    return out;
-  }
-
-  // Combined logits of tokens v..v + kSize, -inf past the end.
-  struct Loaded {
-    Vector<T> cond, uncond;
-  };
-  __device__ Loaded load(int64_t v) const {
-    Loaded loaded{load(cond, v), {}};
-    if (guidance != draw::Guidance::none) loaded.uncond = load(uncond, v);
-    return loaded;
-  }
-  __device__ void combine(const Loaded& loaded, int64_t v, float (&out)[kSize]) const {
-#pragma unroll
-    for (int i = 0; i < kSize; ++i) {
-      const float x = draw::combine(widen(loaded.cond.values[i]), widen(loaded.uncond.values[i]),
-                                    scale, guidance);
-      out[i] = v + i < vocabulary ? x : draw::negative_infinity();
-    }
-  }
-  __device__ float at(int64_t v) const {
-    const float u = guidance == draw::Guidance::none ? 0.0f : widen(uncond[v]);
-    return draw::combine(widen(cond[v]), u, scale, guidance);
-  }
-};
-
-template <class T, class Combine>
-__device__ __forceinline__ T warp_reduce(T x, const Combine& combine) {
-#pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) {
-    x = combine(x, __shfl_xor_sync(kAll, x, distance));
-  }
-  return x;
-}
-
-// The same for every thread of the block; `scratch` holds one value a warp.
-template <class T, class Combine>
-__device__ T block_reduce(T x, T* scratch, const Combine& combine) {
-  x = warp_reduce(x, combine);
-  __syncthreads();
-  if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = x;
-  __syncthreads();
-  x = scratch[0];
-#pragma unroll
-  for (int w = 1; w < kWarps; ++w) x = combine(x, scratch[w]);
-  return x;
-}
 
 // One block per position: draws its token and scores it. kept: the combined logits stay in shared
 // memory, so that they are read once; otherwise they are combined again for each pass.
@@ -128,7 +31,16 @@ __global__ void __launch_bounds__(kThreads, 3)
     return;
   }
   const draw::Words words = draw::words_of(args, position);
-  const Row<T> row(args, b, l, aligned);
+  const auto guidance = !args.uncond       ? draw::Guidance::none
+                        : args.from_uncond ? draw::Guidance::uncond
+                                           : draw::Guidance::cond;
+  const Row<T> row{
+      static_cast<const T*>(args.cond) + b * args.cond_strides[0] + l * args.cond_strides[1],
+      static_cast<const T*>(args.uncond) + b * args.uncond_strides[0] + l * args.uncond_strides[1],
+      args.vocabulary,
+      args.guidance_scale.get(),
+      guidance,
+      aligned};
   const int64_t vocabulary = args.vocabulary;
 
   float largest = draw::negative_infinity();
@@ -301,16 +213,14 @@ __global__ void __launch_bounds__(kThreads) maskgit_step_mask_kernel(const Maskg
   }
 }
 
-bool is_aligned(const void* logits, const int64_t (&strides)[2], int64_t itemsize) {
-  return reinterpret_cast<std::uintptr_t>(logits) % 16 == 0 && strides[0] * itemsize % 16 == 0 &&
-         strides[1] * itemsize % 16 == 0;
-}
-
 template <class T>
 void launch(const MaskgitStepArgs& args) {
   const auto stream = static_cast<cudaStream_t>(args.stream);
-  const bool aligned = is_aligned(args.cond, args.cond_strides, sizeof(T)) &&
-                       (!args.uncond || is_aligned(args.uncond, args.uncond_strides, sizeof(T)));
+  const auto is_aligned_as = [](const void* logits, const int64_t (&strides)[2]) {
+    return is_aligned(static_cast<const T*>(logits), strides[0], strides[1]);
+  };
+  const bool aligned = is_aligned_as(args.cond, args.cond_strides) &&
+                       is_aligned_as(args.uncond, args.uncond_strides);
   const auto positions = static_cast<unsigned>(args.batch * args.length);
   if (args.vocabulary <= kKept) {
     const int64_t padded = (args.vocabulary + Row<T>::kSize - 1) / Row<T>::kSize * Row<T>::kSize;

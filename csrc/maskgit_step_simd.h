@@ -2,29 +2,15 @@
 // code compiled for one set is never linked into the path of another.
 #pragma once
 
+#include "draw_simd.h"
 #include "maskgit_step.h"
-#include "simd.h"
 
 namespace titok {
 namespace {
 
-using S = simd::Native;
-using V = S::V;
-
-constexpr int64_t kChunk = kMaskgitStepChunk;
-
-// draw::weight of each lane, as integers held in floats.
-V weights(V x, V largest, V factor) {
-  constexpr float kCoefficients[] = TITOK_EXP2;
-  V t = S::mul(S::sub(x, largest), factor);
-  t = S::max(t, S::broadcast(draw::kLowest));  // max keeps its second operand for a NaN
-  t = S::min(t, S::broadcast(0.0f));
-  const V magic = S::broadcast(draw::kMagic);
-  const V shifted = S::add(t, magic), f = S::sub(t, S::sub(shifted, magic));
-  V p = S::broadcast(kCoefficients[0]);
-  for (int i = 1; i < 6; ++i) p = S::add(S::mul(p, f), S::broadcast(kCoefficients[i]));
-  return S::scale(p, shifted);
-}
+using draw::kChunk;
+using draw::S;
+using draw::V;
 
 template <class T>
 struct Step {
@@ -46,44 +32,14 @@ struct Step {
   bool masked(int64_t position) const { return args.ids[position] == args.mask_id; }
 
   // Combined logits into logits(), -inf past their end; the largest, NaN apart.
-  template <draw::Guidance guidance>
   float combine(int64_t position) const {
-    const V scale = S::broadcast(args.guidance_scale.get());
     const T* cond = row(args.cond, args.cond_strides, position);
-    const T* uncond = nullptr;
-    if (guidance != draw::Guidance::none) uncond = row(args.uncond, args.uncond_strides, position);
-    float* out = logits();
-    V largest = S::broadcast(draw::negative_infinity());
-    const auto take = [&](int64_t v, const auto& load) {
-      V x = load(cond + v);
-      if constexpr (guidance != draw::Guidance::none) {
-        const V u = load(uncond + v);
-        x = S::add(guidance == draw::Guidance::cond ? x : u, S::mul(scale, S::sub(x, u)));
-      }
-      S::store(out + v, x);
-      return x;
-    };
-    int64_t v = 0;
-    for (; v + S::lanes <= args.vocabulary; v += S::lanes) {
-      largest = S::max(take(v, [](const T* p) { return S::load(p); }), largest);
-    }
-    if (v < args.vocabulary) {
-      const int64_t left = args.vocabulary - v;
-      take(v, [=](const T* p) { return S::load_part(p, left); });
-      for (int64_t i = args.vocabulary; i < v + S::lanes; ++i) out[i] = draw::negative_infinity();
-      largest = S::max(S::load(out + v), largest);
-      v += S::lanes;
-    }
-    for (; v < plan.padded; v += S::lanes) {
-      S::store(out + v, S::broadcast(draw::negative_infinity()));
-    }
-    return S::largest(largest);
-  }
-
-  float combined(int64_t position) const {
-    if (!args.uncond) return combine<draw::Guidance::none>(position);
-    return args.from_uncond ? combine<draw::Guidance::uncond>(position)
-                            : combine<draw::Guidance::cond>(position);
+    const auto guidance = !args.uncond       ? draw::Guidance::none
+                          : args.from_uncond ? draw::Guidance::uncond
+                                             : draw::Guidance::cond;
+    const T* uncond = args.uncond ? row(args.uncond, args.uncond_strides, position) : nullptr;
+    return draw::combine_row(guidance, cond, uncond, args.guidance_scale.get(), args.vocabulary,
+                             logits(), plan.padded);
   }
 
   // Sums of the weights of each chunk into sums(); their total.
@@ -93,7 +49,7 @@ struct Step {
     for (int64_t first = 0; first < plan.padded; first += kChunk) {
       S::Sum sum{};
       for (int64_t v = first; v < first + kChunk; v += S::lanes) {
-        S::add_rounded(sum, weights(S::load(logits() + v), top, factor));
+        S::add_rounded(sum, draw::weights(S::load(logits() + v), top, factor));
       }
       const uint64_t of_chunk = S::total(sum);
       sums()[first / kChunk] = of_chunk;
@@ -110,7 +66,7 @@ struct Step {
     int64_t v = chunk * kChunk;
     for (;; v += S::lanes) {
       S::Sum sum{};
-      S::add_rounded(sum, weights(S::load(logits() + v), top, factor));
+      S::add_rounded(sum, draw::weights(S::load(logits() + v), top, factor));
       const uint64_t of_vector = S::total(sum);
       if (target < of_vector) break;
       target -= of_vector;
@@ -124,14 +80,7 @@ struct Step {
 
   int64_t first_largest(float largest) const {
     if (largest == draw::negative_infinity()) return 0;
-    const V top = S::broadcast(largest);
-    for (int64_t v = 0;; v += S::lanes) {
-      unsigned hits = S::not_less(S::load(logits() + v), top);  // NaN too
-      for (; hits; hits &= hits - 1) {
-        const int64_t token = v + __builtin_ctz(hits);
-        if (logits()[token] == largest) return token;
-      }
-    }
+    return draw::first_equal(logits(), plan.padded, largest);
   }
 
   // The official code's way: the largest sum of logit and Gumbel noise.
@@ -152,7 +101,7 @@ struct Step {
 
   void sample(int64_t position) const {
     const float softmax = args.softmax_temperature.get(), sharp = args.token_temperature.get();
-    const float largest = combined(position), top = draw::finite_largest(largest);
+    const float largest = combine(position), top = draw::finite_largest(largest);
     const draw::Words words = draw::words_of(args, position);
     double uniform = draw::uniform(words.w[2]);
     const float plain_factor = draw::sharpness(softmax);

@@ -6,6 +6,7 @@ void bind_system(py::module_& m);
 void bind_nearest_code(py::module_& m);
 void bind_index_propagation(py::module_& m);
 void bind_maskgit_step(py::module_& m);
+void bind_sample_token(py::module_& m);
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled ops of titok_fast; call them through titok_fast.ops.";
@@ -13,4 +14,5 @@ PYBIND11_MODULE(_C, m) {
   bind_nearest_code(m);
   bind_index_propagation(m);
   bind_maskgit_step(m);
+  bind_sample_token(m);
 }

@@ -24,10 +24,6 @@ const NearestCodeKernels& kernels() {
   return nearest_code_portable;
 }
 
-int64_t round_up(int64_t value, int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
-
 NearestCodePlan make_plan(const NearestCodeKernels& kernels, int64_t n, int64_t k, int64_t d,
                           int threads) {
   NearestCodePlan plan{};

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -283,6 +284,27 @@ struct Avx512 {
   static uint64_t total(Sum sum) {
     return static_cast<uint64_t>(_mm512_reduce_add_epi64(_mm512_add_epi64(sum.even, sum.odd)));
   }
+  // floor(2^up x / 2^down) of each lane, for integers x in [0, 2^31) and `down` in [0, 64).
+  using Wide = Sum;
+  template <int up>
+  static Wide shifted(V x, V down) {
+    const __m512i integers = _mm512_cvtps_epi32(x), counts = _mm512_cvtps_epi32(down);
+    const __m512i low = _mm512_set1_epi64(0xffffffff);
+    return {_mm512_srlv_epi64(_mm512_slli_epi64(_mm512_and_si512(integers, low), up),
+                              _mm512_and_si512(counts, low)),
+            _mm512_srlv_epi64(_mm512_slli_epi64(_mm512_srli_epi64(integers, 32), up),
+                              _mm512_srli_epi64(counts, 32))};
+  }
+  static void add(Sum& sum, Wide x) {
+    sum.even = _mm512_add_epi64(sum.even, x.even);
+    sum.odd = _mm512_add_epi64(sum.odd, x.odd);
+  }
+  // The even lanes, then the odd ones.
+  static void store(uint64_t* p, Wide x) {
+    _mm512_storeu_si512(p, x.even);
+    _mm512_storeu_si512(p + lanes / 2, x.odd);
+  }
+  static void store_truncated(int32_t* p, V x) { _mm512_storeu_si512(p, _mm512_cvttps_epi32(x)); }
   static float sum(V a) { return _mm512_reduce_add_ps(a); }
   static float largest(V a) { return _mm512_reduce_max_ps(a); }
   // p * 2^n for the n that sits in the low bits of `shifted`.
@@ -395,6 +417,27 @@ struct Avx2 {
         _mm_add_epi64(_mm256_castsi256_si128(lanes), _mm256_extracti128_si256(lanes, 1));
     return static_cast<uint64_t>(_mm_extract_epi64(half, 0) + _mm_extract_epi64(half, 1));
   }
+  using Wide = Sum;
+  template <int up>
+  static Wide shifted(V x, V down) {
+    const __m256i integers = _mm256_cvtps_epi32(x), counts = _mm256_cvtps_epi32(down);
+    const __m256i low = _mm256_set1_epi64x(0xffffffff);
+    return {_mm256_srlv_epi64(_mm256_slli_epi64(_mm256_and_si256(integers, low), up),
+                              _mm256_and_si256(counts, low)),
+            _mm256_srlv_epi64(_mm256_slli_epi64(_mm256_srli_epi64(integers, 32), up),
+                              _mm256_srli_epi64(counts, 32))};
+  }
+  static void add(Sum& sum, Wide x) {
+    sum.even = _mm256_add_epi64(sum.even, x.even);
+    sum.odd = _mm256_add_epi64(sum.odd, x.odd);
+  }
+  static void store(uint64_t* p, Wide x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x.even);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + lanes / 2), x.odd);
+  }
+  static void store_truncated(int32_t* p, V x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_cvttps_epi32(x));
+  }
   static float sum(V a) {
     __m128 half = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
     half = _mm_add_ps(half, _mm_movehl_ps(half, half));
@@ -495,6 +538,26 @@ struct Portable {
     for (int i = 0; i < lanes; ++i) sum.value += static_cast<uint64_t>(lrintf(x[i]));
   }
   static uint64_t total(Sum sum) { return sum.value; }
+  struct Wide {
+    uint64_t lane[lanes];
+  };
+  template <int up>
+  static Wide shifted(V x, V down) {
+    Wide wide;
+    for (int i = 0; i < lanes; ++i) {
+      wide.lane[i] = static_cast<uint64_t>(x[i]) << up >> static_cast<int>(down[i]);
+    }
+    return wide;
+  }
+  static void add(Sum& sum, Wide x) {
+    for (int i = 0; i < lanes; ++i) sum.value += x.lane[i];
+  }
+  static void store(uint64_t* p, Wide x) {
+    for (int i = 0; i < lanes; ++i) p[i % 2 * (lanes / 2) + i / 2] = x.lane[i];
+  }
+  static void store_truncated(int32_t* p, V x) {
+    for (int i = 0; i < lanes; ++i) p[i] = static_cast<int32_t>(x[i]);
+  }
   static float sum(V a) { return (a[0] + a[1]) + (a[2] + a[3]); }
   static float largest(V a) {
     const float low = a[0] > a[1] ? a[0] : a[1], high = a[2] > a[3] ? a[2] : a[3];

@@ -1,22 +1,18 @@
 """maskgit_step against its reference, to the bit, and against the official arithmetic."""
 
-import importlib.util
 import math
 import os
-import re
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
 
+from tests import drawing
+from tests.drawing import DTYPES, chi_square
 from titok_fast import maskgit_step
 from titok_fast.ops import inspect
 from titok_fast.reference.attention import philox
 from titok_fast.reference.maskgit_step import natural_log, scaled_uniform
-from titok_fast.testing import cpu_isa, supported_isas
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MASK = -1
 STEP = {"mask_id": MASK, "num_masked": 3, "seed": 5, "step": 2}
 EVERYTHING = STEP | {
@@ -27,22 +23,7 @@ EVERYTHING = STEP | {
 }
 
 
-@pytest.fixture(params=["portable", "avx2", "avx512", "cuda"])
-def backend(request):
-    if request.param == "cuda":
-        if not torch.cuda.is_available():
-            pytest.skip("needs a CUDA device")
-        yield "cuda"
-        return
-    if request.param not in supported_isas():
-        pytest.skip(f"this CPU has no {request.param}")
-    with cpu_isa(request.param):
-        yield "cpu"
-
-
-@pytest.fixture
-def device(backend):
-    return backend
+backend, device = drawing.backend, drawing.device
 
 
 def inputs(batch, length, vocabulary, *, dtype=torch.float32, unmasked=3, spread=3.0, device="cpu"):
@@ -133,16 +114,6 @@ def test_vocabulary_beyond_shared_memory(backend, device):
     for temperature in (0.0, 1.0):
         options = EVERYTHING | {"token_temperature": temperature}
         assert_exact(cond, ids, backend=backend, uncond_logits=uncond, **options)
-
-
-def chi_square(tokens, probability):
-    """The statistic less its mean, in standard deviations."""
-    expected = probability.double() * tokens.numel()
-    assert float(expected.min()) > 5
-    observed = torch.bincount(tokens.flatten().cpu(), minlength=len(expected))
-    statistic = float(((observed - expected).square() / expected).sum())
-    freedom = len(expected) - 1
-    return (statistic - freedom) / math.sqrt(2 * freedom)
 
 
 @pytest.mark.parametrize(("softmax", "token"), [(1.0, 1.0), (0.6, 1.0), (1.3, 2.0), (1.0, 0.5)])
@@ -631,17 +602,4 @@ def test_gpu_graph_capture():
 
 
 def test_cuda_kernels_spill_nothing():
-    """Read from the machine code inside the extension, without a GPU."""
-    extension = inspect.extension()
-    triton = importlib.util.find_spec("triton")
-    if not extension.cuda_architectures or triton is None:
-        pytest.skip("needs a build with CUDA, and Triton for its cuobjdump")
-    tool = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    command = [tool, "--dump-resource-usage", extension.__file__]
-    listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    found = re.findall(r"Function (\S*maskgit_step_\S+):\s*(.*)", listing)
-    assert len(found) >= 7 * len(re.findall(r"\d+-real|\d+$", extension.cuda_architectures))
-    for name, usage in found:
-        used = dict(re.findall(r"(\w+):(\d+)", usage))
-        assert int(used["REG"]) <= 80 and used["LOCAL"] == used["STACK"] == "0", (name, usage)
-        assert int(used["SHARED"]) <= 9 << 10, (name, usage)
+    drawing.assert_nothing_spilled("maskgit_step", kernels=7, registers=80, shared=9 << 10)

@@ -12,7 +12,7 @@ from titok_fast.models import (
     generate,
     load_tokenizer,
 )
-from titok_fast.ops import attention, index_propagation, maskgit_step, nearest_code
+from titok_fast.ops import attention, index_propagation, maskgit_step, nearest_code, sample_token
 
 __all__ = [
     "IBQTokenizer",
@@ -31,4 +31,5 @@ __all__ = [
     "load_tokenizer",
     "maskgit_step",
     "nearest_code",
+    "sample_token",
 ]

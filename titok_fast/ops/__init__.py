@@ -4,5 +4,6 @@ from titok_fast.ops.attention import attention
 from titok_fast.ops.index_propagation import index_propagation
 from titok_fast.ops.maskgit_step import maskgit_step
 from titok_fast.ops.nearest_code import nearest_code
+from titok_fast.ops.sample_token import sample_token
 
-__all__ = ["attention", "index_propagation", "maskgit_step", "nearest_code"]
+__all__ = ["attention", "index_propagation", "maskgit_step", "nearest_code", "sample_token"]

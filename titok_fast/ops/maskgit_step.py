@@ -21,9 +21,15 @@ Count = int | Tensor
 Result = tuple[Tensor, Tensor, Tensor]
 
 
-def _check_tensor(
-    name: str, tensor: object, shape: list[int], dtypes: tuple[torch.dtype, ...], like: Tensor
+def check_tensor(
+    name: str,
+    tensor: object,
+    shape: list[int],
+    dtypes: tuple[torch.dtype, ...],
+    like: Tensor,
+    like_name: str,
 ) -> None:
+    """`tensor` has this shape, one of these dtypes and the device of `like`."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
     if tensor.dtype not in dtypes:
@@ -32,12 +38,18 @@ def _check_tensor(
     if list(tensor.shape) != shape:
         raise ValueError(f"{name}: expected shape {shape}, got {list(tensor.shape)}")
     if tensor.device != like.device:
-        raise ValueError(f"{name}: on {tensor.device}, but cond_logits is on {like.device}")
+        raise ValueError(f"{name}: on {tensor.device}, but {like_name} is on {like.device}")
 
 
-def _check_number(
-    name: str, value: object, whole: bool, shapes: tuple[list[int], ...], like: Tensor
+def check_number(
+    name: str,
+    value: object,
+    whole: bool,
+    shapes: tuple[list[int], ...],
+    like: Tensor,
+    like_name: str,
 ) -> None:
+    """`value` is a finite number, whole or not, or such a tensor on the device of `like`."""
     if isinstance(value, Tensor):
         if value.is_floating_point() == whole or value.is_complex() or value.dtype == torch.bool:
             kind = "an integer" if whole else "a floating"
@@ -46,7 +58,7 @@ def _check_number(
             allowed = " or ".join(map(str, shapes))
             raise ValueError(f"{name}: expected shape {allowed}, got {list(value.shape)}")
         if value.device != like.device:
-            raise ValueError(f"{name}: on {value.device}, but cond_logits is on {like.device}")
+            raise ValueError(f"{name}: on {value.device}, but {like_name} is on {like.device}")
         return
     kinds = (int, torch.SymInt) if whole else (int, float, torch.SymInt, torch.SymFloat)
     if not isinstance(value, kinds) or isinstance(value, bool):
@@ -54,6 +66,50 @@ def _check_number(
         raise TypeError(f"{name}: expected {kind} or a Tensor, got {type(value).__name__}")
     if not whole and not -math.inf < value < math.inf:
         raise ValueError(f"{name}: {value} is not finite")
+
+
+def check_counters(fixed: dict[str, Any]) -> None:
+    """`seed` and `step`, where they are numbers, are Philox's."""
+    for name in ("seed", "step"):
+        if not 0 <= fixed.get(name, 0) < 2**63:
+            raise ValueError(f"{name}: {fixed[name]} is not in [0, 2**63)")
+
+
+def address(tensor: Tensor | None) -> int:
+    """Where a tensor's memory begins; 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def by_address(
+    count_names: tuple[str, ...],
+    factor_names: tuple[str, ...],
+    counts: list[int],
+    factors: list[float],
+    tensors: list[Tensor | None],
+) -> tuple[dict[str, tuple[float, int]], list[Tensor | None]]:
+    """For each name (number, address of its tensor or 0), and the tensors, to be kept alive."""
+    dtypes = [torch.int64] * len(counts) + [torch.float32] * len(factors)
+    tensors = [None if x is None else x.to(t) for x, t in zip(tensors, dtypes, strict=True)]
+    names, numbers = (*count_names, *factor_names), [*counts, *factors]
+    pairs = zip(numbers, map(address, tensors), strict=True)
+    return dict(zip(names, pairs, strict=True)), tensors
+
+
+def as_tensors(
+    count_names: tuple[str, ...],
+    numbers: dict[str, Any],
+    given: list[Tensor | None],
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """The numbers, or the tensors given for them, as the reference takes them."""
+    return {
+        name: torch.as_tensor(
+            number if tensor is None else tensor,
+            dtype=torch.int64 if name in count_names else torch.float32,
+            device=device,
+        )
+        for (name, number), tensor in zip(numbers.items(), given, strict=True)
+    }
 
 
 def _check(
@@ -79,22 +135,26 @@ def _check(
             f"cond_logits: expected [B, L, V] with V >= 1, got shape {list(cond_logits.shape)}"
         )
     batch, length, vocabulary = cond_logits.shape
-    _check_tensor("ids", ids, [batch, length], (torch.int64,), cond_logits)
+    check_tensor("ids", ids, [batch, length], (torch.int64,), cond_logits, "cond_logits")
     if uncond_logits is not None:
         shape = [batch, length, vocabulary]
-        _check_tensor("uncond_logits", uncond_logits, shape, (cond_logits.dtype,), cond_logits)
+        check_tensor(
+            "uncond_logits", uncond_logits, shape, (cond_logits.dtype,), cond_logits, "cond_logits"
+        )
     if image_ids is not None:
-        _check_tensor("image_ids", image_ids, [batch], (torch.int64,), cond_logits)
+        check_tensor("image_ids", image_ids, [batch], (torch.int64,), cond_logits, "cond_logits")
     if positions is not None:
-        _check_tensor("positions", positions, [batch, length], (torch.int64,), cond_logits)
+        check_tensor(
+            "positions", positions, [batch, length], (torch.int64,), cond_logits, "cond_logits"
+        )
     if noise is not None:
         if not isinstance(noise, tuple | list) or len(noise) != 2:
             raise TypeError(
                 "noise: expected (token uniforms [B, L, V], confidence uniforms [B, L])"
             )
         shape, float32 = [batch, length, vocabulary], (torch.float32,)
-        _check_tensor("noise[0]", noise[0], shape, float32, cond_logits)
-        _check_tensor("noise[1]", noise[1], [batch, length], float32, cond_logits)
+        check_tensor("noise[0]", noise[0], shape, float32, cond_logits, "cond_logits")
+        check_tensor("noise[1]", noise[1], [batch, length], float32, cond_logits, "cond_logits")
     if not isinstance(mask_id, int | torch.SymInt) or isinstance(mask_id, bool):
         raise TypeError(f"mask_id: expected an int, got {type(mask_id).__name__}")
     if guidance_form not in GUIDANCE_FORMS:
@@ -104,13 +164,11 @@ def _check(
 
     for name, value in numbers.items():
         shapes = ([], [batch]) if name == "num_masked" else ([],)
-        _check_number(name, value, name in COUNTS, shapes, cond_logits)
+        check_number(name, value, name in COUNTS, shapes, cond_logits, "cond_logits")
     fixed = {name: x for name, x in numbers.items() if not isinstance(x, Tensor)}
     if not 0 <= fixed.get("num_masked", 0) <= length:
         raise ValueError(f"num_masked: {fixed['num_masked']} is not in [0, L = {length}]")
-    for name in ("seed", "step"):
-        if not 0 <= fixed.get(name, 0) < 2**63:
-            raise ValueError(f"{name}: {fixed[name]} is not in [0, 2**63)")
+    check_counters(fixed)
     if not fixed.get("softmax_temperature", 1.0) > 0:
         raise ValueError(f"softmax_temperature: {fixed['softmax_temperature']} is not positive")
     for name in ("token_temperature", "confidence_temperature"):
@@ -144,10 +202,6 @@ def _fake(
     return ids.new_empty(shape), ids.new_empty(shape), ids.new_empty(shape, dtype=torch.float32)
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 def _run(
     cond_logits: Tensor,
     uncond_logits: Tensor | None,
@@ -174,14 +228,7 @@ def _run(
         None if x is None else x.contiguous()
         for x in (image_ids, positions, token_noise, confidence_noise)
     )
-    dtypes = [torch.int64] * len(COUNTS) + [torch.float32] * len(FACTORS)
-    tensors = [None if x is None else x.to(t) for x, t in zip(tensors, dtypes, strict=True)]
-    values = {
-        name: (number, _address(tensor))
-        for name, number, tensor in zip(
-            (*COUNTS, *FACTORS), [*counts, *factors], tensors, strict=True
-        )
-    }
+    values, tensors = by_address(COUNTS, FACTORS, counts, factors, tensors)
     batch, length, vocabulary = cond.shape
     ids_next, tokens = (
         torch.empty(batch, length, dtype=torch.int64, device=ids.device) for _ in "ab"
@@ -197,7 +244,7 @@ def _run(
     run = extension.maskgit_step_cpu if backend == "cpu" else extension.maskgit_step_cuda
     run(
         cond=cond.data_ptr(),
-        uncond=_address(uncond),
+        uncond=address(uncond),
         cond_strides=cond.stride()[:2],
         uncond_strides=(0, 0) if uncond is None else uncond.stride()[:2],
         batch=batch,
@@ -208,16 +255,16 @@ def _run(
         kind=confidence,
         ids=ids.data_ptr(),
         mask_id=mask_id,
-        image_ids=_address(image_ids),
-        positions=_address(positions),
-        token_noise=_address(token_noise),
-        confidence_noise=_address(confidence_noise),
+        image_ids=address(image_ids),
+        positions=address(positions),
+        token_noise=address(token_noise),
+        confidence_noise=address(confidence_noise),
         **values,
         num_masked_stride=tensors[0].stride(0) if tensors[0] is not None and tensors[0].ndim else 0,
         ids_next=ids_next.data_ptr(),
         tokens=tokens.data_ptr(),
         confidence=scores.data_ptr(),
-        workspace=_address(workspace),
+        workspace=address(workspace),
         threads=threads,
         stream=stream,
     )
@@ -359,14 +406,7 @@ def maskgit_step(
             image_ids=image_ids,
             positions=positions,
             noise=noise,
-            **{
-                name: torch.as_tensor(
-                    number if tensor is None else tensor,
-                    dtype=torch.int64 if name in COUNTS else torch.float32,
-                    device=cond.device,
-                )
-                for (name, number), tensor in zip(numbers.items(), given, strict=True)
-            },
+            **as_tensors(COUNTS, numbers, given, cond.device),
         )
     else:
         token_noise, confidence_noise = (None, None) if noise is None else noise

@@ -8,6 +8,7 @@ from titok_fast.reference.index_propagation_streaming import (
 )
 from titok_fast.reference.maskgit_step import maskgit_step
 from titok_fast.reference.nearest_code import nearest_code
+from titok_fast.reference.sample_token import sample_token
 
 __all__ = [
     "attention",
@@ -16,4 +17,5 @@ __all__ = [
     "index_propagation_fwd",
     "maskgit_step",
     "nearest_code",
+    "sample_token",
 ]

@@ -10,9 +10,10 @@ from titok_fast.reference.attention import philox
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
 FLOAT_MAX = torch.finfo(torch.float32).max
-WEIGHT_BITS = 30
+WEIGHT_BITS, WIDE_BITS = 30, 40
 UNIFORM_FLOOR = 1e-20  # the official code's guard against log(0)
 _LOWEST = -40.0  # 2^-40 is far below half a weight
+_WIDE_LOWEST = -41.0  # below 2^-40, where wide weights end
 _MAGIC = 12582912.0 + WEIGHT_BITS  # 1.5 * 2^23: a sum with it is rounded to an integer
 # 2^f = 1 + f (c1 + f (c2 + ...)) on [-1/2, 1/2]
 _EXP2 = tuple(
@@ -22,6 +23,7 @@ _EXP2 = tuple(
     )
 )
 _WORD = 0xFFFFFFFF
+_LIMB = (1 << 30) - 1
 
 
 def random_words(seed: Tensor, image: Tensor, step: Tensor, position: Tensor, draw: int) -> Tensor:
@@ -59,28 +61,43 @@ def sharpness(*temperatures: Tensor) -> Tensor:
     return torch.where(factor > 0, factor, 0.0).clamp(max=FLOAT_MAX).float()
 
 
-def weights(logits: Tensor, largest: Tensor, factor: Tensor) -> Tensor:
-    """round(2^30 2^(factor (logits - largest))) as int64; 0 for NaN and -inf.
-
-    Sums of integers have one value in any order, so that every backend draws the same token.
-    """
+def exponents(logits: Tensor, largest: Tensor, factor: Tensor, lowest: float) -> Tensor:
+    """factor (logits - largest), within [lowest, 0]; NaN and -inf are `lowest`, +inf is 0."""
     t = (logits - largest.clamp(max=FLOAT_MAX)) * factor
-    t = torch.where(t > _LOWEST, t, _LOWEST).clamp(max=0.0)
+    return torch.where(t > lowest, t, lowest).clamp(max=0.0)
+
+
+def power_of_two(t: Tensor) -> tuple[Tensor, Tensor]:
+    """2^t as a mantissa, about 1, times 2^n, where n + WEIGHT_BITS ends the second's bits."""
     shifted = t + _MAGIC
     f = t - (shifted - _MAGIC)
     p = torch.full_like(f, _EXP2[0])
     for coefficient in (*_EXP2[1:], 1.0):
         p = p * f + coefficient
+    return p, shifted
+
+
+def weights(logits: Tensor, largest: Tensor, factor: Tensor) -> Tensor:
+    """round(2^30 2^(factor (logits - largest))) as int64; 0 for NaN and -inf.
+
+    Sums of integers have one value in any order, so that every backend draws the same token.
+    """
+    p, shifted = power_of_two(exponents(logits, largest, factor, _LOWEST))
     scaled = (p.view(torch.int32) + (shifted.view(torch.int32) << 23)).view(torch.float32)
     return scaled.round().long()
 
 
+def wide_weights(logits: Tensor, largest: Tensor, factor: Tensor) -> Tensor:
+    """floor(2^40 2^(factor (logits - largest))) as int64; 0 for NaN and -inf."""
+    p, shifted = power_of_two(exponents(logits, largest, factor, _WIDE_LOWEST))
+    return (p * 2.0**30).long() << (WIDE_BITS - 30) >> (_MAGIC - shifted).long()
+
+
 def scaled_uniform(high: Tensor, low: Tensor, total: Tensor) -> Tensor:
-    """floor(u total) for u = (2^32 high + low) / 2^64, exact, in [0, total)."""
+    """floor(u total) for u = (2^32 high + low) / 2^64 and total < 2^60, exact, in [0, total)."""
     product = torch.zeros_like(total)
-    for word in (low, high):
-        for shift in (0, 8, 16, 24):
-            product = (product + (word >> shift & 0xFF) * total) >> 8
+    for word in (low, high):  # floor((word total + product) / 2^32)
+        product = (word * (total >> 30) + ((word * (total & _LIMB) + product) >> 30)) >> 2
     return product
 
 

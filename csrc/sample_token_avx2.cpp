@@ -1,0 +1,5 @@
+#include "sample_token_simd.h"
+
+namespace titok {
+const SampleTokenRun sample_token_avx2 = run;
+}

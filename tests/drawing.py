@@ -1,0 +1,60 @@
+"""What the tests of the ops that draw tokens share."""
+
+import importlib.util
+import math
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from titok_fast.ops import inspect
+from titok_fast.testing import cpu_isa, supported_isas
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@pytest.fixture(params=["portable", "avx2", "avx512", "cuda"])
+def backend(request):
+    if request.param == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
+        yield "cuda"
+        return
+    if request.param not in supported_isas():
+        pytest.skip(f"this CPU has no {request.param}")
+    with cpu_isa(request.param):
+        yield "cpu"
+
+
+@pytest.fixture
+def device(backend):
+    return backend
+
+
+def chi_square(tokens, probability):
+    """The statistic less its mean, in standard deviations."""
+    expected = probability.double() * tokens.numel()
+    assert float(expected.min()) > 5
+    observed = torch.bincount(tokens.flatten().cpu(), minlength=len(expected))
+    statistic = float(((observed - expected).square() / expected).sum())
+    freedom = len(expected) - 1
+    return (statistic - freedom) / math.sqrt(2 * freedom)
+
+
+def assert_nothing_spilled(op, *, kernels, registers, shared):
+    """Read from the machine code inside the extension, without a GPU."""
+    extension = inspect.extension()
+    triton = importlib.util.find_spec("triton")
+    if not extension.cuda_architectures or triton is None:
+        pytest.skip("needs a build with CUDA, and Triton for its cuobjdump")
+    tool = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    command = [tool, "--dump-resource-usage", extension.__file__]
+    listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = re.findall(rf"Function (\S*{op}_\S+):\s*(.*)", listing)
+    assert len(found) >= kernels * len(re.findall(r"\d+-real|\d+$", extension.cuda_architectures))
+    for name, usage in found:
+        used = dict(re.findall(r"(\w+):(\d+)", usage))
+        assert int(used["REG"]) <= registers and used["LOCAL"] == used["STACK"] == "0", name
+        assert int(used["SHARED"]) <= shared, (name, usage)
