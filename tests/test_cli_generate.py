@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from titok_fast.models import MaskGIT, TiTok
+from titok_fast.models import ARTransformer, IBQTokenizer, MaskGIT, TiTok
 from titok_fast.tokens import TokenFile
 
 COMMAND = Path(sys.executable).with_name("titok-fast")
@@ -212,6 +212,7 @@ def test_given_tokens_are_kept(titok_fast, tmp_path):
         (["--npz", "samples.npy"], "--npz: got suffix '.npy', allowed is .npz"),
         (["--steps", "0"], "--steps: got 0, allowed is a positive int"),
         (["--guidance-decay", "cubic"], "--guidance-decay: 'cubic' is not one of 'constant'"),
+        (["--top-k", "3"], "--top-k: got 3, but options of titok-digits are steps, guidance"),
         (["--regenerate", "0-3"], "--regenerate: allowed with --ids and only with it"),
     ],
 )
@@ -231,3 +232,88 @@ def test_a_run_needs_a_place_of_its_own(titok_fast, tmp_path):
     (tmp_path / "000000.png").touch()
     result = titok_fast(*DIGITS, "-o", tmp_path)
     assert result.returncode == 2 and "options.json: not readable" in result.err
+
+
+@pytest.fixture(scope="module")
+def ibq_pair(tmp_path_factory):
+    """Flags that put a tiny pair in place of a release: 16 tokens, images of 8 x 8."""
+    folder = tmp_path_factory.mktemp("pair")
+    torch.manual_seed(0)
+    layers = {
+        "double_z": False, "z_channels": 8, "resolution": 8, "in_channels": 3, "out_ch": 3,
+        "ch": 32, "ch_mult": [1, 1], "num_res_blocks": 1, "attn_resolutions": [], "dropout": 0.0,
+    }  # fmt: skip
+    config = {"n_embed": 64, "embed_dim": 8, "ddconfig": layers}
+    IBQTokenizer.from_config(config).save_pretrained(folder / "tokenizer")
+    sizes = {"vocab_size": 64, "block_size": 16, "n_layer": 2, "n_head": 2, "n_embd": 32}
+    transformer = ARTransformer.from_config(sizes | {"class_num": 10})
+    torch.nn.init.normal_(transformer.head.weight)
+    transformer.save_pretrained(folder / "generator")
+    return (
+        "generate", "--model", "ibq-ar-b", "--tokenizer", folder / "tokenizer",
+        "--generator", folder / "generator",
+    )  # fmt: skip
+
+
+def test_files_of_an_autoregressive_run(titok_fast, tmp_path, ibq_pair):
+    out = tmp_path / "out"
+    options = ("--temperature", 0.9, "--top-k", 30, "--top-p", 0.95, "--guidance-scale", 1.5)
+    command = (*ibq_pair, "--labels", "7,1", "--count", 5, "--seed", 3, *options)
+    result = titok_fast(*command, "-o", out)
+    assert result.returncode == 0, result.err
+    transformer = ARTransformer.from_pretrained(ibq_pair[-1])
+    tokens = transformer.generate(
+        [7, 1, 7, 1, 7], seed=3, temperature=0.9, top_k=30, top_p=0.95, guidance_scale=1.5
+    ).unflatten(1, (4, 4))
+    images = IBQTokenizer.from_pretrained(ibq_pair[4]).decode(tokens)
+    expected = (images * 255).byte().permute(0, 2, 3, 1).numpy()
+    found = np.stack([pixels(out / f"{i:06d}.png") for i in range(5)])
+    np.testing.assert_array_equal(found, expected)
+    file = TokenFile.load(out / "tokens.npz")
+    np.testing.assert_array_equal(file.tokens, tokens.numpy())
+    assert file.image_size == 8
+    assert titok_fast("decode", out / "tokens.npz", "-o", tmp_path / "decoded").returncode == 0
+    assert pixels(tmp_path / "decoded" / "000004.png").shape == (8, 8, 3)
+    batches = titok_fast(*command, "-o", tmp_path / "batches", "--batch-size", 2)
+    assert batches.returncode == 0, batches.err
+    assert contents(tmp_path / "batches") == contents(out)
+
+
+def test_an_autoregressive_run_goes_on_from_given_tokens(titok_fast, tmp_path, ibq_pair):
+    assert titok_fast(*ibq_pair, "--labels", "4,9", "-o", tmp_path / "a").returncode == 0
+    edit = (*ibq_pair, "--labels", "4,9", "--seed", 1, "--ids", tmp_path / "a" / "tokens.npz")
+    result = titok_fast(*edit, "-o", tmp_path / "b", "--regenerate", "6-15")
+    assert result.returncode == 0, result.err
+    given, edited = (TokenFile.load(tmp_path / x / "tokens.npz").tokens for x in "ab")
+    assert given.shape == (2, 4, 4)
+    same = (given == edited).reshape(2, 16).all(0)
+    assert same[:6].all() and not same.all()
+    result = titok_fast(*edit, "-o", tmp_path / "c", "--regenerate", "3,6-15")
+    assert result.returncode == 2
+    assert "--regenerate: got '3,6-15', allowed is 3-15, to the end" in result.err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--steps", "3"], "--steps: got 3, but options of ibq-ar-b are guidance_scale, temper"),
+        (["--top-p", "1.5"], "--top-p: got 1.5, allowed is 0 to 1"),
+        (["--top-k", "-2"], "--top-k: got -2, allowed is an int from 0"),
+        (["--temperature", "-1"], "--temperature: got -1.0, allowed is a finite number from 0"),
+    ],
+)
+def test_errors_of_an_autoregressive_run(titok_fast, tmp_path, ibq_pair, options, words):
+    result = titok_fast(*ibq_pair, "-o", tmp_path / "out", *options)
+    assert result.returncode == 2
+    assert words in result.err
+    assert len(result.err.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_generator_of_other_tokens_is_refused(titok_fast, tmp_path, ibq_pair):
+    result = titok_fast(
+        "generate", "--model", "titok-digits", "--generator", "maskgit-digits", "-o",
+        tmp_path / "out", "--tokenizer", ibq_pair[4],
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert "generator: got one of 16 tokens of 256 codes, allowed is 16 tokens of 64" in result.err

@@ -4,6 +4,7 @@ __version__ = "0.1.0"
 
 from titok_fast.layers import IndexPropagationQuantize, VectorQuantizer, accelerate, ibq_quantize
 from titok_fast.models import (
+    ARTransformer,
     IBQTokenizer,
     MaskGIT,
     MaskGITVQGAN,
@@ -15,6 +16,7 @@ from titok_fast.models import (
 from titok_fast.ops import attention, index_propagation, maskgit_step, nearest_code, sample_token
 
 __all__ = [
+    "ARTransformer",
     "IBQTokenizer",
     "IndexPropagationQuantize",
     "MaskGIT",

@@ -29,9 +29,10 @@ from titok_fast.cli.common import (
     say,
 )
 from titok_fast.images import grid, read_pixels, to_float, write_png
-from titok_fast.models import MaskGIT
-from titok_fast.models.generate import GENERATORS
-from titok_fast.models.maskgit import GUIDANCE_DECAYS, RULES, SCHEDULES, Sampling
+from titok_fast.models import ARTransformer, MaskGIT
+from titok_fast.models.checks import Options, replaced
+from titok_fast.models.generate import PAIRS, Generator, arranged, image_size
+from titok_fast.models.maskgit import GUIDANCE_DECAYS, RULES, SCHEDULES
 from titok_fast.tokens import Parts, Setting, TokenFile, check_settings, write_settings
 
 SHEET = 16  # images along a side of the contact sheet, at most
@@ -52,34 +53,45 @@ def generate(
     npz: Annotated[
         Path | None, _option("Array arr_0 [N, H, W, 3] uint8, as the ADM evaluator reads it.")
     ] = None,
-    model: Annotated[str, _option(", ".join(GENERATORS))] = DEFAULT_MODEL,
+    model: Annotated[str, _option(", ".join(PAIRS))] = DEFAULT_MODEL,
+    tokenizer: Annotated[
+        str | None, _option("Its folder, file or hub id, if not the model's own.", "the model's")
+    ] = None,
+    generator: Annotated[
+        str | None, _option("The generator's, if not the model's own.", "the model's")
+    ] = None,
     device: Device = "auto",
     dtype: Dtype = "float32",
     batch_size: BatchSize = 64,
     workers: Workers = None,
-    steps: Annotated[int | None, _option("Sampling steps.", "the model's")] = None,
     guidance_scale: Annotated[
         float | None, _option("Of classifier-free guidance.", "the model's")
     ] = None,
+    steps: Annotated[int | None, _option("Sampling steps (TiTok).", "the model's")] = None,
     guidance_decay: Annotated[
-        str | None, _option(", ".join(GUIDANCE_DECAYS), "the model's")
+        str | None, _option(f"TiTok: {', '.join(GUIDANCE_DECAYS)}.", "the model's")
     ] = None,
     guidance_scale_pow: Annotated[
-        float, _option("Exponent of the power-cosine decay.")
-    ] = Sampling.guidance_scale_pow,
+        float | None, _option("Exponent of the power-cosine decay (TiTok).", "3")
+    ] = None,
     randomize_temperature: Annotated[
-        float | None, _option("Of the noise in the first step.", "the model's")
+        float | None, _option("Of the noise in the first step (TiTok).", "the model's")
     ] = None,
     softmax_temperature_annealing: Annotated[
-        bool, _option("Divide the logits by 1.3 in the first step, falling to 0.5.")
-    ] = Sampling.softmax_temperature_annealing,
-    schedule: Annotated[str, _option(", ".join(SCHEDULES))] = Sampling.schedule,
-    rule: Annotated[str, _option(", ".join(RULES))] = Sampling.rule,
+        bool | None,
+        _option("Divide the logits by 1.3 in the first step, falling to 0.5 (TiTok).", "yes"),
+    ] = None,
+    schedule: Annotated[str | None, _option(f"TiTok: {', '.join(SCHEDULES)}.", "arccos")] = None,
+    rule: Annotated[str | None, _option(f"TiTok: {', '.join(RULES)}.", "titok")] = None,
+    temperature: Annotated[float | None, _option("Of the draws (IBQ).", "the model's")] = None,
+    top_k: Annotated[int | None, _option("Tokens to draw from, 0 for all (IBQ).", "0")] = None,
+    top_p: Annotated[float | None, _option("Probability to draw from (IBQ).", "1")] = None,
     ids: Annotated[
         Path | None, _option("Token file to edit: its rows are taken in turn, as labels are.")
     ] = None,
     regenerate: Annotated[
-        str | None, _option("Positions such as 0-15,20 to generate anew; others keep --ids.")
+        str | None,
+        _option("Positions such as 0-15,20 to generate anew; others keep --ids. IBQ: to the end."),
     ] = None,
 ) -> None:
     """Generate images of classes; the same command finishes what an interrupted one began.
@@ -99,39 +111,46 @@ def generate(
         raise ValueError(f"--count: got {count}, allowed is a positive number")
     if (ids is None) != (regenerate is None):
         raise ValueError("--regenerate: allowed with --ids and only with it")
-    if model not in GENERATORS:
-        raise ValueError(f"--model: {model!r} is not one of {', '.join(GENERATORS)}")
-    network = Network.load(model, None, device, dtype)
-    generator = MaskGIT.from_pretrained(
-        GENERATORS[model], dtype=network.dtype, device=network.device
+    if model not in PAIRS:
+        raise ValueError(f"--model: {model!r} is not one of {', '.join(PAIRS)}")
+    names = PAIRS[model]
+    network = Network.load(tokenizer or names.tokenizer, None, device, dtype)
+    kind = ARTransformer if names.generator in ARTransformer.releases else MaskGIT
+    transformer = kind.from_pretrained(
+        generator or names.generator, dtype=network.dtype, device=network.device
     )
     sampling = _sampling(
-        generator.sampling,
-        steps=steps,
+        transformer.sampling,
+        model,
         guidance_scale=guidance_scale,
+        steps=steps,
         guidance_decay=guidance_decay,
         guidance_scale_pow=guidance_scale_pow,
         randomize_temperature=randomize_temperature,
         softmax_temperature_annealing=softmax_temperature_annealing,
         schedule=schedule,
         rule=rule,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
     )
     if labels is None:
-        labels = f"0-{generator.num_classes - 1}"
-    classes = torch.tensor(_numbers("--labels", labels, generator.num_classes))
+        labels = f"0-{transformer.num_classes - 1}"
+    classes = torch.tensor(_numbers("--labels", labels, transformer.num_classes))
     kept = None
     if ids is not None and regenerate is not None:
-        kept = _tokens(ids, network)
-        kept[:, _numbers("--regenerate", regenerate, generator.num_tokens)] = generator.mask_id
+        kept = _kept(_tokens(ids, network), regenerate, transformer)
     if count is None:
         count = len(classes if kept is None else kept)
     run = _Run(
         home,
         output,
         npz,
-        shape=(count, network.model.image_size),
+        shape=(count, image_size(network.model, transformer)),
         settings={
             "--model": model,
+            "--tokenizer": None if tokenizer is None else network.name,
+            "--generator": generator,
             "--labels": labels,
             "--count": count,
             "--seed": seed,
@@ -148,14 +167,17 @@ def generate(
     workers = default_workers(workers, network.device)
     with Counter("generate", count, run.done) as counter, PngWriter(workers) as writer:
         for numbers in run.todo(batch_size):
-            tokens = generator.generate(
+            options: dict[str, Any] = asdict(sampling)
+            if kept is not None:
+                given = "ids" if isinstance(transformer, MaskGIT) else "prefix"
+                options[given] = kept[numbers % len(kept)]
+            tokens = transformer.generate(
                 classes[numbers % len(classes)],
                 seed=seed,
                 image_ids=numbers.to(network.device),
-                ids=None if kept is None else kept[numbers % len(kept)],
-                **asdict(sampling),
+                **options,
             )
-            images = network.model.decode(tokens).float().clamp(0, 1)
+            images = network.model.decode(arranged(network.model, tokens)).float().clamp(0, 1)
             run.add(numbers, tokens.cpu(), images.mul(255).to(torch.uint8).cpu(), writer)
             counter.advance(len(numbers))
     run.finish(network, classes)
@@ -171,13 +193,28 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _sampling(default: Sampling, **given: Any) -> Sampling:
+def _sampling(default: Options, model: str, **given: Any) -> Options:
     """The model's sampling with the options that are given."""
     try:
-        return default.replaced(**given)
+        return replaced(default, model, **given)
     except ValueError as error:
         name, _, reason = str(error).partition(":")
         raise ValueError(f"{_flag(name)}:{reason}") from None
+
+
+def _kept(tokens: Tensor, regenerate: str, generator: Generator) -> Tensor:
+    """What the generator is given of tokens [N, L]: masked ones, or those before the first."""
+    numbers = _numbers("--regenerate", regenerate, generator.num_tokens)
+    if isinstance(generator, MaskGIT):
+        tokens[:, numbers] = generator.mask_id
+        return tokens
+    first = min(numbers)
+    if set(numbers) != set(range(first, generator.num_tokens)):
+        raise ValueError(
+            f"--regenerate: got {regenerate!r}, allowed is {first}-{generator.num_tokens - 1}, to "
+            "the end, for tokens that are generated in turn"
+        )
+    return tokens[:, :first]
 
 
 def _numbers(flag: str, text: str, limit: int) -> list[int]:
@@ -204,7 +241,7 @@ def _tokens(path: Path, network: Network) -> Tensor:
         )
     if not len(file.tokens):
         raise ValueError(f"--ids: {path} holds no image")
-    return torch.from_numpy(file.tokens.astype(np.int64))
+    return torch.from_numpy(file.tokens.astype(np.int64)).flatten(1)
 
 
 class _Run:
@@ -302,11 +339,11 @@ class _Run:
             raise RuntimeError(f"{self._parts.folder}: its files are gone, repeat the command")
         names, positions = np.unique(classes.numpy().astype(str), return_inverse=True)
         return TokenFile(
-            tokens=tokens,
+            tokens=arranged(network.model, torch.from_numpy(tokens)).numpy(),
             image_ids=[path.name for path in self._paths],
             model=network.name,
             fingerprint=network.fingerprint,
-            image_size=network.model.image_size,
+            image_size=self._size,
             codebook_size=network.model.codebook_size,
             labels=positions[numbers % len(classes)],
             class_names=names.tolist(),

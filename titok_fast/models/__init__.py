@@ -2,6 +2,7 @@
 
 from titok_fast.models.accelerated import compile
 from titok_fast.models.auto import Tokenizer, load_tokenizer
+from titok_fast.models.autoregressive import ARSampling, ARTransformer
 from titok_fast.models.generate import generate
 from titok_fast.models.ibq import IBQTokenizer
 from titok_fast.models.maskgit import MaskGIT, Sampling
@@ -10,6 +11,8 @@ from titok_fast.models.pretrained import PretrainedModel, Release
 from titok_fast.models.titok import DiagonalGaussian, TiTok
 
 __all__ = [
+    "ARSampling",
+    "ARTransformer",
     "DiagonalGaussian",
     "IBQTokenizer",
     "MaskGIT",

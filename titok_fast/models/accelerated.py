@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from titok_fast.models.blocks import BertBlock, ResidualAttentionBlock, UViTBlock
+from titok_fast.models.blocks import BertBlock, LlamaBlock, ResidualAttentionBlock, UViTBlock
 from titok_fast.models.ibq import ResidualBlock
 from titok_fast.models.maskgit_vqgan import ResnetBlock
 
@@ -30,7 +30,7 @@ def compile(model: Model) -> Model:
     Raises:
         ValueError: when the module has none of the blocks.
     """
-    kinds = (BertBlock, ResidualAttentionBlock, ResidualBlock, ResnetBlock, UViTBlock)
+    kinds = (BertBlock, LlamaBlock, ResidualAttentionBlock, ResidualBlock, ResnetBlock, UViTBlock)
     blocks = [module for module in model.modules() if isinstance(module, kinds)]
     if not blocks:
         raise ValueError(f"model: {type(model).__name__} has no block of a model of titok_fast")

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 import torch
 
+from titok_fast.models.autoregressive import ARTransformer
 from titok_fast.models.ibq import IBQTokenizer
 from titok_fast.models.maskgit import MaskGIT
 from titok_fast.models.maskgit_vqgan import MaskGITVQGAN
@@ -15,7 +16,9 @@ from titok_fast.models.pretrained import Model, PretrainedModel, Release, locate
 from titok_fast.models.titok import TiTok
 
 # A generator's configuration also has its tokenizer's key, so generators come first.
-MODELS: tuple[type[PretrainedModel], ...] = (MaskGIT, MaskGITVQGAN, TiTok, IBQTokenizer)
+MODELS: tuple[type[PretrainedModel], ...] = (
+    MaskGIT, MaskGITVQGAN, TiTok, IBQTokenizer, ARTransformer
+)  # fmt: skip
 
 Tokenizer: TypeAlias = TiTok | IBQTokenizer
 TOKENIZERS: tuple[type[Tokenizer], ...] = (TiTok, IBQTokenizer)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +19,50 @@ def attend(qkv: Tensor, num_heads: int, dropout: float = 0.0) -> Tensor:
     """`attention` of packed projections: [B, L, 3 W] to [B, L, W]."""
     qkv = rearrange(qkv, "b l (n h d) -> b l n h d", n=3, h=num_heads)  # [B, L, 3, H, Dh]
     return attention(qkv, dropout_p=dropout).flatten(2)
+
+
+class PackableLinear(nn.Linear):
+    """`nn.Linear` that `packed` can speed up, but not in compiled code."""
+
+    _packed: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps [..., in_features] to [..., out_features]."""
+        if self._packed is None or torch.compiler.is_compiling():
+            return super().forward(x)
+        product = torch.ops.mkldnn._linear_pointwise
+        out: Tensor = product(x, self._packed, self.bias, "none", [], "")
+        return out
+
+
+@contextmanager
+def packed(model: nn.Module, rows: int) -> Iterator[None]:
+    """Within it, layers of a model on the CPU keep a copy of their weight as oneDNN wants it.
+
+    Products of few rows otherwise spend most of their time on that order. Without gradient.
+
+    Args:
+        model: its `PackableLinear` layers are meant; a change of their weight is not seen.
+        rows: of their input, for which the order is chosen.
+    """
+    layers = [module for module in model.modules() if isinstance(module, PackableLinear)]
+    try:
+        for layer in layers:
+            if layer.weight.device.type == "cpu" and _can_pack(layer.weight.dtype):
+                layer._packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight, rows)
+        yield
+    finally:
+        for layer in layers:
+            layer._packed = None
+
+
+def _can_pack(dtype: torch.dtype) -> bool:
+    operators = torch.ops.mkldnn
+    if not torch.backends.mkldnn.is_available() or not hasattr(operators, "_linear_pointwise"):
+        return False
+    if dtype == torch.bfloat16:
+        return bool(operators._is_mkldnn_bf16_supported())
+    return dtype == torch.float32
 
 
 def mlp(width: int, hidden_width: int) -> nn.Sequential:
@@ -221,3 +267,166 @@ class UViTBlock(nn.Module):
         x = x + self.attn(self.norm1(x))
         x = x + self.mlp(self.norm2(x))
         return x
+
+
+class KVCache:
+    """Keys and values of the positions so far, in memory for all of them.
+
+    On the CPU they are float32, for whose single rows PyTorch's attention is six times faster.
+
+    Args:
+        shape: [B, H, S, Dh], S the largest number of positions.
+        like: gives device and, on a GPU, dtype.
+    """
+
+    def __init__(self, shape: Sequence[int], like: Tensor) -> None:
+        dtype = torch.float32 if like.device.type == "cpu" else like.dtype
+        self.keys, self.values = (
+            torch.zeros(*shape, dtype=dtype, device=like.device) for _ in "kv"
+        )
+
+    def update(self, k: Tensor, v: Tensor, start: int | Tensor) -> tuple[Tensor, Tensor]:
+        """Stores k and v [B, H, T, Dh] from a position on, and returns what to attend to.
+
+        With `start` a tensor, T is 1 and all positions come back, for a mask to choose from.
+        """
+        if isinstance(start, Tensor):
+            self.keys.index_copy_(2, start, k.to(self.keys.dtype))
+            self.values.index_copy_(2, start, v.to(self.values.dtype))
+            return self.keys, self.values
+        end = start + k.shape[2]
+        self.keys[:, :, start:end] = k
+        self.values[:, :, start:end] = v
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+
+class CausalSelfAttention(nn.Module):
+    """Self-attention to the positions before, with rotary embedding.
+
+    Args:
+        width: number of channels, divisible by num_heads.
+        num_heads: number of query heads.
+        num_kv_heads: number of key and value heads, a divisor of num_heads.
+        dropout: of the attention weights, in training.
+        out_dropout: of the result, in training.
+    """
+
+    def __init__(
+        self, width: int, num_heads: int, num_kv_heads: int, dropout: float, out_dropout: float
+    ) -> None:
+        super().__init__()
+        self.heads = (num_heads, num_kv_heads, num_kv_heads)
+        self.head_dim = width // num_heads
+        self.dropout = dropout
+        self.wqkv = PackableLinear(width, sum(self.heads) * self.head_dim, bias=False)
+        self.wo = PackableLinear(width, width, bias=False)
+        self.resid_dropout = nn.Dropout(out_dropout)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotation: Tensor,
+        cache: KVCache | None = None,
+        start: int | Tensor = 0,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Maps [B, T, W] to [B, T, W]; with a cache, x follows the `start` positions in it."""
+        qkv = self.wqkv(x).unflatten(2, (-1, self.head_dim)).transpose(1, 2)  # [B, heads, T, Dh]
+        queries, keys, values = self.heads
+        qk, v = qkv.split([queries + keys, values], dim=1)
+        q, k = _rotated(qk, rotation).split([queries, keys], dim=1)
+        if cache is None:
+            k = k.to(v.dtype)
+        else:
+            k, v = cache.update(k, v, start)
+        out = F.scaled_dot_product_attention(
+            q.to(k.dtype),
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=mask is None and x.shape[1] > 1,
+            dropout_p=self.dropout if self.training else 0.0,
+            enable_gqa=self.heads[0] != self.heads[1],
+        )
+        out = self.wo(out.transpose(1, 2).flatten(2).to(x.dtype))  # [B, T, W]
+        dropped: Tensor = self.resid_dropout(out)
+        return dropped
+
+
+class SwiGLU(nn.Module):
+    """The gated feed-forward network w2(silu(w1 x) * w3 x).
+
+    Args:
+        width: number of channels.
+        hidden_width: channels inside.
+        dropout: of the result, in training.
+    """
+
+    def __init__(self, width: int, hidden_width: int, dropout: float) -> None:
+        super().__init__()
+        self.w1 = PackableLinear(width, hidden_width, bias=False)
+        self.w3 = PackableLinear(width, hidden_width, bias=False)
+        self.w2 = PackableLinear(hidden_width, width, bias=False)
+        self.ffn_dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps [..., W] to [..., W]."""
+        out: Tensor = self.ffn_dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)))
+        return out
+
+
+class LlamaBlock(nn.Module):
+    """Pre-norm block of RMSNorm, causal attention and SwiGLU, modulated by the class (AdaLN).
+
+    Args:
+        attention: of its first half.
+        feed_forward: of its second half.
+        width: number of channels.
+        norm_eps: of RMSNorm.
+        drop_path: probability that an image skips a half in training.
+    """
+
+    def __init__(
+        self,
+        attention: CausalSelfAttention,
+        feed_forward: SwiGLU,
+        width: int,
+        norm_eps: float,
+        drop_path: float,
+    ) -> None:
+        super().__init__()
+        self.attention = attention
+        self.feed_forward = feed_forward
+        self.attention_norm = nn.RMSNorm(width, eps=norm_eps)
+        self.ffn_norm = nn.RMSNorm(width, eps=norm_eps)
+        self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+        self.drop_path = drop_path
+
+    def modulation(self, condition: Tensor) -> Tensor:
+        """What class embeddings [B, 1, W] make of the block, [6, B, 1, W].
+
+        For each half a gate of its output, a factor of its normalised input, and a shift of it.
+        """
+        parts = self.ada_lin(condition).unflatten(-1, (6, -1)).movedim(-2, 0)  # [6, B, 1, W]
+        return torch.cat([parts[:2], parts[2:4] + 1, parts[4:]])
+
+    def forward(self, x: Tensor, modulation: Tensor, rotation: Tensor, **options: Any) -> Tensor:
+        """Maps [B, T, W] to [B, T, W]; the options are of `CausalSelfAttention`."""
+        gate1, gate2, scale1, scale2, shift1, shift2 = modulation
+        h = torch.addcmul(shift1, self.attention_norm(x), scale1)
+        x = torch.addcmul(x, self._kept(self.attention(h, rotation, **options)), gate1)
+        h = torch.addcmul(shift2, self.ffn_norm(x), scale2)
+        return torch.addcmul(x, self._kept(self.feed_forward(h)), gate2)
+
+    def _kept(self, h: Tensor) -> Tensor:
+        if not self.training or self.drop_path == 0:
+            return h
+        kept = torch.rand(len(h), 1, 1, device=h.device) >= self.drop_path
+        return h * kept / (1 - self.drop_path)
+
+
+def _rotated(x: Tensor, rotation: Tensor) -> Tensor:
+    """Channels of [B, H, T, Dh], in pairs as complex numbers, times [T, Dh / 2, 2]; float32."""
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    turned = torch.view_as_real(pairs * torch.view_as_complex(rotation))
+    return turned.flatten(-2)

@@ -2,8 +2,35 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import fields, replace
+from typing import Any, TypeVar
+
 import torch
 from torch import Tensor
+
+Options = TypeVar("Options")
+
+
+def replaced(options: Options, kind: str, **given: Any) -> Options:
+    """A frozen dataclass with the fields that are given; None keeps.
+
+    Raises:
+        ValueError: for a name that it lacks, `kind` saying whose options they are, or a value that
+            it does not take.
+    """
+    given = {name: value for name, value in given.items() if value is not None}
+    names = [field.name for field in fields(options)]  # type: ignore[arg-type]
+    for name, value in given.items():
+        if name not in names:
+            raise ValueError(f"{name}: got {value!r}, but options of {kind} are {', '.join(names)}")
+    return replace(options, **given)  # type: ignore[type-var]
+
+
+def check_number(name: str, value: float) -> None:
+    """Raises ValueError unless value is a finite number from 0."""
+    if not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise ValueError(f"{name}: got {value!r}, allowed is a finite number from 0")
 
 
 def check_floating(name: str, value: Tensor) -> None:

@@ -3,21 +3,36 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
+from titok_fast.models.auto import Tokenizer
+from titok_fast.models.autoregressive import ARTransformer
+from titok_fast.models.ibq import IBQTokenizer
 from titok_fast.models.maskgit import MaskGIT
 from titok_fast.models.titok import TiTok
 
-# A tokenizer's name, and its generator's.
-GENERATORS: Mapping[str, str] = {
-    "titok-l-32": "maskgit-vit-l-32",
-    "titok-b-64": "maskgit-vit-b-64",
-    "titok-s-128": "maskgit-uvit-s-128",
-    "titok-digits": "maskgit-digits",
+Generator: TypeAlias = MaskGIT | ARTransformer
+
+
+class Pair(NamedTuple):
+    """Names of a tokenizer and of a generator of its tokens."""
+
+    tokenizer: str
+    generator: str
+
+
+# By the name that stands for both: a TiTok tokenizer's, or an IBQ generator's.
+PAIRS: Mapping[str, Pair] = {
+    "titok-l-32": Pair("titok-l-32", "maskgit-vit-l-32"),
+    "titok-b-64": Pair("titok-b-64", "maskgit-vit-b-64"),
+    "titok-s-128": Pair("titok-s-128", "maskgit-uvit-s-128"),
+    "titok-digits": Pair("titok-digits", "maskgit-digits"),
+    **{name: Pair("ibq-16384", name) for name in ARTransformer.releases},
 }
 
 
@@ -38,12 +53,14 @@ def generate(
 
     Args:
         labels: [N] int64 in [0, num_classes], or a sequence of them.
-        model: the tokenizer's name: "titok-l-32", "titok-b-64", "titok-s-128" or "titok-digits".
+        model: a name in `PAIRS`: "titok-l-32", "titok-b-64", "titok-s-128", "titok-digits",
+            "ibq-ar-b", "ibq-ar-l", "ibq-ar-xl" or "ibq-ar-xxl".
         seed: in [0, 2**63).
         batch_size: images generated at a time.
         dtype: of both networks; None keeps that of the weights.
         device: None is the first GPU if there is one, otherwise the CPU.
-        **options: of `MaskGIT.generate`, such as steps or guidance_scale.
+        **options: of `MaskGIT.generate`, such as steps or guidance_scale, or of
+            `ARTransformer.generate`, such as temperature or top_k.
 
     Returns:
         [N, 3, S, S] in [0, 1], in the dtype of the tokenizer, on the device.
@@ -61,18 +78,52 @@ def generate(
         raise ValueError(f"labels: got shape {list(labels.shape)}, allowed is [N]")
     numbers = torch.arange(len(labels), device=device)
     images = [
-        tokenizer.decode(generator.generate(part, seed=seed, image_ids=ids, **options))
+        tokenizer.decode(
+            arranged(tokenizer, generator.generate(part, seed=seed, image_ids=ids, **options))
+        )
         for part, ids in zip(labels.split(batch_size), numbers.split(batch_size), strict=True)
     ]
     return torch.cat(images)
 
 
+def arranged(tokenizer: Tokenizer, tokens: Tensor) -> Tensor:
+    """Generated tokens [B, L] as the tokenizer decodes them; IBQ's are the rows of a square."""
+    if isinstance(tokenizer, TiTok):
+        return tokens
+    rows: Tensor = tokens.unflatten(1, (math.isqrt(tokens.shape[1]), -1))  # [B, h, w]
+    return rows
+
+
+def image_size(tokenizer: Tokenizer, generator: Generator) -> int:
+    """Side in pixels of the images that a pair generates.
+
+    Raises:
+        ValueError: when the generator's tokens are not the tokenizer's.
+    """
+    given = generator.num_tokens, generator.codebook_size
+    if isinstance(tokenizer, TiTok):
+        length, size = tokenizer.num_latent_tokens, tokenizer.image_size
+    else:
+        length = given[0]
+        size = tokenizer.stride * math.isqrt(length)
+    if given != (length, tokenizer.codebook_size):
+        raise ValueError(
+            f"generator: got one of {given[0]} tokens of {given[1]} codes, allowed is {length} "
+            f"tokens of {tokenizer.codebook_size} codes, as the tokenizer's"
+        )
+    return size
+
+
 @functools.lru_cache(maxsize=1)
-def load_pair(model: str, dtype: torch.dtype | None, device: torch.device) -> tuple[TiTok, MaskGIT]:
-    """The tokenizer of a name in `GENERATORS` and its generator, in evaluation mode."""
-    if model not in GENERATORS:
-        raise ValueError(f"model: {model!r} is not one of {', '.join(map(repr, GENERATORS))}")
+def load_pair(
+    model: str, dtype: torch.dtype | None, device: torch.device
+) -> tuple[Tokenizer, Generator]:
+    """The tokenizer and the generator of a name in `PAIRS`, in evaluation mode."""
+    if model not in PAIRS:
+        raise ValueError(f"model: {model!r} is not one of {', '.join(map(repr, PAIRS))}")
+    tokenizer, generator = PAIRS[model]
+    kinds = (TiTok, MaskGIT) if tokenizer in TiTok.releases else (IBQTokenizer, ARTransformer)
     return (
-        TiTok.from_pretrained(model, dtype=dtype, device=device),
-        MaskGIT.from_pretrained(GENERATORS[model], dtype=dtype, device=device),
+        kinds[0].from_pretrained(tokenizer, dtype=dtype, device=device),
+        kinds[1].from_pretrained(generator, dtype=dtype, device=device),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from titok_fast.models.accelerated import capture
 from titok_fast.models.blocks import BertBlock, UViTBlock
-from titok_fast.models.checks import check_labels, check_tokens
+from titok_fast.models.checks import check_labels, check_number, check_tokens, replaced
 from titok_fast.models.pretrained import PretrainedModel, Release
 from titok_fast.ops import maskgit_step
 
@@ -118,17 +118,7 @@ class Sampling:
         if not isinstance(self.steps, int) or self.steps < 1:
             raise ValueError(f"steps: got {self.steps!r}, allowed is a positive int")
         for name in ("guidance_scale", "guidance_scale_pow", "randomize_temperature"):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or not 0 <= value < math.inf:
-                raise ValueError(f"{name}: got {value!r}, allowed is a finite number from 0")
-
-    def replaced(self, **given: Any) -> Sampling:
-        """The same but for what is given; None keeps.
-
-        Raises:
-            ValueError: an unknown option or a number out of range.
-        """
-        return replace(self, **{name: value for name, value in given.items() if value is not None})
+            check_number(name, getattr(self, name))
 
     def num_masked(self, start: int) -> list[int]:
         """Positions that are masked after each step, of `start` at first."""
@@ -344,7 +334,9 @@ class MaskGIT(PretrainedModel):
         device = self._head_layer.weight.device
         labels = torch.as_tensor(labels, device=device)
         check_labels(labels, len(labels), self.num_classes)
-        sampling = self.sampling.replaced(
+        sampling = replaced(
+            self.sampling,
+            "MaskGIT",
             steps=steps,
             guidance_scale=guidance_scale,
             guidance_decay=guidance_decay,

@@ -1,0 +1,246 @@
+"""IBQ's autoregressive transformer against the official implementation, and how it samples."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import titok_fast
+from tests.conformance import expected, manifest, uniform, weights
+from titok_fast.models import ARTransformer
+from titok_fast.models.autoregressive import ARSampling, Decoding
+from titok_fast.models.blocks import PackableLinear, packed
+from titok_fast.testing import relative_error
+
+LABELS = torch.tensor([3, 7])
+CONFIG = {"vocab_size": 50, "block_size": 9, "n_layer": 2, "n_head": 2, "n_embd": 32}
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    described = manifest("ibq_ar_tiny")
+    model = ARTransformer.from_config(described["config"]).eval()
+    model.load_state_dict(weights(described["parameters"]), strict=True)
+    return model
+
+
+@pytest.fixture(scope="module")
+def ids(tiny):
+    shape = [2, tiny.num_tokens]
+    return torch.from_numpy(np.floor(uniform("ids", shape) * tiny.codebook_size)).long()
+
+
+def test_logits_conform(tiny, ids):
+    wanted = expected("ibq_ar_tiny")["logits"]
+    logits = tiny.logits(ids[:, :-1], LABELS).detach()
+    assert logits.shape == (2, 16, 256)
+    assert relative_error(logits[:, ::3, :: 256 // 64], wanted) < 2e-4
+
+
+@pytest.mark.parametrize(("case", "scale"), [("greedy_cfg1p5", 1.5), ("greedy_cfg2", 2.0)])
+def test_greedy_tokens_conform(tiny, case, scale):
+    tokens = tiny.generate(LABELS, guidance_scale=scale, temperature=0.0)
+    assert torch.equal(tokens, expected("ibq_ar_tiny")[case].long())
+
+
+def test_releases_have_the_official_parameters():
+    described = manifest("ibq_ar_b")
+    with torch.device("meta"):
+        model = ARTransformer.from_config("ibq-ar-b")
+    assert {name: list(x.shape) for name, x in model.state_dict().items()} == (
+        described["parameters"]
+    )
+    assert {key: model.config[key] for key in described["config"]} == described["config"]
+    assert model.sampling == ARSampling(2.25, 1.10)
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"), [("b", 343), ("l", 650), ("xl", 1100), ("xxl", 2100)]
+)
+def test_sizes_of_the_paper(name, millions):
+    with torch.device("meta"):
+        model = ARTransformer.from_config(f"ibq-ar-{name}")
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=0.03)
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_decoding_with_a_cache_agrees_with_the_teacher_forced_pass(tiny, scale):
+    labels = torch.tensor([3, 7, 0, tiny.num_classes])
+    tokens = tiny.generate(labels, guidance_scale=scale, temperature=1.0, seed=5)
+    given = tokens[:, :-1]
+    cond = tiny.logits(given, labels)
+    uncond = tiny.logits(given, torch.full_like(labels, tiny.num_classes))
+    best = (uncond + scale * (cond - uncond)).argmax(-1)
+    for position in range(tiny.num_tokens):
+        chosen = tiny.generate(
+            labels,
+            guidance_scale=scale,
+            temperature=0.0,
+            prefix=tokens[:, :position],
+            num_tokens=position + 1,
+        )
+        assert torch.equal(chosen[:, :position], tokens[:, :position])
+        assert torch.equal(chosen[:, position], best[:, position])
+
+
+def test_a_prefix_goes_on_to_the_same_image(tiny):
+    whole = tiny.generate(LABELS, temperature=1.0, seed=3)
+    for count in (1, 5, 16):
+        assert torch.equal(tiny.generate(LABELS, seed=3, prefix=whole[:, :count]), whole)
+    assert torch.equal(tiny.generate(LABELS, seed=3, num_tokens=1), whole[:, :1])
+
+
+def test_tokens_do_not_depend_on_the_batch(tiny):
+    labels = torch.tensor([3, 7, 3, 1, 0])
+    whole = tiny.generate(labels, guidance_scale=1.5, seed=11)
+    assert not torch.equal(whole[0], whole[2])
+    for i, label in enumerate(labels.tolist()):
+        alone = tiny.generate([label], guidance_scale=1.5, seed=11, image_ids=torch.tensor([i]))
+        assert torch.equal(alone[0], whole[i])
+    assert not torch.equal(tiny.generate(labels, guidance_scale=1.5, seed=12), whole)
+
+
+def test_top_k_of_one_is_greedy(tiny):
+    greedy = tiny.generate(LABELS, guidance_scale=2.0, temperature=0.0)
+    assert torch.equal(tiny.generate(LABELS, guidance_scale=2.0, temperature=1.3, top_k=1), greedy)
+    assert torch.equal(
+        tiny.generate(LABELS, guidance_scale=2.0, temperature=1.3, top_p=0.0), greedy
+    )
+
+
+def test_a_position_on_the_device_gives_the_same_tokens(tiny):
+    """What a CUDA graph records: whole caches, and a mask."""
+    whole = tiny.generate(LABELS, guidance_scale=2.0, temperature=1.0, seed=4)
+    decoding = Decoding(tiny, 2, ARSampling(2.0), "auto")
+    nothing = LABELS.new_zeros(2, 0)
+    with torch.no_grad():
+        for seed in (9, 4):  # the second start must overwrite the first
+            decoding.start(
+                LABELS.flip(0) if seed == 9 else LABELS, nothing, torch.tensor(seed), None
+            )
+            for position in torch.arange(tiny.num_tokens).split(1):
+                tokens = decoding.step(position)
+    assert torch.equal(tokens[:, 1:], whole)
+
+
+@pytest.mark.gpu
+def test_capture(tiny):
+    model = ARTransformer.from_config(tiny.config).eval()
+    model.load_state_dict(tiny.state_dict())
+    model.cuda()
+    run = model.capture(2, guidance_scale=2.0, temperature=1.0)
+    labels, numbers = LABELS.cuda(), torch.arange(2).cuda()
+    for seed in (4, 9):
+        tokens = run(labels, torch.tensor(seed).cuda(), numbers)
+        wanted = model.generate(labels, guidance_scale=2.0, temperature=1.0, seed=seed)
+        assert torch.equal(tokens, wanted)
+
+
+def test_sixteen_bits(tiny, ids, tmp_path):
+    tiny.save_pretrained(tmp_path)
+    half = ARTransformer.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    logits = half.logits(ids[:, :-1], LABELS)
+    assert logits.dtype == torch.bfloat16
+    assert relative_error(logits.float(), tiny.logits(ids[:, :-1], LABELS)) < 0.05
+    tokens = half.generate(LABELS, guidance_scale=2.0, seed=1)
+    assert tokens.shape == (2, 16)
+    assert 0 <= int(tokens.min()) <= int(tokens.max()) < 256
+    again = ARTransformer.from_pretrained(tmp_path)
+    assert torch.equal(again.generate(LABELS, seed=1), tiny.generate(LABELS, seed=1))
+
+
+def test_reads_its_part_of_a_checkpoint(tiny, tmp_path):
+    state = {f"transformer.{name}": tensor for name, tensor in tiny.state_dict().items()}
+    state["transformer.blocks.0.attention.kv_cache.k_cache"] = torch.zeros(1, 2)
+    state["first_stage_model.encoder.conv_in.weight"] = torch.zeros(3)
+    torch.save({"state_dict": state, "epoch": 3}, tmp_path / "any.ckpt")
+    again = ARTransformer.from_pretrained(tmp_path / "any.ckpt", config=tiny.config)
+    assert again.state_dict().keys() == tiny.state_dict().keys()
+    assert all(torch.equal(x, tiny.state_dict()[name]) for name, x in again.state_dict().items())
+    del state["transformer.head.weight"]
+    torch.save({"state_dict": state}, tmp_path / "any.ckpt")
+    with pytest.raises(ValueError, match=r"missing head\.weight"):
+        ARTransformer.from_pretrained(tmp_path / "any.ckpt", config=tiny.config)
+
+
+def test_packed_layers_are_packed_only_within(tiny):
+    layers = [layer for layer in tiny.modules() if isinstance(layer, PackableLinear)]
+    x = torch.randn(3, 64)
+    with torch.no_grad():
+        plain = [layer(x) for layer in layers if layer.in_features == 64]
+        with pytest.raises(KeyError), packed(tiny, 3):
+            assert torch.backends.mkldnn.is_available() == (layers[0]._packed is not None)
+            within = [layer(x) for layer in layers if layer.in_features == 64]
+            raise KeyError
+    assert all(layer._packed is None for layer in layers)
+    for a, b in zip(plain, within, strict=True):
+        assert relative_error(a, b) < 1e-6
+
+
+def test_trains():
+    torch.manual_seed(0)
+    model = ARTransformer.from_config(CONFIG | {"class_num": 3, "drop_path_rate": 0.1})
+    tokens, labels = torch.randint(50, (4, 9)), torch.tensor([0, 1, 2, 0])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for step in range(120):
+        loss = F.cross_entropy(model(tokens[:, :-1], labels).flatten(0, 1), tokens.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        if step == 2:  # the head starts at zero, so that nothing below it has a gradient at first
+            assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[0] == pytest.approx(np.log(50), rel=1e-4)
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_fewer_heads_of_keys_and_values():
+    torch.manual_seed(0)
+    model = ARTransformer.from_config(CONFIG | {"n_kv_head": 1}).eval()
+    nn.init.normal_(model.head.weight)
+    greedy = model.generate([5], temperature=0.0, guidance_scale=1.0)
+    assert torch.equal(model.logits(greedy[:, :-1], torch.tensor([5])).argmax(-1), greedy)
+
+
+def test_compiled():
+    torch.manual_seed(0)
+    model = ARTransformer.from_config(CONFIG | {"n_layer": 1}).eval()
+    nn.init.normal_(model.head.weight)
+    tokens = model.generate([1, 2], guidance_scale=2.0)
+    assert torch.equal(titok_fast.compile(model).generate([1, 2], guidance_scale=2.0), tokens)
+
+
+def test_no_images(tiny):
+    assert tiny.generate(LABELS[:0]).shape == (0, 16)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda m: m.logits(torch.zeros(1, 17).long(), LABELS[:1]), ValueError, "T up to 16"),
+        (lambda m: m.logits(torch.full((1, 1), 256), LABELS[:1]), ValueError, r"\[0, 255\]"),
+        (lambda m: m.logits(torch.zeros(2, 1).long(), LABELS[:1]), ValueError, r"labels: got sha"),
+        (lambda m: m.logits(torch.zeros(1, 1), LABELS[:1]), TypeError, "tokens: got dtype"),
+        (lambda m: m.generate([11]), ValueError, r"labels: got labels in \[11, 11\], allowed is"),
+        (lambda m: m.generate([1.0]), TypeError, "labels: got dtype torch.float32"),
+        (lambda m: m.generate([1], num_tokens=17), ValueError, "num_tokens: got 17, allowed is 0"),
+        (lambda m: m.generate([1], prefix=LABELS[None], num_tokens=1), ValueError, "is 2 to 16"),
+        (lambda m: m.generate([1, 2], prefix=LABELS[None]), ValueError, r"prefix: got shape \[1"),
+        (lambda m: m.generate([1], temperature=-1.0), ValueError, "temperature: got -1.0, allowed"),
+        (lambda m: m.generate([1], top_k=-1), ValueError, "top_k: got -1, allowed"),
+        (lambda m: m.generate([1], top_p=1.5), ValueError, "top_p: got 1.5, allowed"),
+        (lambda m: m.capture(1, steps=2), ValueError, "steps: got 2, but options of ARTransform"),
+        (lambda m: m.capture(1), RuntimeError, "allowed is a CUDA device"),
+        (lambda m: ARTransformer.from_config({"n_layer": 1}), ValueError, "lacks vocab_size, bl"),
+        (lambda m: ARTransformer.from_config(CONFIG | {"block_size": 8}), ValueError, "a square"),
+        (lambda m: ARTransformer.from_config(CONFIG | {"n_head": 3}), ValueError, "multiple of 4"),
+        (lambda m: ARTransformer.from_config(CONFIG | {"n_kv_head": 3}), ValueError, "divisor"),
+        (lambda m: ARTransformer.from_config(CONFIG | {"shared_aln": True}), ValueError, "shared"),
+    ],
+)
+def test_bad_input(tiny, call, error, message):
+    with pytest.raises(error, match=message) as raised:
+        call(tiny)
+    assert "\n" not in str(raised.value)
