@@ -237,7 +237,7 @@ struct Sampler {
     for (; target >= sums()[c]; ++c) target -= sums()[c];
     for (int64_t v = 0;; ++v) {
       const float x = chunk(c)[v];
-      if (draw::ordered(x) < cut) continue;
+      if (draw::ordered(x) < cut) continue;  // a NaN has no weight either way
       const uint64_t w = draw::wide_weight(draw::exponent(x, top, factor, draw::kWideLowest));
       if (target < w) return c * kChunk + v;
       target -= w;

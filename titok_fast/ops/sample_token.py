@@ -182,7 +182,7 @@ def sample_token(
         ValueError: a wrong shape, device or value, an unknown backend.
         RuntimeError: the backend is not available; the message says what is missing.
 
-    Source: IBQ (arXiv 2412.02692, section 3.3); top-p of Holtzman et al. (arXiv 1904.09751).
+    Source: the sampling of IBQ (arXiv 2412.02692); top-p of Holtzman et al. (arXiv 1904.09751).
     """
     numbers: dict[str, Any] = {
         "top_k": top_k,
