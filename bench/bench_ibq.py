@@ -12,8 +12,6 @@ from bench import harness, models
 from bench.harness import Bench, Call, Provider
 from titok_fast import IBQTokenizer
 
-TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 0.05}
-
 
 @dataclass(frozen=True)
 class Case(harness.Case):
@@ -113,7 +111,7 @@ def check(case: Case, output: Tensor) -> tuple[int, int]:
     """Tokens whose score is clearly below the best, or images that are not those of float32."""
     expected = truth(case)
     if case.task == "decode":
-        allowed = TOLERANCE[output.dtype] * expected.flatten(1).norm(dim=1)
+        allowed = models.TOLERANCE[output.dtype] * expected.flatten(1).norm(dim=1)
         difference = (output.float() - expected).flatten(1).norm(dim=1)
         return int((~(difference <= allowed)).sum()), case.b
     chosen = expected.gather(1, output.reshape(-1, 1)).squeeze(1)

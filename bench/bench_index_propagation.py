@@ -247,6 +247,7 @@ def slow(case: Case, provider: Provider) -> bool:
         or (half and case.k != 65536)
         or "[" in provider.name
         or (provider.name in ("titok_fast-streaming", "compiled") and (half or rows))
+        or (provider.name == "compiled" and case.k == 262144)
         or (provider.relative is not None and (half or case.k != 65536))
     )
 

@@ -12,8 +12,6 @@ from torch import Tensor
 from bench import harness, models
 from bench.harness import Bench, Call, Provider
 
-TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 0.05}
-
 
 @dataclass(frozen=True)
 class Case(harness.Case):
@@ -104,7 +102,7 @@ def check(case: Case, output: Tensor) -> tuple[int, int]:
         official = truth(case)
         official = official.clamp(0, 1) if case.device == "cuda" else official
         difference = (output.float() - official).flatten(1).norm(dim=1)
-        allowed = TOLERANCE[torch.bfloat16 if sixteen_bits else torch.float32]
+        allowed = models.TOLERANCE[torch.bfloat16 if sixteen_bits else torch.float32]
         return int((~(difference <= allowed * official.flatten(1).norm(dim=1))).sum()), case.b
     rows = F.normalize(truth(case), dim=-1)
     codes = F.normalize(models.tokenizer(case.model, case.device).quantize.embedding.weight, dim=-1)

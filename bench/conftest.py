@@ -44,6 +44,7 @@ def pytest_configure(config: pytest.Config) -> None:
     defaults: dict[str, Any] = {
         "sort": "median",
         "columns": ["median", "iqr", "min", "max", "rounds"],
+        "max_time": 0.5,
     }
     if config.getoption("bench_quick"):
         defaults |= {"max_time": 0.1, "min_rounds": 3}

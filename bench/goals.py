@@ -85,12 +85,13 @@ class Quantity(Protocol):
 
 @dataclass(frozen=True)
 class OfOne:
-    """A quantity of one provider."""
+    """A number of one provider's rows, which `of` takes from them; None where they lack it."""
 
     ours: str
+    name: str
+    unit: str
+    of: Callable[[list[Row]], float | None]
     each: tuple[Case, ...] = EVERY
-    name: str = ""
-    unit: str = ""
 
     @property
     def providers(self) -> tuple[str, ...]:
@@ -98,100 +99,71 @@ class OfOne:
 
     def value(self, rows: Rows) -> float | None:
         found = rows.each(self.ours, self.each)
-        return None if found is None else self.of(found, rows.result)
-
-    def of(self, found: list[Row], result: Result) -> float | None:
-        raise NotImplementedError
+        return None if found is None else self.of(found)
 
 
-@dataclass(frozen=True)
-class Milliseconds(OfOne):
-    name: str = "time"
-    unit: str = "ms"
-
-    def of(self, found: list[Row], result: Result) -> float | None:
-        return 1e3 * sum(row.seconds for row in found)
+def milliseconds(ours: str) -> OfOne:
+    return OfOne(ours, "time", "ms", lambda rows: 1e3 * sum(row.seconds for row in rows))
 
 
-@dataclass(frozen=True)
-class HostMilliseconds(OfOne):
-    name: str = "time with launch and synchronisation"
-    unit: str = "ms"
-
-    def of(self, found: list[Row], result: Result) -> float | None:
-        return 1e3 * sum(row.host_seconds for row in found)
+def host_milliseconds(ours: str) -> OfOne:
+    name = "time with launch and synchronisation"
+    return OfOne(ours, name, "ms", lambda rows: 1e3 * sum(row.host_seconds for row in rows))
 
 
-@dataclass(frozen=True)
-class ImagesPerSecond(OfOne):
-    name: str = "images/s"
-    unit: str = "images/s"
+def images_per_second(ours: str) -> OfOne:
+    def rate(rows: list[Row]) -> float:
+        return sum(row.info["B"] for row in rows) / sum(row.seconds for row in rows)
 
-    def of(self, found: list[Row], result: Result) -> float | None:
-        return sum(row.info["B"] for row in found) / sum(row.seconds for row in found)
+    return OfOne(ours, "images/s", "images/s", rate)
 
 
-@dataclass(frozen=True)
-class Bytes(OfOne):
-    name: str = "extra memory"
-    unit: str = "MiB"
-
-    def of(self, found: list[Row], result: Result) -> float | None:
-        sizes = [row.extra for row in found if row.extra is not None]
-        return max(sizes) / 2**20 if len(sizes) == len(found) else None
+def largest(rows: list[Row], number: Callable[[Row], float | None]) -> float | None:
+    numbers = [number(row) for row in rows]
+    return None if None in numbers else max(numbers)
 
 
-@dataclass(frozen=True)
-class AllBytes(OfOne):
-    """With inputs and outputs."""
+def extra_memory(ours: str) -> OfOne:
+    def extra(row: Row) -> float | None:
+        return None if row.extra is None else row.extra / 2**20
 
-    name: str = "memory, inputs and gradients included"
-    unit: str = "MiB"
-
-    def of(self, found: list[Row], result: Result) -> float | None:
-        extra = Bytes(self.ours).of(found, result)
-        own = max(1e9 * row.info["gbytes_per_s"] * row.seconds for row in found)
-        return None if extra is None else extra + own / 2**20
+    return OfOne(ours, "extra memory", "MiB", lambda rows: largest(rows, extra))
 
 
-@dataclass(frozen=True)
-class OfGemm(OfOne):
-    """The share of the GEMM rate in the dtype that the provider multiplies in."""
+def all_memory(ours: str) -> OfOne:
+    def total(row: Row) -> float | None:
+        own = 1e9 * row.info["gbytes_per_s"] * row.seconds
+        return None if row.extra is None else (row.extra + own) / 2**20
 
-    name: str = "share of the GEMM rate"
-    unit: str = "%"
-
-    def of(self, found: list[Row], result: Result) -> float | None:
-        return min(row.info["share_of_gemm_peak"] for row in found)
+    name = "memory, inputs and gradients included"
+    return OfOne(ours, name, "MiB", lambda rows: largest(rows, total))
 
 
-@dataclass(frozen=True)
-class OfCopy(OfOne):
-    name: str = "share of the copy bandwidth"
-    unit: str = "%"
-
-    def of(self, found: list[Row], result: Result) -> float | None:
-        return min(row.info["share_of_copy_peak"] for row in found)
-
-
-@dataclass(frozen=True)
-class Wrong(OfOne):
-    name: str = "wrong against float64"
-    unit: str = "wrong"
-
-    def of(self, found: list[Row], result: Result) -> float | None:
-        return float(sum(row.info["wrong_indices"] for row in found))
+def share_of_gemm(ours: str) -> OfOne:
+    """In the dtype that the provider multiplies in."""
+    key = "share_of_gemm_peak"
+    return OfOne(
+        ours, "share of the GEMM rate", "%", lambda rows: min(row.info[key] for row in rows)
+    )
 
 
-@dataclass(frozen=True)
-class Figure(OfOne):
+def share_of_copy(ours: str) -> OfOne:
+    key = "share_of_copy_peak"
+    return OfOne(
+        ours, "share of the copy bandwidth", "%", lambda rows: min(row.info[key] for row in rows)
+    )
+
+
+def wrong(ours: str, each: tuple[Case, ...] = EVERY) -> OfOne:
+    def count(rows: list[Row]) -> float:
+        return float(sum(row.info["wrong_indices"] for row in rows))
+
+    return OfOne(ours, "wrong against float64", "wrong", count, each)
+
+
+def figure(ours: str, key: str, name: str, unit: str = "") -> OfOne:
     """A further number that the benchmark records."""
-
-    key: str = ""
-
-    def of(self, found: list[Row], result: Result) -> float | None:
-        values = [row.info[self.key] for row in found if self.key in row.info]
-        return max(values) if len(values) == len(found) else None
+    return OfOne(ours, name, unit, lambda rows: largest(rows, lambda row: row.info.get(key)))
 
 
 @dataclass(frozen=True)
@@ -399,7 +371,7 @@ def nearest_code_goals() -> Iterable[Goal]:
         yield Goal("nearest_code", CPU, case, Over(f"{ours}[avx2]"), at_least=2)
     for case in (large, many, middle, image[0]):
         table = min(4 * case["N"] * case["K"] / 128, 256 * MB)
-        yield Goal("nearest_code", CPU, case, Bytes(ours), at_most=(table + 16 * MB) / 2**20)
+        yield Goal("nearest_code", CPU, case, extra_memory(ours), at_most=(table + 16 * MB) / 2**20)
     sizes = (1024, 4096, 16384, 65536, 262144, 1048576)
     growing = {key: value for key, value in large.items() if key != "K"}
     yield Goal("nearest_code", CPU, growing, Growth(ours, sizes=sizes), at_most=LINEAR)
@@ -407,13 +379,13 @@ def nearest_code_goals() -> Iterable[Goal]:
     yield Goal("nearest_code", None, {}, Counted(10**7), at_most=0, about=about)
 
     half = {**large, "dtype": "bfloat16"}
-    yield Goal("nearest_code", H200, half, OfGemm(gpu), at_least=0.65)
-    yield Goal("nearest_code", H200, half, Milliseconds(gpu), at_most=0.27)
-    yield Goal("nearest_code", H200, large, Milliseconds(gpu), at_most=0.42)
+    yield Goal("nearest_code", H200, half, share_of_gemm(gpu), at_least=0.65)
+    yield Goal("nearest_code", H200, half, milliseconds(gpu), at_most=0.27)
+    yield Goal("nearest_code", H200, large, milliseconds(gpu), at_most=0.42)
     for dtype in ("float32", "bfloat16"):
         case = shape(65536, 4096, 12, "cosine", dtype)
-        yield Goal("nearest_code", H200, case, Milliseconds(gpu), at_most=0.05)
-    yield Goal("nearest_code", H200, image[1], HostMilliseconds(gpu), at_most=0.025)
+        yield Goal("nearest_code", H200, case, milliseconds(gpu), at_most=0.05)
+    yield Goal("nearest_code", H200, image[1], host_milliseconds(gpu), at_most=0.025)
     for k, d in ((8192, 64), (16384, 256)):
         case = shape(65536, k, d, "l2", "bfloat16")
         yield Goal("nearest_code", H200, case, Over(gpu, "flash-kmeans"), at_least=1.5)
@@ -423,7 +395,7 @@ def nearest_code_goals() -> Iterable[Goal]:
         for dtype in ("float32", "bfloat16")
     )
     about = "five shapes, float32 and bfloat16"
-    yield Goal("nearest_code", H200, {}, Wrong(gpu, every), at_most=0, about=about)
+    yield Goal("nearest_code", H200, {}, wrong(gpu, every), at_most=0, about=about)
 
 
 def index_propagation_goals() -> Iterable[Goal]:
@@ -438,15 +410,15 @@ def index_propagation_goals() -> Iterable[Goal]:
     yield Goal(op, CPU, half, Over(ours, instead={"dtype": "float32"}), at_least=10)
     memory = Over(ours, what="less extra memory than", of=lambda row: row.extra)
     yield Goal(op, CPU, main, memory, at_least=20)
-    yield Goal(op, CPU, large, AllBytes(ours), at_most=4e9 / 2**20)
+    yield Goal(op, CPU, large, all_memory(ours), at_most=4e9 / 2**20)
     sizes = (1024, 4096, 16384, 65536, 262144, 1048576)
     over_codes, over_rows = Growth(ours, sizes=sizes), Growth(ours, "N", (64, 256, 1024, 4096))
     for others, growth in (({"N": 1024}, over_codes), ({"K": 16384}, over_rows)):
         case = {**others, "D": 256, "dtype": "float32"}
         yield Goal(op, CPU, case, growth, at_most=LINEAR)
     for machine, name in ((CPU, ours), (H200, gpu)):
-        figure = Figure(name, key="relative_error", name="gradient's relative error")
-        yield Goal(op, machine, main if machine is CPU else large, figure, at_most=1e-4)
+        error = figure(name, "relative_error", "gradient's relative error")
+        yield Goal(op, machine, main if machine is CPU else large, error, at_most=1e-4)
         smaller = Over(
             name,
             what="smaller gradient error than",
@@ -454,10 +426,10 @@ def index_propagation_goals() -> Iterable[Goal]:
         )
         yield Goal(op, machine, half if machine is CPU else large_half, smaller, at_least=1)
 
-    yield Goal(op, H200, large_half, Milliseconds(gpu), at_most=2.8)
-    yield Goal(op, H200, large, Milliseconds(gpu), at_most=12)
-    yield Goal(op, H200, shape(16384, 262144, "bfloat16"), Milliseconds(gpu), at_most=16 * 2.8)
-    yield Goal(op, H200, large_half, Bytes(gpu), at_most=200 * MB / 2**20)
+    yield Goal(op, H200, large_half, milliseconds(gpu), at_most=2.8)
+    yield Goal(op, H200, large, milliseconds(gpu), at_most=12)
+    yield Goal(op, H200, shape(16384, 262144, "bfloat16"), milliseconds(gpu), at_most=16 * 2.8)
+    yield Goal(op, H200, large_half, extra_memory(gpu), at_most=200 * MB / 2**20)
     yield Goal(op, H200, large_half, Over(gpu), at_least=6)
 
 
@@ -481,27 +453,27 @@ def model_goals() -> Iterable[Goal]:
         for task in ("encode", "decode"):
             yield Goal("titok", CPU, tokenizer(batch, task), Over(half), at_least=factor)
             yield Goal("titok", CPU, tokenizer(batch, task), Over(single), at_least=1.1)
-    equal = Figure(half, key="tokens_equal", name="tokens equal to float32's", unit="%")
+    equal = figure(half, "tokens_equal", "tokens equal to float32's", "%")
     digits = {"model": "titok-digits", "task": "encode"}
     yield Goal("titok", CPU, digits, equal, at_least=0.95)
     for task in ("encode", "decode"):
-        yield Goal("titok", H200, tokenizer(64, task), OfGemm(half), at_least=0.6)
+        yield Goal("titok", H200, tokenizer(64, task), share_of_gemm(half), at_least=0.6)
         yield Goal("titok", H200, tokenizer(64, task), Over(half, "official-bfloat16"), at_least=3)
 
     step = {"B": 32, "L": 32, "V": 4096, "dtype": "float32"}
     yield Goal("maskgit_step", CPU, step, Over("titok_fast-cpu"), at_least=15)
     for dtype in ("float32", "bfloat16"):
         step = {"B": 1024, "L": 32, "V": 4096, "dtype": dtype}
-        yield Goal("maskgit_step", H200, step, OfCopy("titok_fast-cuda"), at_least=0.8)
+        yield Goal("maskgit_step", H200, step, share_of_copy("titok_fast-cuda"), at_least=0.8)
     for batch in (8, 1):
         case = {"B": batch, "model": "maskgit-vit-l-32"}
         yield Goal("maskgit", CPU, case, Over(half), at_least=4)
     for model, rate in (("titok-l-32", 600), ("titok-l-64-512", 170), ("titok-s-128", 45)):
         case = {"B": 64, "model": model}
-        yield Goal("generate", H200, case, ImagesPerSecond(half), at_least=rate)
+        yield Goal("generate", H200, case, images_per_second(half), at_least=rate)
         yield Goal("generate", H200, case, Over(half, "official-bfloat16"), at_least=5)
     case = {"B": 1, "model": "titok-l-32"}
-    yield Goal("generate", H200, case, Milliseconds(half), at_most=25)
+    yield Goal("generate", H200, case, milliseconds(half), at_most=25)
 
     both = ({"task": "encode"}, {"task": "decode"})
     case = {"B": 1, "SIZE": 256, "model": "ibq-262144"}
@@ -510,9 +482,9 @@ def model_goals() -> Iterable[Goal]:
         case = {"B": batch, "model": "ibq-ar-b", "task": "generate"}
         yield Goal("autoregressive", machine, case, Over(half, base), at_least=5)
     case = {"B": 1, "model": "ibq-ar-b", "task": "step"}
-    yield Goal("autoregressive", H200, case, Milliseconds(half), at_most=0.35)
+    yield Goal("autoregressive", H200, case, milliseconds(half), at_most=0.35)
     case = {"B": 1, "model": "ibq-ar-xxl", "task": "step"}
-    yield Goal("autoregressive", H200, case, OfCopy(half), at_least=0.7)
+    yield Goal("autoregressive", H200, case, share_of_copy(half), at_least=0.7)
     case = {"V": 262144, "dtype": "float32"}
     yield Goal("sample_token", CPU, case, Over("titok_fast-cpu"), at_least=10)
 

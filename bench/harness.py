@@ -36,7 +36,7 @@ PEERS = (
 )
 MEMORY_BUDGET = 16 * 2**30  # bytes that a provider may need beyond its inputs
 MAX_ROUNDS = 1000
-SLOW = ((10.0, 2), (2.0, 3))  # seconds a call, from which so many rounds are enough
+SLOW = ((30.0, 1), (10.0, 2), (2.0, 3))  # seconds a call, from which so many rounds are enough
 LATE = "skipped: no time was left"
 CONTENDED = 0.2  # CPUs busy with other work, from which a time is marked
 

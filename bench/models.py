@@ -22,6 +22,9 @@ GENERATORS: Mapping[str, str] = {
     "titok-b-128-512": "maskgit-uvit-s-128",
 }
 
+# Of pixels, as a share of their norm.
+TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 0.05}
+
 Make = Callable[[torch.dtype], Callable[..., Call]]
 
 
