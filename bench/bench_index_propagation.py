@@ -239,9 +239,8 @@ def slow(case: Case, provider: Provider) -> bool:
     if provider.name == "reference":
         return True
     if case.device == "cuda":
-        return (not half and case.k != 262144) or (
-            provider.name == "titok_fast-streaming" and (rows or not half)
-        )
+        extra = provider.name in ("titok_fast-streaming", "compiled") and (rows or not half)
+        return (not half and case.k != 262144) or extra
     return (
         case.k == 1048576
         or (half and case.k != 65536)

@@ -186,12 +186,13 @@ def too_much_for_reference(case: Case) -> str | None:
 def slow(case: Case, provider: Provider) -> bool:
     """The largest codebook; and what the series over K and N can do without."""
     series = (case.n, case.k, case.d, case.metric) in (*OVER_CODES, *OVER_ROWS)
+    extra = series and provider.name in ("compiled", "vector-quantize-pytorch")
+    if provider.name == "reference" or extra:
+        return True
     if case.device == "cuda":
-        return (series and case.dtype == torch.float32) or provider.name == "reference"
+        return series and (case.dtype == torch.float32 or provider.name == "cdist")
     return (
         case.k == 1048576
-        or provider.name == "reference"
-        or (series and provider.name in ("compiled", "vector-quantize-pytorch"))
         or (series and "[" in provider.name)
         or (case.k == 262144 and "portable" in provider.name)
     )

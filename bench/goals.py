@@ -485,8 +485,10 @@ def model_goals() -> Iterable[Goal]:
     yield Goal("autoregressive", H200, case, milliseconds(half), at_most=0.35)
     case = {"B": 1, "model": "ibq-ar-xxl", "task": "step"}
     yield Goal("autoregressive", H200, case, share_of_copy(half), at_least=0.7)
-    case = {"V": 262144, "dtype": "float32"}
-    yield Goal("sample_token", CPU, case, Over("titok_fast-cpu"), at_least=10)
+    for batch in (1, 4):
+        case = {"B": batch, "V": 262144, "filter": "top-p 0.9", "guidance": "no guidance"}
+        case["dtype"] = "float32"
+        yield Goal("sample_token", CPU, case, Over("titok_fast-cpu"), at_least=10)
 
 
 GOALS: tuple[Goal, ...] = (

@@ -119,7 +119,7 @@ class Result:
         found = []
         for entry in self.data.get("benchmarks", []):
             info, median = entry["extra_info"], entry["stats"]["median"]
-            op, sizes, *options = entry["group"].split()
+            op, sizes, *options = words(entry["group"], info)
             sizes = re.sub(r"(\w+)=(\d+),?", lambda m: f"{m[1]} = {int(m[2]):,}, ", sizes)
             found.append(
                 Row(
@@ -133,6 +133,14 @@ class Result:
                 )
             )
         return found
+
+
+def words(group: str, info: dict[str, Any]) -> list[str]:
+    """The words of a group's name; an option such as "top-p 0.9" is one."""
+    for value in info.values():
+        if isinstance(value, str) and " " in value:
+            group = group.replace(f" {value} ", f" {value.replace(' ', chr(160))} ")
+    return [word.replace(chr(160), " ") for word in group.split(" ")]
 
 
 def newest(paths: Iterable[Path]) -> list[Path]:

@@ -9,7 +9,7 @@ from PIL import Image
 
 from bench import figures, goals, report
 from bench.plot import Axis, label
-from bench.rows import Result, newest
+from bench.rows import Result, newest, words
 
 MACHINE = {
     "cpu_name": "Some CPU",
@@ -309,6 +309,13 @@ def test_committed_documents_say_what_the_committed_results_say(capsys):
         for name, image in report.pictures(path.read_text(), results, document).items():
             with Image.open(report.ROOT / name) as committed_image:
                 assert committed_image.size == image.size, name
+
+
+def test_an_option_of_two_words_is_one():
+    info = {"filter": "top-p 0.9", "guidance": "no guidance", "device": "cpu"}
+    group = "sample_token B=1,V=512 top-p 0.9 no guidance float32 cpu"
+    expected = ["sample_token", "B=1,V=512", "top-p 0.9", "no guidance", "float32", "cpu"]
+    assert words(group, info) == expected
 
 
 def test_axes():
