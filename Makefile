@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test venv bench report lint wheel clean
+.PHONY: demo test venv bench bench-full bench-gpu report lint wheel clean
 
 demo: venv
 	$(BIN)/python examples/digits.py
@@ -23,8 +23,18 @@ $(VENV)/.bench: $(VENV)/.installed
 	$(PIP) -e '.[bench]'
 	touch $@
 
+$(VENV)/.bench-gpu: $(VENV)/.bench
+	$(PIP) -e '.[bench-gpu]'
+	touch $@
+
 bench: $(VENV)/.bench
 	$(BIN)/python -m bench.run
+
+bench-full: $(VENV)/.bench
+	$(BIN)/python -m bench.run --bench-full
+
+bench-gpu: $(VENV)/.bench-gpu
+	$(BIN)/python -m bench.run --gpu
 
 report: venv
 	$(BIN)/python -m bench.report

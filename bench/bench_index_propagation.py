@@ -10,9 +10,9 @@ from torch import Tensor
 
 from bench import harness
 from bench.bench_nearest_code import matrices, slower_isas
-from bench.harness import Bench, Call, Provider
+from bench.harness import Bench, Call, Provider, Relative
 from titok_fast import index_propagation
-from titok_fast.testing import cpu_isa
+from titok_fast.testing import cpu_isa, relative_error
 
 TEMPERATURE = 0.01
 SHAPES = (
@@ -23,6 +23,7 @@ SHAPES = (
     (1024, 4096, 256),
     (1024, 1024, 256),
 )
+OVER_ROWS = tuple((n, 16384, 256) for n in (64, 256, 4096))
 LARGE = ((16384, 262144, 256),)  # where there is a GPU
 CHECKED = 64
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 4e-3}  # bfloat16: that of the result's rounding
@@ -38,7 +39,8 @@ class Case(harness.Case):
 
 
 def cases(device: str, quick: bool) -> list[Case]:
-    shapes = SHAPES[1:3] if quick else SHAPES if device == "cpu" else (*SHAPES, *LARGE)
+    shapes = SHAPES[1:3] if quick else (*SHAPES, *OVER_ROWS)
+    shapes += LARGE if device == "cuda" and not quick else ()
     return [
         Case(n=n // 8 if quick else n, k=max(128, k // 64) if quick else k, d=d, device=device,
              dtype=dtype)
@@ -92,11 +94,20 @@ def truth(case: Case) -> tuple[Tensor, Tensor]:
 
 def check(case: Case, output: Tensor) -> tuple[int, int]:
     """Rows of the codebook's gradient that are too far from float64, and rows looked at."""
-    codes, expected = truth(case)
+    return wrong_rows(case, output, *truth(case))
+
+
+def wrong_rows(case: Case, output: Tensor, codes: Tensor, expected: Tensor) -> tuple[int, int]:
     error = (output[codes].double() - expected).norm(dim=1)
     size = expected.norm(dim=1)
     allowed = TOLERANCE[case.dtype] * (size + 0.01 * size.square().mean().sqrt())
     return int((~(error <= allowed)).sum()), len(codes)
+
+
+def figures(case: Case, output: Tensor) -> dict[str, float]:
+    """The relative Frobenius error of the rows that `check` looks at."""
+    codes, expected = truth(case)
+    return {"relative_error": relative_error(output[codes], expected)}
 
 
 def official(z: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -145,6 +156,69 @@ def prepare(make: Callable[[], Quantize]) -> Callable[[Case, Tensor, Tensor, Ten
     return prepare
 
 
+@lru_cache(maxsize=1)
+def targets(case: Case) -> Tensor:
+    """A code for each row, as the classes of a linear cross-entropy."""
+    generator = torch.Generator().manual_seed(2)
+    return torch.randint(case.k, (case.n,), generator=generator).to(case.device)
+
+
+@lru_cache(maxsize=1)
+def cross_entropy_truth(case: Case) -> tuple[Tensor, Tensor]:
+    """Codes, half of them targets, and their rows of the cross-entropy's gradient in float64."""
+    z, codebook = (x.double() for x in inputs(case)[:2])
+    target = targets(case)
+    others = torch.randperm(case.k, generator=torch.Generator().manual_seed(1))
+    codes = torch.cat([target[: CHECKED // 2], others[: CHECKED // 2].to(z.device)])
+    gradient = torch.zeros(len(codes), case.d, dtype=torch.float64, device=z.device)
+    size = max(1, 2**25 // case.k)
+    for rows, wanted in zip(z.split(size), target.split(size), strict=True):
+        share = (rows @ codebook.T).softmax(1)[:, codes] - (wanted[:, None] == codes).double()
+        gradient += share.T @ rows / case.n
+    return codes, gradient
+
+
+def check_cross_entropy(case: Case, output: Tensor) -> tuple[int, int]:
+    return wrong_rows(case, output, *cross_entropy_truth(case))
+
+
+def prepare_cut_cross_entropy(case: Case, z: Tensor, codebook: Tensor, grad: Tensor) -> Call:
+    """On a GPU its kernels, which here may skip no gradient, on a CPU its compiled PyTorch."""
+    from cut_cross_entropy import linear_cross_entropy
+
+    torch.compiler.reset()
+    gpu, compiled = {"impl": "cce", "filter_eps": None}, {"impl": "torch_compile"}
+    loss = partial(linear_cross_entropy, **(gpu if case.device == "cuda" else compiled))
+    return cross_entropy_step(case, z, codebook, loss)
+
+
+def prepare_liger(case: Case, z: Tensor, codebook: Tensor, grad: Tensor) -> Call:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    loss = LigerFusedLinearCrossEntropyLoss()
+    return cross_entropy_step(case, z, codebook, lambda z, codes, target: loss(codes, z, target))
+
+
+def cross_entropy_step(
+    case: Case, z: Tensor, codebook: Tensor, loss: Callable[[Tensor, Tensor, Tensor], Tensor]
+) -> Call:
+    z, codebook = z.detach().requires_grad_(), codebook.detach().requires_grad_()
+    target = targets(case)
+
+    @torch.enable_grad()
+    def call() -> Tensor:
+        return torch.autograd.grad(loss(z, codebook, target), [z, codebook])[1]
+
+    return call
+
+
+CROSS_ENTROPY = Relative(
+    name="linear cross-entropy",
+    work=lambda case: (6 * case.n * case.k * case.d, work(case)[1]),  # three products
+    check=check_cross_entropy,
+)
+
+
 def too_slow_on_cpu(case: Case) -> str | None:
     """Minutes, for the slow ways of ours."""
     work = case.n * case.k * case.d
@@ -157,6 +231,24 @@ def too_slow_for_reference(case: Case) -> str | None:
     if case.n * case.k * case.d > 2**29:
         return f"{case.n * case.k * case.d:.1e} float64 terms, over {2**29:.1e}"
     return matrices(16, itemsize=8)(case)
+
+
+def slow(case: Case, provider: Provider) -> bool:
+    """The largest codebook, slower instruction sets, and what the goals and charts leave out."""
+    half, rows = case.dtype == torch.bfloat16, (case.n, case.k, case.d) in OVER_ROWS
+    if provider.name == "reference":
+        return True
+    if case.device == "cuda":
+        extra = provider.name in ("titok_fast-streaming", "compiled") and (rows or not half)
+        return (not half and case.k != 262144) or extra
+    return (
+        case.k == 1048576
+        or (half and case.k != 65536)
+        or "[" in provider.name
+        or (provider.name in ("titok_fast-streaming", "compiled") and (half or rows))
+        or (provider.name == "compiled" and case.k == 262144)
+        or (provider.relative is not None and (half or case.k != 65536))
+    )
 
 
 BENCH = Bench(
@@ -192,10 +284,26 @@ BENCH = Bench(
         ),
         Provider("official", prepare(lambda: official), too_much=matrices(12)),
         Provider("compiled", prepare(compiled), too_much=matrices(12)),
+        Provider(
+            "cut-cross-entropy",
+            prepare_cut_cross_entropy,
+            missing=lambda: harness.not_installed("cut-cross-entropy"),
+            too_much=matrices(4),
+            relative=CROSS_ENTROPY,
+        ),
+        Provider(
+            "liger",
+            prepare_liger,
+            devices=("cuda",),
+            missing=lambda: harness.not_installed("liger-kernel"),
+            relative=CROSS_ENTROPY,
+        ),
     ),
     inputs=inputs,
     work=work,
     check=check,
+    slow=slow,
+    figures=figures,
 )
 
 

@@ -1,19 +1,14 @@
 """MaskGIT's generate, whole, against the official sequence of operations in float32."""
 
 import copy
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from bench import harness
+from bench import harness, models
 from bench.harness import Bench, Call, Provider
-from titok_fast.models import MaskGIT
-
-PASS = 11.8e9  # multiplications and additions of one image's pass through maskgit-vit-l-32
 
 
 @dataclass(frozen=True)
@@ -28,67 +23,26 @@ def cases(device: str, quick: bool) -> list[Case]:
     return [Case(b=b, model=model, device=device, dtype=torch.float32) for b in batches]
 
 
-@lru_cache(maxsize=1)
-def model_of(name: str, device: str) -> MaskGIT:
-    """Generated weights: time does not depend on them."""
-    torch.manual_seed(0)
-    return MaskGIT.from_config(name).to(device).eval()
-
-
 def inputs(case: Case) -> tuple[Tensor]:
-    classes = model_of(case.model, case.device).num_classes
-    return ((torch.arange(case.b) * 37 % classes).to(case.device),)
+    return (models.labels_of(models.generator(case.model, case.device), case.b, case.device),)
 
 
 def work(case: Case) -> tuple[int, int]:
-    model = model_of(case.model, case.device)
-    moved = sum(p.numel() * p.itemsize for p in model.parameters())
-    if case.model != "maskgit-vit-l-32":
-        return 0, moved
-    return int(case.b * PASS * (2 * model.sampling.steps - 1)), moved
+    moved = models.parameter_bytes(models.generator(case.model, case.device))
+    return case.b * models.generator_flops(case.model), moved
 
 
-def official(model: MaskGIT, labels: Tensor) -> Tensor:
-    """1d-tokenizer's loop: two passes a step, every position's logits, noise for every token."""
-    sampling, length = model.sampling, model.num_tokens
-    ids = torch.full((len(labels), length), model.mask_id, device=labels.device)
-    scale = 0.0
+def prepare_official(dtype: torch.dtype) -> Callable[[Case, Tensor], Call]:
+    def prepare(case: Case, labels: Tensor) -> Call:
+        model = copy.deepcopy(models.generator(case.model, case.device)).to(dtype)
+        return lambda: models.official_generate(model, labels)
 
-    def gumbel(x: Tensor) -> Tensor:
-        uniform = torch.zeros_like(x).uniform_(0, 1)
-        return -(-uniform.clamp(min=1e-20).log()).clamp(min=1e-20).log()
-
-    for step in range(sampling.steps):
-        ratio = (step + 1) / sampling.steps
-        temperature = sampling.randomize_temperature * (1 - ratio)
-        masked = ids == model.mask_id
-        logits = model.logits(ids, labels)
-        if scale != 0:
-            logits = logits + scale * (logits - model.logits(ids, None))
-        logits = logits / (0.5 + 0.8 * (1 - ratio))
-        tokens = (logits + temperature * gumbel(logits)).argmax(-1)
-        scores = logits.gather(-1, tokens[..., None]).squeeze(-1)
-        tokens = torch.where(masked, tokens, ids)
-        scores = torch.where(masked, scores, math.inf)
-        left = torch.tensor(math.floor(length * math.acos(ratio) / (math.pi / 2)))
-        left = left.to(ids).minimum(masked.sum(-1, keepdim=True) - 1).clamp(min=1)[0]
-        confidence = scores + temperature * gumbel(scores)
-        cut = confidence.sort(-1).values[:, left.long() - 1]
-        ids = tokens
-        if step < sampling.steps - 1:
-            ids = torch.where(confidence <= cut, model.mask_id, tokens)
-        scale = ratio * sampling.guidance_scale
-    return ids
-
-
-def prepare_official(case: Case, labels: Tensor) -> Call:
-    model = model_of(case.model, case.device)
-    return lambda: official(model, labels)
+    return prepare
 
 
 def prepare_ours(dtype: torch.dtype) -> Callable[[Case, Tensor], Call]:
     def prepare(case: Case, labels: Tensor) -> Call:
-        model = copy.deepcopy(model_of(case.model, case.device)).cast(dtype)
+        model = copy.deepcopy(models.generator(case.model, case.device)).cast(dtype)
         if case.device == "cuda":
             run, seed = model.capture(case.b), torch.zeros((), dtype=torch.int64, device="cuda")
             numbers = torch.arange(case.b, device="cuda")
@@ -100,23 +54,24 @@ def prepare_ours(dtype: torch.dtype) -> Callable[[Case, Tensor], Call]:
 
 def check(case: Case, output: Tensor) -> tuple[int, int]:
     """Tokens outside the codebook; that the samples are right is for the tests to show."""
-    size = model_of(case.model, case.device).codebook_size
+    size = models.generator(case.model, case.device).codebook_size
     return int(((output < 0) | (output >= size)).sum()), output.numel()
+
+
+def slow(case: Case, provider: Provider) -> bool:
+    return case.device == "cpu" and case.b == 8 and provider.name == "titok_fast-float32"
 
 
 BENCH = Bench(
     op="maskgit",
     cases=cases,
-    providers=(
-        Provider("titok_fast-float32", prepare_ours(torch.float32), ours=True),
-        Provider("titok_fast-bfloat16", prepare_ours(torch.bfloat16), ours=True),
-        Provider("official", prepare_official),
-    ),
+    providers=models.providers(prepare_ours, prepare_official),
     inputs=inputs,
     work=work,
     check=check,
+    slow=slow,
 )
 
 
-def test_maskgit(measure, case, provider):
+def test_maskgit(measure: Callable[..., None], case: Case, provider: Provider) -> None:
     measure(BENCH, case, provider)

@@ -21,6 +21,13 @@ SHAPES = (
     (32, 4096, 12, "l2"),  # TiTok, one image
     (32, 4096, 12, "cosine"),
 )
+OVER_CODES = tuple((1024, k, 256, "l2") for k in (1024, 4096, 16384, 65536, 1048576))
+OVER_ROWS = tuple((n, 16384, 256, "l2") for n in (64, 256, 4096))
+LARGE = (  # where there is a GPU
+    (65536, 4096, 12, "cosine"),
+    (65536, 8192, 64, "l2"),
+    (65536, 16384, 256, "l2"),
+)
 
 
 @dataclass(frozen=True)
@@ -33,10 +40,12 @@ class Case(harness.Case):
 
 def cases(device: str, quick: bool) -> list[Case]:
     dtypes = (torch.float32, torch.bfloat16) if device == "cuda" else (torch.float32,)
+    shapes = SHAPES if quick else (*SHAPES, *OVER_CODES, *OVER_ROWS)
+    shapes += LARGE if device == "cuda" and not quick else ()
     return [
         Case(n=n, k=max(128, k // 64) if quick else k, d=d, metric=m, device=device, dtype=t)
         for t in dtypes
-        for n, k, d, m in SHAPES
+        for n, k, d, m in shapes
     ]
 
 
@@ -174,6 +183,21 @@ def too_much_for_reference(case: Case) -> str | None:
     return matrices(12, itemsize=8)(case)
 
 
+def slow(case: Case, provider: Provider) -> bool:
+    """The largest codebook; and what the series over K and N can do without."""
+    series = (case.n, case.k, case.d, case.metric) in (*OVER_CODES, *OVER_ROWS)
+    extra = series and provider.name in ("compiled", "vector-quantize-pytorch")
+    if provider.name == "reference" or extra:
+        return True
+    if case.device == "cuda":
+        return series and (case.dtype == torch.float32 or provider.name == "cdist")
+    return (
+        case.k == 1048576
+        or (series and "[" in provider.name)
+        or (case.k == 262144 and "portable" in provider.name)
+    )
+
+
 BENCH = Bench(
     op="nearest_code",
     cases=cases,
@@ -228,6 +252,7 @@ BENCH = Bench(
     inputs=inputs,
     work=work,
     check=check,
+    slow=slow,
 )
 
 

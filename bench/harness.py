@@ -1,7 +1,8 @@
 """What every benchmark shares: cases, providers, the correctness gate and the measurements.
 
-A benchmark file describes one op as a `Bench`; `conftest.py` runs each of its cases with each of
-its providers through `run`, and `run` times nothing whose answer it has not checked.
+A benchmark file describes one op as a `Bench`; `select` says which of its cases run with which of
+its providers, `conftest.py` takes these through `run`, and `run` times nothing whose answer it has
+not checked.
 """
 
 import functools
@@ -11,7 +12,7 @@ import re
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
@@ -26,10 +27,17 @@ from titok_fast.ops import inspect
 from titok_fast.testing import peak_extra_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
-PEERS = ("faiss-cpu", "vector-quantize-pytorch", "flash-kmeans")
+PEERS = (
+    "faiss-cpu",
+    "vector-quantize-pytorch",
+    "flash-kmeans",
+    "cut-cross-entropy",
+    "liger-kernel",
+)
 MEMORY_BUDGET = 16 * 2**30  # bytes that a provider may need beyond its inputs
 MAX_ROUNDS = 1000
-SLOW = 5.0  # seconds a call, from which three rounds are enough
+SLOW = ((30.0, 1), (10.0, 2), (2.0, 3))  # seconds a call, from which so many rounds are enough
+LATE = "skipped: no time was left"
 CONTENDED = 0.2  # CPUs busy with other work, from which a time is marked
 
 Call = Callable[[], Tensor]
@@ -56,6 +64,21 @@ class Case:
 
 
 @dataclass(frozen=True)
+class Relative:
+    """What a peer computes that has no such op, only something near to it.
+
+    Attributes:
+        name: what that is; tables show it beside the provider.
+        work: as in `Bench`, of what it computes.
+        check: as in `Bench`, of its own result.
+    """
+
+    name: str
+    work: Callable[[Any], tuple[int, int]]
+    check: Callable[[Any, Tensor], tuple[int, int]]
+
+
+@dataclass(frozen=True)
 class Provider:
     """One way to run an op.
 
@@ -68,6 +91,9 @@ class Provider:
         missing: why a peer cannot run here, or None. Ours has no such excuse: it raises.
         too_much: why a case is not worth its memory or time, or None.
         setting: entered around everything that runs, such as a forced instruction set.
+        dtype: what it multiplies in where that is not the case's dtype; shares of the GEMM peak
+            refer to it.
+        relative: what it computes where that is not the op.
     """
 
     name: str
@@ -77,10 +103,12 @@ class Provider:
     missing: Callable[[], str | None] = lambda: None
     too_much: Callable[[Any], str | None] = lambda case: None
     setting: Callable[[], AbstractContextManager[None]] = nullcontext
+    dtype: torch.dtype | None = None
+    relative: Relative | None = None
 
-    def absent(self) -> str | None:
-        """Why no case can run on this machine, or None."""
-        if not set(self.devices) & set(devices()):
+    def absent(self, on: Sequence[str]) -> str | None:
+        """Why no case can run on the device types `on`, or None."""
+        if not set(self.devices) & set(on):
             return f"needs {' or '.join(self.devices)}"
         return self.missing()
 
@@ -98,6 +126,8 @@ class Bench:
             output written once.
         check: `check(case, output)` gives (wrong, checked) against float64.
         baseline: the provider that speed-ups refer to.
+        slow: whether only `--bench-full` runs a case with a provider.
+        figures: `figures(case, output)` gives further numbers of an answer to record.
     """
 
     op: str
@@ -107,6 +137,8 @@ class Bench:
     work: Callable[[Any], tuple[int, int]]
     check: Callable[[Any, Tensor], tuple[int, int]]
     baseline: str = "official"
+    slow: Callable[[Any, Provider], bool] = lambda case, provider: provider.name == "reference"
+    figures: Callable[[Any, Tensor], dict[str, float]] = lambda case, output: {}
 
 
 @dataclass
@@ -126,6 +158,25 @@ class Row:
         return (self.info.get("other_cpus") or 0.0) > CONTENDED
 
 
+def select(
+    bench: Bench, on: Sequence[str], *, quick: bool = False, full: bool = False
+) -> tuple[list[tuple[Any, Provider]], dict[str, str]]:
+    """The cases and providers to run on the device types `on`, and why other providers are absent.
+
+    A quick run leaves nothing out: its cases are small.
+    """
+    reasons = {provider.name: provider.absent(on) for provider in bench.providers}
+    pairs = [
+        (case, provider)
+        for device in on
+        for case in bench.cases(device, quick)
+        for provider in bench.providers
+        if device in provider.devices and reasons[provider.name] is None
+        if quick or full or not bench.slow(case, provider)
+    ]
+    return pairs, {name: reason for name, reason in reasons.items() if reason is not None}
+
+
 def run(
     bench: Bench,
     case: Any,
@@ -135,13 +186,15 @@ def run(
     *,
     max_time: float,
     min_rounds: int,
+    deadline: float = float("inf"),
 ) -> None:
     """Check, then time, one case with one provider, and leave a Row whatever happens.
 
     The first call compiles and is checked, the second gives the peak memory, the next few warm up
-    and set the number of rounds. pytest-benchmark times the call up to the end of the device's
-    work, with warm caches. Rates use the median: of these rounds on a CPU, of the colder
-    `device_ms` on a GPU.
+    and set the number of rounds, which the second does where it is slow. pytest-benchmark times
+    the call up to the end of the device's work, with warm caches. Rates use the median: of these
+    rounds on a CPU, of the colder `device_ms` on a GPU. After `deadline`, on the clock of
+    `time.monotonic`, nothing is run.
     """
     row = Row(f"{bench.op} {case}", provider.name, bench.baseline)
     rows.append(row)
@@ -150,6 +203,9 @@ def run(
         row.gate = f"skipped: {reason}"
         pytest.skip(f"{provider.name}: {reason}")
 
+    if time.monotonic() > deadline:
+        row.gate = LATE
+        pytest.skip(LATE)
     too_much = provider.too_much(case)
     if too_much is not None:
         skip(too_much)
@@ -166,19 +222,25 @@ def run(
                 raise
             skip(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
 
-        wrong, checked = bench.check(case, output)
+        what = provider.relative or bench
+        wrong, checked = what.check(case, output)
         row.gate = f"{wrong} wrong of {checked}" if wrong else f"exact ({checked})"
         if wrong and provider.ours:
             row.gate = f"FAILED: {row.gate}"
             pytest.fail(f"{row.group}: {provider.name} is {row.gate}; not timed")
 
+        figures = {} if provider.relative else bench.figures(case, output)
+        del output
+        started = time.perf_counter()
         extra_bytes = peak_extra_bytes(call, case.device)
+        spent = time.perf_counter() - started
         target = timed(call, case.device)
-        estimate = _estimate(target)
+        estimate = spent if spent > SLOW[-1][0] else _estimate(target)
         rounds = min(MAX_ROUNDS, max(min_rounds, int(max_time / estimate)))
+        rounds = next((min(rounds, few) for limit, few in SLOW if estimate > limit), rounds)
         benchmark.group, benchmark.name = row.group, provider.name
         others = other_cpus()
-        benchmark.pedantic(target, rounds=min(rounds, 3) if estimate > SLOW else rounds)
+        benchmark.pedantic(target, rounds=rounds)
         if benchmark.disabled:
             return
         row.seconds = benchmark.stats.stats.median
@@ -192,16 +254,21 @@ def run(
             "isa": isa(),
             "peak_extra_bytes": extra_bytes,
             "other_cpus": others(),
+            **figures,
         }
+        if provider.relative:
+            row.info["relative"] = provider.relative.name
         device_seconds = row.seconds
         if case.device == "cuda":
             device_seconds = device_time(call, max_time)
             row.info["device_ms"] = 1e3 * device_seconds
-        flops, moved = bench.work(case)
+        flops, moved = what.work(case)
+        dtype = provider.dtype or case.dtype
         row.info |= {
+            "gemm_dtype": str(dtype).removeprefix("torch."),
             "gflops": flops / device_seconds / 1e9,
             "gbytes_per_s": moved / device_seconds / 1e9,
-            "share_of_gemm_peak": flops / device_seconds / gemm_peak(case.device, case.dtype),
+            "share_of_gemm_peak": flops / device_seconds / gemm_peak(case.device, dtype),
             "share_of_copy_peak": moved / device_seconds / copy_peak(case.device),
         }
         benchmark.extra_info.update(row.info)
@@ -347,6 +414,7 @@ def machine() -> dict[str, Any]:
         "cpu_name": inspect.cpu_name(),
         "cpus": os.cpu_count(),
         "gpu_name": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu_architecture": gpu_architecture(),
         "cuda": torch.version.cuda,
         "threads": torch.get_num_threads(),
         "isa": isa(),
@@ -356,12 +424,23 @@ def machine() -> dict[str, Any]:
     }
 
 
+def gpu_architecture() -> str | None:
+    """Such as sm_90; None without a GPU."""
+    if not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability()
+    return f"sm_{major}{minor}"
+
+
 def peaks(cases: list[Case]) -> dict[str, float]:
-    """The measured GEMM and copy rates that the shares in `cases` refer to."""
+    """The GEMM and copy rates of the devices of `cases`, measured in this process: what shares
+    refer to, and the roofs of the roofline charts."""
     found = {}
-    for device, dtype in dict.fromkeys((case.device, case.dtype) for case in cases):
-        name = str(dtype).removeprefix("torch.")
-        found[f"gemm_gflops {device} {name}"] = gemm_peak(device, dtype) / 1e9
+    for device in dict.fromkeys(case.device for case in cases):
+        own = [case.dtype for case in cases if case.device == device]
+        for dtype in dict.fromkeys([torch.float32, torch.bfloat16, *own]):
+            name = str(dtype).removeprefix("torch.")
+            found[f"gemm_gflops {device} {name}"] = gemm_peak(device, dtype) / 1e9
         found[f"copy_gbytes_per_s {device}"] = copy_peak(device) / 1e9
     return found
 

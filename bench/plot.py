@@ -12,7 +12,18 @@ FAINT = (104, 108, 118)
 GRID = (228, 230, 234)
 BAR = (52, 104, 172)
 MARK = (190, 48, 48)
-SERIES = (BAR, MARK, (40, 140, 80), (214, 132, 30), (124, 82, 170), (96, 100, 110))
+SERIES = (
+    BAR,
+    MARK,
+    (40, 140, 80),
+    (214, 132, 30),
+    (124, 82, 170),
+    (96, 100, 110),
+    (20, 150, 170),
+    (150, 105, 70),
+    (200, 90, 160),
+    (130, 150, 30),
+)
 
 
 @dataclass(frozen=True)
@@ -30,9 +41,12 @@ class Axis:
         return min(1.0, max(0.0, (value - low) / (high - low)))
 
     def ticks(self) -> list[float]:
-        """At most six round values, powers of ten where `log`."""
+        """Some six round values, powers of ten where `log` and these are enough."""
         if self.log:
             first, last = math.ceil(math.log10(self.low)), math.floor(math.log10(self.high))
+            if last - first < 2:
+                steps = [m * 10.0**i for i in range(first - 1, last + 1) for m in (1, 2, 5)]
+                return [step for step in steps if self.low <= step <= self.high]
             return [10.0**i for i in range(first, last + 1, 1 + (last - first) // 6)]
         step = 10.0 ** math.floor(math.log10((self.high - self.low) / 2))
         while (self.high - self.low) / step > 5:
@@ -96,21 +110,56 @@ class Panel:
                 right = max(left + 2, right - 1)
                 self.pen.rectangle((left, min(top, self.bottom - 2), right, self.bottom), BAR)
 
-    def line(
-        self, points: Sequence[tuple[float, float]], color: tuple[int, int, int], text: str
-    ) -> None:
-        """Points joined in order, `text` above the last."""
-        places = [self.point(*point) for point in points]
-        self.pen.line(places, color, 2)
-        for across, height in places:
-            self.pen.ellipse((across - 3, height - 3, across + 3, height + 3), color)
-        self.pen.text((places[-1][0], places[-1][1] - 6), text, color, font(12), anchor="rs")
+    def line(self, points: Sequence[tuple[float, float]], color: tuple[int, int, int]) -> None:
+        """Points joined in order."""
+        self.pen.line([self.point(*point) for point in points], color, 2)
+        self.dots(points, color)
+
+    def dots(self, points: Sequence[tuple[float, float]], color: tuple[int, int, int]) -> None:
+        for across, height in (self.point(*point) for point in points):
+            box = (across - 3.5, height - 3.5, across + 3.5, height + 3.5)
+            self.pen.ellipse(box, color, "white")
+
+    def roof(self, slope: float, levels: dict[str, float], name: str) -> None:
+        """The line y = slope x, called `name`, and on it each of `levels` by name."""
+        foot = max(self.x.low, self.y.low / slope)
+        knees = {text: max(self.x.low, level / slope) for text, level in levels.items()}
+        top = max(knees.values())
+        self.pen.line([self.point(foot, slope * foot), self.point(top, slope * top)], FAINT, 1)
+        knee = min(knees.values())
+        across, height = self.point(knee, slope * knee)
+        self.pen.text((across - 8, height - 3), name, FAINT, font(11), anchor="rs")
+        for text, level in levels.items():
+            ends = [self.point(knees[text], level), self.point(self.x.high, level)]
+            self.pen.line(ends, FAINT, 1)
+            left, height = ends[0]
+            self.pen.text((left + 6, height + 4), text, FAINT, font(11))
 
     def mark(self, x: float, text: str) -> None:
         """A vertical line with a text on its right."""
         across = self.point(x, self.y.low)[0]
         self.pen.line((across, self.top, across, self.bottom), MARK)
         self.pen.text((across + 4, self.top), text, MARK, font(12))
+
+
+def legend(
+    pen: ImageDraw.ImageDraw,
+    place: tuple[int, int],
+    names: Sequence[str],
+    colors: Sequence[tuple[int, int, int]],
+    width: int,
+) -> int:
+    """Names beside their colours, in as many lines as `width` asks for; returns the bottom."""
+    left, top = place
+    across = left
+    for name, color in zip(names, colors, strict=True):
+        size = 34 + round(font(13).getlength(name))
+        if across > left and across + size > left + width:
+            across, top = left, top + 20
+        pen.rectangle((across, top + 3, across + 10, top + 13), color)
+        pen.text((across + 15, top), name, INK, font(13))
+        across += size
+    return top + 20
 
 
 def font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:

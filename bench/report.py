@@ -1,143 +1,57 @@
-"""`python -m bench.report [--check] [FILE ...]`: results JSON to the tables of the documents.
+"""`python -m bench.report [--check] [FILE ...]`: results JSON to the documents' tables and charts.
 
 Takes the newest file of each machine under bench/results/, or the FILEs, and rewrites what stands
 between `<!-- begin generated: NAME -->` and `<!-- end generated -->`:
 
-    README.md          performance   every op on every machine: time, memory, speed-up
-    docs/ops/<op>.md   measured      every provider of the op and its ratio to each of ours
-                       exactness     what bench.exactness counted
-                       scaling       time and memory against the number of codes, as a picture
+    README.md            summary      the goals' cases: ours, official, next best; goals counted
+    docs/performance.md  goals        every goal with its measured value, met or missed
+                         rates        images per second of every model, as a picture
+                         performance  every op on every machine: time, memory, speed-up
+    docs/ops/<op>.md     measured     every provider of the op and its ratio to each of ours
+                         exactness    what bench.exactness counted
+                         scaling      time and memory against K and N, as a picture
+                         roofline     rates below the measured roofs, as a picture
 
 Refuses, in one line, numbers of a quick run, of a source tree with changes or of a machine that
 the file does not describe. `--check` writes nothing and exits with 1 where a document would change.
 """
 
 import argparse
-import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-from PIL import Image, ImageDraw
+from PIL import Image
 
-from bench.harness import CONTENDED, ROOT
-from bench.plot import INK, SERIES, Axis, Panel, font
+from bench import figures, goals
+from bench.harness import ROOT
+from bench.rows import BASELINE, OURS, RefusedError, Result, Row, decimals, grouped, newest
 from titok_fast._files import replacing
+from titok_fast.ops.inspect import CAPABILITIES
 
-OURS = "titok_fast"
-BASELINE = "official"
-DESCRIPTION = ("cpu_name", "cpus", "threads", "versions", "git")
 REGION = re.compile(r"(<!-- begin generated: (\S+) -->\n).*?(<!-- end generated -->)", re.DOTALL)
 CONTENDED_NOTE = "† Other processes kept a CPU busy during this time; do not rely on it."
+NO_RUN = ["No run is on record yet.", ""]
+RATES = Path("docs/images_per_second.png")
+PERFORMANCE = Path("docs/performance.md")
 
 
-class RefusedError(Exception):
-    """Results that no document may quote, or a document that asks for what there is not."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One provider on one case."""
-
-    op: str
-    case: str
-    device: str
-    provider: str
-    seconds: float  # on a GPU the device's, cold cache
-    host_seconds: float
-    info: dict[str, Any]
-
-    @property
-    def ours(self) -> bool:
-        return self.provider.startswith(OURS)
-
-    @property
-    def mark(self) -> str:
-        return "†" if (self.info.get("other_cpus") or 0.0) > CONTENDED else ""
-
-    @property
-    def memory(self) -> str:
-        extra = self.info.get("peak_extra_bytes")
-        if extra is None:
-            return ""
-        return f"{extra / 2**20:,.0f} MiB" if extra >= 2**20 else f"{extra / 2**10:,.0f} KiB"
-
-    def ratio(self, other: "Row | None") -> str:
-        """How many times the other's time this one takes."""
-        if other is None:
-            return ""
-        value = self.seconds / other.seconds
-        return f"{value:,.{decimals(value, 2)}f}{self.mark or other.mark}"
-
-
-@dataclass(frozen=True)
-class Result:
-    """One results file whose numbers may be quoted."""
-
-    path: Path
-    data: dict[str, Any]
-
-    @classmethod
-    def load(cls, path: Path) -> "Result":
-        try:
-            data = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise RefusedError(f"{path.name}: {error}") from error
-        machine = data.get("machine_info") or {}
-        missing = [name for name in DESCRIPTION if not machine.get(name)]
-        if missing:
-            raise RefusedError(f"{path.name}: does not describe its machine: no {missing[0]}")
-        if machine.get("quick") is not False:
-            raise RefusedError(f"{path.name}: a quick run, which gives no figures to keep")
-        if machine["git"].get("dirty") is not False:
-            raise RefusedError(f"{path.name}: the source tree was not a clean commit")
-        return cls(path, data)
-
-    @property
-    def rows(self) -> list[Row]:
-        found = []
-        for entry in self.data.get("benchmarks", []):
-            info, median = entry["extra_info"], entry["stats"]["median"]
-            op, sizes, *options = entry["group"].split()
-            sizes = re.sub(r"(\w+)=(\d+),?", lambda m: f"{m[1]} = {int(m[2]):,}, ", sizes)
-            found.append(
-                Row(
-                    op=op,
-                    case=sizes + ", ".join(word for word in options if word != info["device"]),
-                    device=info["device"],
-                    provider=info["provider"],
-                    seconds=info["device_ms"] / 1e3 if "device_ms" in info else median,
-                    host_seconds=median,
-                    info=info,
-                )
-            )
-        return found
-
-    def heading(self, document: Path) -> str:
-        """The machine, the day, the versions and the file."""
-        machine = self.data["machine_info"]
-        versions = machine["versions"]
-        names = [machine[key] for key in ("gpu_name", "cpu_name", "isa") if machine.get(key)]
-        facts = [
-            f"{machine['cpus']} CPUs",
-            f"{machine['threads']} threads",
-            f"torch {versions.get('torch')}",
-            *(f"{name} {versions[name]}" for name in ("triton",) if machine.get("gpu_name")),
-            self.data["datetime"][:10],
-            f"commit {machine['git']['commit'][:7]}",
-        ]
-        link = os.path.relpath(self.path, (ROOT / document).parent)
-        return f"**{', '.join(names)}**: {', '.join(facts)}, [`{self.path.name}`]({link})"
-
-
-def newest(paths: Iterable[Path]) -> list[Path]:
-    """The last of each kind of file that is not of a quick run: its name but for the date."""
-    full = [path for path in sorted(paths) if not path.stem.endswith("-quick")]
-    return list({path.stem[: -len("-2030-01-02")]: path for path in full}.values())
+def heading(result: Result, document: Path) -> str:
+    """The machine, the day, the versions and the file."""
+    machine, versions = result.machine, result.machine["versions"]
+    facts = [
+        f"{machine['cpus']} CPUs",
+        f"{machine['threads']} threads",
+        f"torch {versions.get('torch')}",
+        *(f"{name} {versions[name]}" for name in ("triton",) if machine.get("gpu_name")),
+        result.data["datetime"][:10],
+        f"commit {machine['git']['commit'][:7]}",
+    ]
+    link = os.path.relpath(result.path, (ROOT / document).parent)
+    return f"**{result.title}**: {', '.join(facts)}, [`{result.path.name}`]({link})"
 
 
 def table(head: list[str], lines: Iterable[list[str]], *, texts: int = 1) -> list[str]:
@@ -150,64 +64,186 @@ def table(head: list[str], lines: Iterable[list[str]], *, texts: int = 1) -> lis
     ]
 
 
-def decimals(value: float, most: int) -> int:
-    """How many decimals show three digits, at most `most`."""
-    return next((d for d in range(most) if value >= 10 ** (2 - d)), most)
+def picture(document: Path, path: Path, text: str) -> list[str]:
+    return [f"![{text}]({os.path.relpath(path, document.parent)})", ""]
 
 
 def milliseconds(seconds: float) -> str:
     return f"{1e3 * seconds:,.{decimals(1e3 * seconds, 3)}f}"
 
 
-def grouped(rows: list[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
-    groups: dict[Any, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(key(row), []).append(row)
+def notes(marked: bool) -> list[str]:
+    return [CONTENDED_NOTE, ""] if marked else []
+
+
+def fastest(rows: Iterable[Row]) -> Row | None:
+    return min(rows, key=lambda row: row.seconds, default=None)
+
+
+def speed_up(base: Row, ours: Row) -> str:
+    mark = ours.mark or base.mark
+    return f"{base.ratio(ours).removesuffix(mark)}x{mark}"
+
+
+def architectures(results: list[Result]) -> list[str]:
+    """Which GPU architectures have run, and which are only compiled for."""
+    ran = {result.machine.get("gpu_architecture") for result in results} - {None}
+    compiled = [f"sm_{c}" for c in CAPABILITIES if f"sm_{c}" not in ran]
+    lines = [] if ran else ["No GPU has been measured yet."]
+    if compiled:
+        lines.append(f"Compiled for, and never run on: {', '.join(compiled)}.")
+    return [" ".join(lines), ""]
+
+
+def counted(outcomes: Iterable[goals.Outcome]) -> str:
+    verdicts = Counter(outcome.verdict for outcome in outcomes)
+    return ", ".join(f"{verdicts[name]} {name}" for name in ("met", "missed", "not measured"))
+
+
+def machine_name(goal: goals.Goal) -> str:
+    return goal.machine.name if goal.machine else "any machine"
+
+
+def outcomes_by_machine(results: list[Result]) -> dict[str, list[goals.Outcome]]:
+    groups: dict[str, list[goals.Outcome]] = {}
+    for goal in goals.GOALS:
+        groups.setdefault(machine_name(goal), []).append(goals.outcome(goal, results))
     return groups
 
 
-def notes(rows: list[Row]) -> list[str]:
-    return [CONTENDED_NOTE, ""] if any(row.mark for row in rows) else []
+def summary(results: list[Result], document: Path) -> list[str]:
+    """For each machine the cases that a goal compares with the official arithmetic."""
+    lines = []
+    for result in results:
+        body, marked = [], False
+        compared = [row for row in figures.quoted(result.rows) if not row.relative]
+        groups = grouped(compared, lambda r: (r.op, r.device, r.case))
+        for (op, device, case), rows in groups.items():
+            ours = fastest(row for row in rows if row.ours)
+            base = next((row for row in rows if row.provider == BASELINE), None)
+            if not ours or not base or not compared_by_a_goal(ours):
+                continue
+            other = fastest(row for row in rows if not row.ours and row is not base)
+            marked |= any(row.contended for row in (ours, base, other) if row)
+            body.append(
+                [
+                    f"`{op}`, {device}" if result.machine.get("gpu_name") else f"`{op}`",
+                    case,
+                    f"{ours.provider.removeprefix(f'{OURS}-')} {milliseconds(ours.seconds)} ms"
+                    f"{ours.mark}",
+                    f"{milliseconds(base.seconds)} ms{base.mark}",
+                    f"{other.provider} {milliseconds(other.seconds)} ms{other.mark}"
+                    if other
+                    else "",
+                    speed_up(base, ours),
+                    f"{ours.memory} / {base.memory}",
+                ]
+            )
+        head = ["", "case", "ours", BASELINE, "next best", "speed-up", "extra memory, ours / its"]
+        if body:
+            lines += [heading(result, document), "", *table(head, body, texts=2), *notes(marked)]
+    if figures.rate_rows(results):
+        lines += picture(document, RATES, "Images per second of every model")
+    link = os.path.relpath(PERFORMANCE, document.parent)
+    counts = [
+        f"{name}: {counted(outcomes)}" for name, outcomes in outcomes_by_machine(results).items()
+    ]
+    lines += [f"[Goals]({link}#goals), each with its value: {'; '.join(counts)}.", ""]
+    return lines + architectures(results)
+
+
+def compared_by_a_goal(row: Row) -> bool:
+    return any(
+        goal.op == row.op
+        and isinstance(goal.quantity, goals.Over)
+        and "[" not in goal.quantity.ours
+        and any(goals.holds({**goal.case, **change}, row.info) for change in goal.quantity.each)
+        for goal in goals.GOALS
+    )
+
+
+def every_goal(results: list[Result], document: Path) -> list[str]:
+    """A table for each machine that goals were set for."""
+    lines = []
+    for name, outcomes in outcomes_by_machine(results).items():
+        files = dict.fromkeys(o.result.path for o in outcomes if o.result)
+        links = [
+            f"[`{path.name}`]({os.path.relpath(path, (ROOT / document).parent)})" for path in files
+        ]
+        lines += [f"**On {name}**: {counted(outcomes)}. {', '.join(links)}".strip(), ""]
+        body = []
+        for outcome in outcomes:
+            goal = outcome.goal
+            provider = f"`{goal.quantity.providers[0]}`" if goal.quantity.providers else ""
+            body.append(
+                [
+                    f"`{goal.op}`",
+                    goal.shape,
+                    provider,
+                    goal.quantity.name,
+                    goal.threshold,
+                    outcome.measured,
+                    outcome.verdict if outcome.verdict != "met" else "**met**",
+                ]
+            )
+        head = ["", "case", "provider", "quantity", "goal", "measured", ""]
+        lines += table(head, body, texts=4)
+        lines += notes(any(outcome.contended for outcome in outcomes))
+    return lines
+
+
+def rates(results: list[Result], document: Path) -> list[str]:
+    if not figures.rate_rows(results):
+        return NO_RUN
+    return picture(document, RATES, "Images per second of every model")
 
 
 def performance(results: list[Result], document: Path) -> list[str]:
-    """A table for each machine, op and device: cases against providers."""
+    """A table for each machine, op and device: cases against providers; and who was absent."""
     lines = []
     for result in results:
         if not result.rows:
             continue
-        lines += [result.heading(document), ""]
-        quoted = [r for r in result.rows if "[" not in r.provider and r.provider != "reference"]
+        lines += [heading(result, document), ""]
+        quoted = figures.quoted(result.rows)
         for (op, device), rows in grouped(quoted, lambda r: (r.op, r.device)).items():
             if not any(row.ours for row in rows):
                 continue
-            providers = sorted(
-                grouped(rows, lambda r: r.provider), key=lambda p: not p.startswith(OURS)
-            )
+            titles = figures.providers_of(rows)
             body = []
             for case, members in grouped(rows, lambda r: r.case).items():
-                cells = {row.provider: row for row in members}
-                fastest = min(row.seconds for row in members)
+                cells = {row.title: row for row in members}
+                best = fastest(row for row in members if not row.relative)
                 line = [case]
-                for provider in providers:
-                    row = cells.get(provider)
+                for title in titles:
+                    row = cells.get(title)
                     text = "-" if row is None else f"{milliseconds(row.seconds)} ms{row.mark}"
-                    line.append(f"**{text}**" if row and row.seconds == fastest else text)
-                ours = min((r for r in members if r.ours), key=lambda r: r.seconds, default=None)
+                    line.append(f"**{text}**" if row and row is best else text)
+                ours = fastest(row for row in members if row.ours)
                 base = cells.get(BASELINE)
-                line.append(f"{base.ratio(ours)}x" if base and ours else "-")
+                line.append(speed_up(base, ours) if base and ours else "-")
                 line.append(" / ".join(row.memory for row in (ours, base) if row) or "-")
                 body.append(line)
             head = [
                 f"`{op}`, {device}",
-                *providers,
+                *titles,
                 f"speed-up over {BASELINE}",
                 "extra memory, ours / its",
             ]
-            lines += [*table(head, body), *notes(rows)]
-    if not any(result.data["machine_info"].get("gpu_name") for result in results):
-        lines += ["No GPU has been measured yet.", ""]
-    return lines
+            lines += [*table(head, body), *notes(any(row.contended for row in rows))]
+        lines += absent(result)
+    return lines + architectures(results)
+
+
+def absent(result: Result) -> list[str]:
+    """The peers that could not run, and the rows that no time was left for."""
+    reasons = result.machine.get("absent", {}).items()
+    peers = [f"{name} ({why})" for name, why in reasons if not name.startswith(OURS)]
+    left_out = result.machine.get("left_out", [])
+    lines = [f"Absent: {', '.join(peers)}."] if peers else []
+    if left_out:
+        lines.append(f"No time was left for {len(left_out)} rows: {', '.join(left_out)}.")
+    return [" ".join(lines), ""] if lines else []
 
 
 def measured(results: list[Result], document: Path) -> list[str]:
@@ -216,7 +252,7 @@ def measured(results: list[Result], document: Path) -> list[str]:
     for result in results:
         own = [row for row in result.rows if row.op == document.stem]
         if own:
-            lines += [result.heading(document), ""]
+            lines += [heading(result, document), ""]
         for device, rows in grouped(own, lambda r: r.device).items():
             gpu = device == "cuda"
             ours = list(grouped([row for row in rows if row.ours], lambda r: r.provider))
@@ -228,7 +264,7 @@ def measured(results: list[Result], document: Path) -> list[str]:
                     body.append(
                         [
                             "" if i else case,
-                            row.provider,
+                            row.title,
                             milliseconds(row.seconds) + row.mark,
                             *([milliseconds(row.host_seconds)] if gpu else []),
                             f"{info['gflops']:,.1f}",
@@ -242,9 +278,9 @@ def measured(results: list[Result], document: Path) -> list[str]:
                     )
             head = ["case", "provider", "ms", *(["host ms"] if gpu else []), "GFLOP/s"]
             head += ["of GEMM peak", "extra memory", *(f"time / {name}" for name in ours), "wrong"]
-            lines += [*table(head, body, texts=2), *notes(rows)]
-            peaks = result.data["machine_info"].get("peaks", {})
-            own_peaks = [f"{name} {peaks[name]:,.0f}" for name in peaks if device in name.split()]
+            lines += [*table(head, body, texts=2), *notes(any(row.contended for row in rows))]
+            peaks = result.peaks.items()
+            own_peaks = [f"{name} {rate:,.0f}" for name, rate in peaks if device in name.split()]
             lines += [f"Peaks: {', '.join(own_peaks)}.", ""] if own_peaks else []
     return lines
 
@@ -267,67 +303,46 @@ def exactness(results: list[Result], document: Path) -> list[str]:
             for s in shapes
         ]
         head = ["shape", "queries", "wrong", "codes rescored, mean", "most"]
-        lines += [result.heading(document), "", *table(head, body)]
-    picture = f"{document.stem}_exactness.png"
+        lines += [heading(result, document), "", *table(head, body)]
+    path = document.with_name(f"{document.stem}_exactness.png")
     if lines:
-        lines += [f"![Codes rescored per row, and gaps of the best two codes]({picture})", ""]
-    return lines or ["No run is on record yet.", ""]
+        lines += picture(document, path, "Codes rescored per row, and gaps of the best two codes")
+    return lines or NO_RUN
 
 
-def over_codes(results: list[Result], op: str) -> dict[str, list[tuple[int, Row]]]:
-    """Per provider its (K, row) in the first machine's cases that differ in K alone."""
-    for result in results:
-        rows = [row for row in result.rows if row.op == op and "[" not in row.provider]
-        rows = [row for row in rows if "K" in row.info]
-        families = grouped(rows, lambda r: re.sub(r"K = [\d,]+, ", "", r.case))
-        members = max(families.values(), key=len, default=[])
-        found: dict[str, list[tuple[int, Row]]] = {}
-        for row in members:
-            codes = int(re.search(r"K = ([\d,]+)", row.case)[1].replace(",", ""))
-            found.setdefault(row.provider, []).append((codes, row))
-        if found:
-            return {name: sorted(pairs, key=lambda p: p[0]) for name, pairs in found.items()}
-    return {}
+def scaling_path(document: Path) -> Path:
+    return document.with_name(f"{document.stem}_scaling.png")
+
+
+def roofline_path(document: Path) -> Path:
+    return document.with_name(f"{document.stem}_roofline.png")
 
 
 def scaling(results: list[Result], document: Path) -> list[str]:
-    if not over_codes(results, document.stem):
-        return ["No run is on record yet.", ""]
-    return [f"![Time and memory against the number of codes]({document.stem}_codes.png)", ""]
+    found = figures.best_scaling(results, document.stem)
+    if found is None:
+        return NO_RUN
+    sizes = " and ".join(figures.SIZES[size] for size in found[1])
+    return picture(
+        document, scaling_path(document), f"Time and memory against the number of {sizes}"
+    )
 
 
-def draw_scaling(lines: dict[str, list[tuple[int, Row]]], op: str) -> Image.Image:
-    """Seconds and extra memory of each provider against K, both axes logarithmic."""
-    canvas = Image.new("RGB", (1080, 480), "white")
-    pen = ImageDraw.Draw(canvas)
-    rows = [row for pairs in lines.values() for _, row in pairs]
-    sizes = [codes for pairs in lines.values() for codes, _ in pairs]
-    about = re.sub(r"K = [\d,]+, ", "", rows[0].case)
-    pen.text((24, 16), f"{op}: {about}, {rows[0].device}", INK, font(18))
-    x = Axis(min(sizes) * 0.7, max(sizes) * 1.4, log=True)
-    for i, (title, unit, value) in enumerate(
-        (
-            ("time", "seconds", lambda row: row.seconds),
-            ("extra memory", "MiB", lambda row: row.info.get("peak_extra_bytes") or 0),
-        )
-    ):
-        scale = 2**20 if i else 1
-        values = [value(row) / scale for row in rows if value(row)]
-        box = (24 + 528 * i, 56, 24 + 528 * i + 504, 460)
-        y = Axis(min(values) * 0.7, max(values) * 2, log=True)
-        panel = Panel(pen, box, x, y, title=title, x_label="codes K", y_label=unit)
-        for color, (name, pairs) in zip(SERIES, lines.items(), strict=False):
-            points = [(codes, value(row) / scale) for codes, row in pairs if value(row)]
-            if points:
-                panel.line(points, color, name)
-    return canvas
+def roofline(results: list[Result], document: Path) -> list[str]:
+    if not figures.roofline_rows(results, document.stem):
+        return NO_RUN
+    return picture(document, roofline_path(document), "Rates below the measured roofs")
 
 
 REGIONS = {
+    "summary": summary,
+    "goals": every_goal,
+    "rates": rates,
     "performance": performance,
     "measured": measured,
     "exactness": exactness,
     "scaling": scaling,
+    "roofline": roofline,
 }
 
 
@@ -344,27 +359,49 @@ def rewritten(text: str, results: list[Result], document: Path) -> str:
     return REGION.sub(region, text)
 
 
+def pictures(text: str, results: list[Result], document: Path) -> dict[Path, Image.Image]:
+    """What the regions of a document show, by path relative to the root."""
+    drawn: dict[Path, Image.Image] = {}
+    regions = {found[2] for found in REGION.finditer(text)}
+    series = figures.best_scaling(results, document.stem)
+    if "scaling" in regions and series is not None:
+        drawn[scaling_path(document)] = figures.draw_scaling(series[0], document.stem, series[1])
+    charts = figures.roofline_rows(results, document.stem)
+    if "roofline" in regions and charts:
+        drawn[roofline_path(document)] = figures.draw_roofline(charts, document.stem)
+    models = figures.rate_rows(results)
+    if "rates" in regions and models:
+        drawn[RATES] = figures.draw_rates(models)
+    return drawn
+
+
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.report", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--check", action="store_true", help="write nothing; 1 if a file is stale")
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)
     files = options.files or newest((ROOT / "bench" / "results").glob("*.json"))
+    documents = (ROOT / "README.md", ROOT / PERFORMANCE, *sorted((ROOT / "docs/ops").glob("*.md")))
     stale = []
     try:
         results = [Result.load(path) for path in files]
-        for path in (ROOT / "README.md", *sorted((ROOT / "docs" / "ops").glob("*.md"))):
+        for path in documents:
             document, text = path.relative_to(ROOT), path.read_text()
             new = rewritten(text, results, document)
             if new != text:
                 stale.append(str(document))
-                if not options.check:
-                    with replacing(path) as part:
-                        part.write_text(new)
-            lines = over_codes(results, path.stem)
-            if lines and "begin generated: scaling" in text and not options.check:
-                with replacing(path.with_name(f"{path.stem}_codes.png")) as part:
-                    draw_scaling(lines, path.stem).save(part, "PNG")
+            if options.check:
+                continue
+            if new != text:
+                with replacing(path) as part:
+                    part.write_text(new)
+            for name, image in pictures(text, results, document).items():
+                with replacing(ROOT / name) as part:
+                    image.save(part, "PNG")
     except RefusedError as error:
         print(f"bench.report: {error}", file=sys.stderr)
         return 2

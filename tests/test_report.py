@@ -5,9 +5,11 @@ import json
 import subprocess
 
 import pytest
+from PIL import Image
 
-from bench import report
+from bench import figures, goals, report
 from bench.plot import Axis, label
+from bench.rows import Result, newest, words
 
 MACHINE = {
     "cpu_name": "Some CPU",
@@ -18,7 +20,12 @@ MACHINE = {
     "versions": {"torch": "2.99", "triton": "3.99"},
     "git": {"commit": "0123456789abcdef", "dirty": False},
     "quick": False,
-    "peaks": {"gemm_gflops cuda float32": 50000.4, "gemm_gflops cpu float32": 150.0},
+    "peaks": {
+        "gemm_gflops cuda float32": 50000.4,
+        "gemm_gflops cpu float32": 150.0,
+        "copy_gbytes_per_s cpu": 30.0,
+    },
+    "absent": {"titok_fast-cuda": "needs cuda", "flash-kmeans": "not installed"},
 }
 
 
@@ -29,7 +36,10 @@ def entry(provider, device, median, **info):
             "op": "my_op",
             "provider": provider,
             "device": device,
+            "N": 32,
+            "K": 4096,
             "gflops": 1234.56,
+            "gbytes_per_s": 12.5,
             "share_of_gemm_peak": 0.5,
             "peak_extra_bytes": 3 << 20,
             "other_cpus": 0.0,
@@ -58,7 +68,11 @@ def tree(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "ROOT", tmp_path)
     (tmp_path / "docs" / "ops").mkdir(parents=True)
     (tmp_path / "bench" / "results").mkdir(parents=True)
-    regions = {"README.md": ["performance"], "docs/ops/my_op.md": ["measured", "exactness"]}
+    regions = {
+        "README.md": ["summary"],
+        "docs/performance.md": ["goals", "rates", "performance"],
+        "docs/ops/my_op.md": ["measured", "exactness", "scaling", "roofline"],
+    }
     for name, names in regions.items():
         marks = [f"<!-- begin generated: {n} -->\nold\n<!-- end generated -->\n" for n in names]
         (tmp_path / name).write_text("# Title\n\n" + "between\n".join(marks) + "after\n")
@@ -73,22 +87,51 @@ def tree(tmp_path, monkeypatch):
     return write
 
 
-def test_tables(tree):
+@pytest.fixture
+def a_goal(monkeypatch):
+    """One goal, which the results file meets."""
+    case = {"N": 32, "K": 4096}
+    machine = goals.Machine("four CPUs", "cpu", lambda info: info["cpus"] == 4)
+    goal = goals.Goal("my_op", machine, case, goals.Over("titok_fast-cpu"), at_least=200)
+    late = goals.Goal("my_op", machine, {"N": 64}, goals.Over("titok_fast-cpu"), at_least=2)
+    monkeypatch.setattr(goals, "GOALS", (goal, late))
+
+
+def test_tables(tree, a_goal):
     root = tree()
     assert report.main([]) == 0
     readme = (root / "README.md").read_text()
-    assert readme.startswith("# Title\n\n<!-- begin generated: performance -->\n\n**Some GPU,")
+    assert readme.startswith("# Title\n\n<!-- begin generated: summary -->\n\n**Some GPU,")
     assert readme.endswith("<!-- end generated -->\nafter\n") and "old" not in readme
+    machine = "**Some GPU, Some CPU, avx2**: 4 CPUs, 2 threads, torch 2.99, triton 3.99, "
+    machine += "2030-01-02, commit 0123456, "
     for text in (
-        "**Some GPU, Some CPU, avx2**: 4 CPUs, 2 threads, torch 2.99, triton 3.99, 2030-01-02, "
-        "commit 0123456, [`some-gpu-2030-01-02.json`](bench/results/some-gpu-2030-01-02.json)",
+        machine + "[`some-gpu-2030-01-02.json`](bench/results/some-gpu-2030-01-02.json)",
+        "| `my_op`, cpu | N = 32, K = 4,096, soft, float32 | cpu 2.00 ms | 500 ms | "
+        "faiss 1.00 ms† | 250x | 3 MiB / 3 MiB |",
+        report.CONTENDED_NOTE,
+        "[Goals](docs/performance.md#goals), each with its value: "
+        "four CPUs: 1 met, 0 missed, 1 not measured.",
+        "No GPU has been measured yet. Compiled for, and never run on: sm_80, sm_90, sm_100, ",
+    ):
+        assert text in readme, readme
+    assert "portable" not in readme
+
+    page = (root / "docs/performance.md").read_text()
+    for text in (
+        machine + "[`some-gpu-2030-01-02.json`](../bench/results/some-gpu-2030-01-02.json)",
+        "**On four CPUs**: 1 met, 0 missed, 1 not measured. [`some-gpu-2030-01-02.json`](",
+        "| `my_op` | N = 32, K = 4,096 | `titok_fast-cpu` | speed-up over official | ≥ 200x | "
+        "250x | **met** |",
+        "| `my_op` | N = 64 | `titok_fast-cpu` | speed-up over official | ≥ 2.00x |  | "
+        "not measured |",
         "| N = 32, K = 4,096, soft, float32 | 2.00 ms | 500 ms | **1.00 ms†** | 250x | "
         "3 MiB / 3 MiB |",
         "| N = 32, K = 4,096, soft, float32 | **0.050 ms** | - | 3 MiB |",
-        report.CONTENDED_NOTE,
+        "\nAbsent: flash-kmeans (not installed).\n",
+        "No run is on record yet.",
     ):
-        assert text in readme, readme
-    assert "portable" not in readme and "No GPU" not in readme
+        assert text in page, page
 
     page = (root / "docs/ops/my_op.md").read_text()
     for text in (
@@ -100,9 +143,91 @@ def test_tables(tree):
         "Peaks: gemm_gflops cuda float32 50,000.",
         "between",
         "No run is on record yet.",
+        "![Rates below the measured roofs](my_op_roofline.png)",
     ):
         assert text in page, page
+    assert (root / "docs/ops/my_op_roofline.png").stat().st_size > 1000
     assert report.main(["--check"]) == 0
+
+
+def test_what_is_near_to_the_op_is_named_and_never_the_fastest(tree, a_goal):
+    def add(result):
+        near = entry("liger", "cpu", 0.0001, relative="linear cross-entropy")
+        result["benchmarks"].append(near)
+        result["machine_info"]["left_out"] = ["my_op N=64 cpu official"]
+
+    root = tree(add)
+    assert report.main([]) == 0
+    page = (root / "docs/performance.md").read_text()
+    assert "| liger (linear cross-entropy) |" in page and "| 0.100 ms |" in page
+    assert "**1.00 ms†**" in page and "No time was left for 1 rows: my_op N=64 cpu official" in page
+    readme = (root / "README.md").read_text()
+    assert "liger" not in readme and "faiss 1.00 ms†" in readme
+    assert "liger (linear cross-entropy)" in (root / "docs/ops/my_op.md").read_text()
+
+
+def test_a_measured_architecture_is_not_called_compiled_only(tree):
+    root = tree(lambda result: result["machine_info"].update(gpu_architecture="sm_90"))
+    assert report.main([]) == 0
+    readme = (root / "README.md").read_text()
+    assert "Compiled for, and never run on: sm_80, sm_100, sm_120." in readme
+    assert "No GPU has been measured" not in readme
+
+
+def series(sizes):
+    """Rows that differ in K, and a family of N too short for a chart."""
+    return [
+        entry(provider, "cpu", factor * k, K=k, N=n, **info)
+        | {"group": f"my_op N={n},K={k} float32 cpu"}
+        for k, n in [*((k, 32) for k in sizes), (sizes[0], 64)]
+        for provider, factor, info in (
+            ("titok_fast-cpu", 1e-6, {}),
+            ("titok_fast-cpu[avx2]", 9e-6, {}),
+            ("official", 3e-6, {"peak_extra_bytes": 1000 * k}),
+        )
+    ]
+
+
+def test_scaling_takes_the_longest_series(tree):
+    def of(sizes, day):
+        def change(result):
+            result["benchmarks"], result["datetime"] = series(sizes), day
+
+        return change
+
+    tree(of((1024, 2048, 4096), "2030-01-05"), "some-gpu-2030-01-05.json")
+    root = tree(of((1024, 2048, 4096, 8192), "2030-01-04"), "other-2030-01-04.json")
+    files = sorted((root / "bench/results").glob("*.json"))
+    result, lines = figures.best_scaling(map(Result.load, files), "my_op")
+    assert result.path.name == "other-2030-01-04.json" and list(lines) == ["K"]
+    assert {name: [at for at, _ in pairs] for name, pairs in lines["K"].items()} == {
+        name: [1024, 2048, 4096, 8192] for name in ("titok_fast-cpu", "official")
+    }
+    assert report.main([]) == 0
+    page = (root / "docs/ops/my_op.md").read_text()
+    assert "![Time and memory against the number of codes](my_op_scaling.png)" in page
+    assert (root / "docs/ops/my_op_scaling.png").stat().st_size > 1000
+
+
+def test_images_per_second(tree):
+    def add(result):
+        for batch, seconds in ((1, 0.5), (64, 8.0)):
+            for provider, factor in (("titok_fast-bfloat16", 1), ("official", 4)):
+                row = entry(provider, "cpu", factor * seconds, B=batch, model="titok-l-32")
+                row["group"] = f"generate B={batch} titok-l-32 float32 cpu"
+                result["benchmarks"].append(row)
+
+    root = tree(add)
+    (_, device, models), *others = figures.rate_rows(
+        [Result.load(root / "bench/results/some-gpu-2030-01-02.json")]
+    )
+    assert device == "cpu" and not others
+    rates = {row.provider: figures.images_per_second(row) for row in models["titok-l-32"]}
+    assert rates == {"titok_fast-bfloat16": 8.0, "official": 2.0}
+    assert report.main([]) == 0
+    assert (root / "docs/images_per_second.png").stat().st_size > 1000
+    assert "(docs/images_per_second.png)" in (root / "README.md").read_text()
+    assert "(images_per_second.png)" in (root / "docs/performance.md").read_text()
 
 
 def test_check_changes_nothing(tree, capsys):
@@ -120,8 +245,8 @@ def test_the_newest_file_of_each_machine(tree):
     (root / "bench/results/some-gpu-2029-12-31.json").write_text("not even JSON")
     tree(lambda result: result["machine_info"].update(cpu_name="Another"), "z-2030-01-01.json")
     assert report.main([]) == 0
-    readme = (root / "README.md").read_text()
-    assert readme.index("some-gpu-2030-01-02.json") < readme.index("z-2030-01-01.json")
+    page = (root / "docs/performance.md").read_text()
+    assert page.index("some-gpu-2030-01-02.json") < page.index("z-2030-01-01.json")
 
 
 def test_exactness(tree):
@@ -137,7 +262,7 @@ def test_exactness(tree):
     page = (root / "docs/ops/my_op.md").read_text()
     line = "| K = 4,096, D = 12, l2, float32, cpu | 9,480 | 0 | 16.0 (0.39%) | 32 |"
     assert line in page and "(my_op_exactness.png)" in page
-    assert (root / "README.md").read_text().count("**Some GPU") == 1
+    assert (root / "docs/performance.md").read_text().count("**Some GPU") == 1
 
 
 @pytest.mark.parametrize(
@@ -176,11 +301,26 @@ def test_committed_documents_say_what_the_committed_results_say(capsys):
     if listed.returncode:
         pytest.skip("not a git checkout")
     committed = [report.ROOT / name for name in listed.stdout.split()]
-    files = [str(path) for path in report.newest(committed)]
-    assert files and report.main(["--check", *files]) == 0, capsys.readouterr()
+    files = newest(committed)
+    assert files and report.main(["--check", *map(str, files)]) == 0, capsys.readouterr()
+    results = [Result.load(path) for path in files]
+    for path in (report.ROOT / report.PERFORMANCE, *(report.ROOT / "docs/ops").glob("*.md")):
+        document = path.relative_to(report.ROOT)
+        for name, image in report.pictures(path.read_text(), results, document).items():
+            with Image.open(report.ROOT / name) as committed_image:
+                assert committed_image.size == image.size, name
+
+
+def test_an_option_of_two_words_is_one():
+    info = {"filter": "top-p 0.9", "guidance": "no guidance", "device": "cpu"}
+    group = "sample_token B=1,V=512 top-p 0.9 no guidance float32 cpu"
+    expected = ["sample_token", "B=1,V=512", "top-p 0.9", "no guidance", "float32", "cpu"]
+    assert words(group, info) == expected
 
 
 def test_axes():
+    narrow = Axis(15, 300, log=True)
+    assert [label(tick) for tick in narrow.ticks()] == ["20", "50", "100", "200"]
     log = Axis(1e-12, 10, log=True)
     assert log.at(1e-12) == 0 and log.at(0) == 0 and log.at(10) == 1 and 0.5 < log.at(1e-5) < 0.6
     assert [label(tick) for tick in log.ticks()] == ["1e-12", "1e-9", "1e-6", "0.001", "1"]

@@ -1,0 +1,175 @@
+"""Whole models for the benchmarks: generated weights, and the official sequence of operations."""
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from functools import cache, lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench.harness import Call, Provider
+from titok_fast.models import MaskGIT, TiTok
+from titok_fast.models.blocks import ResidualAttentionBlock
+from titok_fast.models.generate import GENERATORS as RELEASED
+
+# A tokenizer's generator; the paper's models for 512 px were not released.
+GENERATORS: Mapping[str, str] = {
+    **RELEASED,
+    "titok-l-64-512": "maskgit-vit-b-64",
+    "titok-b-128-512": "maskgit-uvit-s-128",
+}
+
+# Of pixels, as a share of their norm.
+TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 0.05}
+
+Make = Callable[[torch.dtype], Callable[..., Call]]
+
+
+@lru_cache(maxsize=2)
+def tokenizer(name: str, device: str) -> TiTok:
+    """Generated weights, since time does not depend on them; "titok-digits" has its own."""
+    torch.manual_seed(0)
+    digits = name == "titok-digits"
+    model = TiTok.from_pretrained(name) if digits else TiTok.from_config(name)
+    return model.to(device).eval()
+
+
+@lru_cache(maxsize=2)
+def generator(name: str, device: str) -> MaskGIT:
+    """Generated weights, as of `tokenizer`."""
+    torch.manual_seed(0)
+    return MaskGIT.from_config(name).to(device).eval()
+
+
+def labels_of(model: MaskGIT, count: int, device: str) -> Tensor:
+    return (torch.arange(count) * 37 % model.num_classes).to(device)
+
+
+def parameter_bytes(*models: nn.Module) -> int:
+    return sum(p.numel() * p.itemsize for model in models for p in model.parameters())
+
+
+@cache
+def tokenizer_flops(name: str) -> tuple[int, int]:
+    """Multiplications and additions of an image's encoding, and of its decoding."""
+    with torch.device("meta"):
+        model = TiTok.from_config(name)
+        image = torch.empty(1, 3, model.image_size, model.image_size)
+        tokens = torch.empty(1, model.num_latent_tokens, dtype=torch.int64)
+        with torch.no_grad(), FlopCounterMode(display=False) as encoding:
+            model.encoder(image, model.latent_tokens)
+        with torch.no_grad(), FlopCounterMode(display=False) as decoding:
+            model._to_pixels(model.decoder(model._embed(tokens)))
+    return encoding.get_total_flops(), decoding.get_total_flops()
+
+
+@cache
+def generator_flops(name: str) -> int:
+    """Multiplications and additions of an image's tokens, all steps with their guidance."""
+    with torch.device("meta"):
+        model = MaskGIT.from_config(name)
+        ids = torch.empty(1, model.num_tokens, dtype=torch.int64)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model._head(model._hidden(ids, torch.empty(1, dtype=torch.int64)))
+    sampling = model.sampling
+    guided = sum(sampling.guidance(step) is not None for step in range(sampling.steps))
+    return (sampling.steps + guided) * counter.get_total_flops()
+
+
+class OfficialStack(nn.Module):
+    """The official order of operations: sequence first, `nn.MultiheadAttention`."""
+
+    def __init__(self, blocks: nn.ModuleList) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(copy.deepcopy(block) for block in blocks)
+        for block in self.blocks:
+            own = block.attn
+            attention = nn.MultiheadAttention(own.out_proj.in_features, own.num_heads)
+            attention.load_state_dict(own.state_dict())
+            block.attn = attention.to(own.in_proj_weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.permute(1, 0, 2)
+        for block in self.blocks:
+            assert isinstance(block, ResidualAttentionBlock)
+            hidden = block.ln_1(x)
+            x = x + block.attn(hidden, hidden, hidden, need_weights=False)[0]
+            x = x + block.mlp(block.ln_2(x))
+        return x.permute(1, 0, 2)
+
+
+@lru_cache(maxsize=1)
+def official_tokenizer(name: str, device: str, dtype: torch.dtype) -> TiTok:
+    model = copy.deepcopy(tokenizer(name, device))
+    for part in (model.encoder, model.decoder):
+        part.transformer = nn.ModuleList([OfficialStack(part.transformer)])
+    return model.to(dtype)
+
+
+def official_encode(model: TiTok, images: Tensor) -> Tensor:
+    rows, codes = model.latents(images), model.quantize.embedding.weight
+    if model.quantize.use_l2_norm:
+        rows, codes = F.normalize(rows, dim=-1), F.normalize(codes, dim=-1)
+    norms = rows.square().sum(-1, keepdim=True) + codes.square().sum(-1)
+    return (norms - 2 * rows @ codes.T).argmin(-1)
+
+
+def official_decode(model: TiTok, tokens: Tensor) -> Tensor:
+    decoded = model.decoder(model._embed(tokens))
+    if not model.finetune_decoder:
+        return decoded
+    codes = model.pixel_quantize.embedding.weight
+    z, pixels = torch.einsum("nchw,cd->ndhw", decoded.softmax(1), codes), model.pixel_decoder
+    x = pixels.mid(pixels.conv_in(z.contiguous()))
+    for level in reversed(pixels.up):
+        x = level(x)
+    return pixels.conv_out(F.silu(pixels.norm_out(x)))
+
+
+def official_generate(model: MaskGIT, labels: Tensor) -> Tensor:
+    """1d-tokenizer's loop: two passes a step, every position's logits, noise for every token."""
+    sampling, length = model.sampling, model.num_tokens
+    ids = torch.full((len(labels), length), model.mask_id, device=labels.device)
+
+    def gumbel(x: Tensor) -> Tensor:
+        uniform = torch.zeros_like(x).uniform_(0, 1)
+        return -(-uniform.clamp(min=1e-20).log()).clamp(min=1e-20).log()
+
+    for step in range(sampling.steps):
+        options = sampling.options(step)
+        scale, temperature = options["guidance_scale"], options["token_temperature"]
+        masked = ids == model.mask_id
+        logits = model.logits(ids, labels)
+        if scale != 0:
+            without = model.logits(ids, None)
+            start = without if options["guidance_form"] == "uncond" else logits
+            logits = start + scale * (logits - without)
+        logits = logits / options["softmax_temperature"]
+        tokens = (logits + temperature * gumbel(logits)).argmax(-1)
+        scores = logits.gather(-1, tokens[..., None]).squeeze(-1)
+        tokens = torch.where(masked, tokens, ids)
+        scores = torch.where(masked, scores, math.inf)
+        left = torch.tensor(
+            math.floor(length * math.acos((step + 1) / sampling.steps) * 2 / math.pi)
+        )
+        left = left.to(ids).minimum(masked.sum(-1, keepdim=True) - 1).clamp(min=1)[0]
+        confidence = scores + temperature * gumbel(scores)
+        cut = confidence.sort(-1).values[:, left.long() - 1]
+        ids = tokens
+        if step < sampling.steps - 1:
+            ids = torch.where(confidence <= cut, model.mask_id, tokens)
+    return ids
+
+
+def providers(ours: Make, official: Make) -> tuple[Provider, ...]:
+    """Our models in two dtypes, the official arithmetic in float32 and, on a GPU, in bfloat16."""
+    half = torch.bfloat16
+    return (
+        Provider("titok_fast-float32", ours(torch.float32), ours=True),
+        Provider("titok_fast-bfloat16", ours(half), ours=True, dtype=half),
+        Provider("official", official(torch.float32)),
+        Provider("official-bfloat16", official(half), devices=("cuda",), dtype=half),
+    )
