@@ -1,6 +1,7 @@
 """ARTransformer's generate, whole, against the official sequence of operations in float32."""
 
 import copy
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -9,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench import harness
-from bench.harness import Bench, Call, Provider
+from bench import harness, models
+from bench.harness import Bench, Call
 from titok_fast.models import ARSampling, ARTransformer
 from titok_fast.models.accelerated import capture
 from titok_fast.models.autoregressive import Decoding
@@ -64,18 +65,16 @@ def work(case: Case) -> tuple[int, int]:
 
 
 class Official:
-    """SEED-Voken's loop: AdaLN in every step, attention to every position of the cache by a mask,
-    float32 copies of keys and values, softmax and multinomial."""
+    """SEED-Voken's loop: AdaLN in every step, attention to every position of a cache by a mask,
+    copies of keys and values, softmax and multinomial."""
 
     def __init__(self, model: ARTransformer, labels: Tensor) -> None:
-        self.model, self.batch = model, len(labels)
+        self.model, self.batch, weight = model, len(labels), model.head.weight
         self.labels = torch.cat([labels, torch.full_like(labels, model.num_classes)])
         heads, length, width = model.kv_shape
         length = -(-length // 8) * 8
         shape = (2 * len(labels), heads, length, width)
-        self.caches = [
-            [torch.zeros(shape, device=labels.device) for _ in "kv"] for _ in model.blocks
-        ]
+        self.caches = [[weight.new_zeros(shape) for _ in "kv"] for _ in model.blocks]
         triangle = torch.ones(length, length, dtype=torch.bool, device=labels.device).tril()
         self.mask = triangle.repeat(2 * len(labels), 1, 1)
         self.rotation = model.rotation()[None, :, None]  # [1, S, 1, Dh / 2, 2]
@@ -87,7 +86,7 @@ class Official:
         pairs, turn = x.reshape(*x.shape[:-1], -1, 2), self.rotation[:, position]
         real = pairs[..., 0] * turn[..., 0] - pairs[..., 1] * turn[..., 1]
         imaginary = pairs[..., 1] * turn[..., 0] + pairs[..., 0] * turn[..., 1]
-        return torch.stack([real, imaginary], dim=-1).flatten(3)
+        return torch.stack([real, imaginary], dim=-1).flatten(3).to(x.dtype)
 
     def attend(self, i: int, x: Tensor, position: Tensor, mask: Tensor) -> Tensor:
         layer = self.model.blocks[i].attention
@@ -129,8 +128,12 @@ class Official:
         return torch.cat(drawn, dim=1)
 
 
-def prepare_official(case: Case, labels: Tensor) -> Call:
-    model = model_of(case.model, case.device)
+def official(dtype: torch.dtype) -> Callable[[Case, Tensor], Call]:
+    return functools.partial(prepare_official, dtype)
+
+
+def prepare_official(dtype: torch.dtype, case: Case, labels: Tensor) -> Call:
+    model = copy.deepcopy(model_of(case.model, case.device)).to(dtype)
     if case.task == "generate":
         return lambda: Official(model, labels).generate()
     loop, position = (
@@ -176,11 +179,7 @@ def check(case: Case, output: Tensor) -> tuple[int, int]:
 BENCH = Bench(
     op="autoregressive",
     cases=cases,
-    providers=(
-        Provider("titok_fast-float32", prepare_ours(torch.float32), ours=True),
-        Provider("titok_fast-bfloat16", prepare_ours(torch.bfloat16), ours=True),
-        Provider("official", prepare_official),
-    ),
+    providers=models.providers(prepare_ours, official),
     inputs=inputs,
     work=work,
     check=check,

@@ -13,11 +13,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.harness import Call, Provider
 from titok_fast.models import MaskGIT, TiTok
 from titok_fast.models.blocks import ResidualAttentionBlock
-from titok_fast.models.generate import GENERATORS as RELEASED
+from titok_fast.models.generate import PAIRS
 
 # A tokenizer's generator; the paper's models for 512 px were not released.
 GENERATORS: Mapping[str, str] = {
-    **RELEASED,
+    **{name: pair.generator for name, pair in PAIRS.items() if name in TiTok.releases},
     "titok-l-64-512": "maskgit-vit-b-64",
     "titok-b-128-512": "maskgit-uvit-s-128",
 }
