@@ -7,6 +7,7 @@ import typer
 from titok_fast.cli.common import errors, say
 from titok_fast.cli.generate import generate
 from titok_fast.cli.info import info
+from titok_fast.cli.kernels import kernels
 from titok_fast.cli.pictures import inspect, reconstruct
 from titok_fast.cli.tokens import decode, encode
 
@@ -16,7 +17,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Image tokenizers on fused kernels: images to tokens and back.",
 )
-for command in (encode, decode, reconstruct, inspect, generate, info):
+for command in (encode, decode, reconstruct, inspect, generate, kernels, info):
     app.command()(command)
 
 
