@@ -9,6 +9,7 @@ from titok_fast.cli.generate import generate
 from titok_fast.cli.info import info
 from titok_fast.cli.kernels import kernels
 from titok_fast.cli.pictures import inspect, reconstruct
+from titok_fast.cli.profile import profile
 from titok_fast.cli.tokens import decode, encode
 
 app = typer.Typer(
@@ -17,7 +18,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Image tokenizers on fused kernels: images to tokens and back.",
 )
-for command in (encode, decode, reconstruct, inspect, generate, kernels, info):
+for command in (encode, decode, reconstruct, inspect, generate, profile, kernels, info):
     app.command()(command)
 
 
