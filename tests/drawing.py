@@ -3,8 +3,6 @@
 import importlib.util
 import math
 import re
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
@@ -46,15 +44,10 @@ def chi_square(tokens, probability):
 def assert_nothing_spilled(op, *, kernels, registers, shared):
     """Read from the machine code inside the extension, without a GPU."""
     extension = inspect.extension()
-    triton = importlib.util.find_spec("triton")
-    if not extension.cuda_architectures or triton is None:
+    if not extension.cuda_architectures or importlib.util.find_spec("triton") is None:
         pytest.skip("needs a build with CUDA, and Triton for its cuobjdump")
-    tool = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    command = [tool, "--dump-resource-usage", extension.__file__]
-    listing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    found = re.findall(rf"Function (\S*{op}_\S+):\s*(.*)", listing)
-    assert len(found) >= kernels * len(re.findall(r"\d+-real|\d+$", extension.cuda_architectures))
-    for name, usage in found:
-        used = dict(re.findall(r"(\w+):(\d+)", usage))
-        assert int(used["REG"]) <= registers and used["LOCAL"] == used["STACK"] == "0", name
-        assert int(used["SHARED"]) <= shared, (name, usage)
+    reports = inspect.cuda_report(ops=[op])
+    assert len(reports) >= kernels * len(re.findall(r"\d+-real|\d+$", extension.cuda_architectures))
+    for report in reports:
+        assert not report.faults, report
+        assert report.registers <= registers and report.shared_bytes <= shared, report

@@ -10,16 +10,17 @@ from titok_fast.ops import inspect
 MATRIX_INSTRUCTIONS = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 _REPORT = """
 import dataclasses, json, sys
-from titok_fast.ops.inspect import kernel_report
+from titok_fast.ops.inspect import kernel_report, triton_configurations
 
-print(json.dumps([dataclasses.asdict(r) for r in kernel_report(ops=sys.argv[1:], main=True)]))
+reports = kernel_report(triton_configurations(ops=sys.argv[1:], main=True))
+print(json.dumps([dataclasses.asdict(r) | {"faults": r.faults} for r in reports]))
 """
 
 
 def assert_kernels_compile(op: str, multiplying: set[str]) -> None:
     """No spills, shared memory within limits, and matrix instructions in `multiplying` kernels.
 
-    For every architecture, but only the op's main shape; `kernel_report()` compiles all.
+    For every architecture, but only the op's main shape; `titok-fast kernels` compiles all.
     """
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     run = subprocess.run(
@@ -39,10 +40,8 @@ def assert_kernels_compile(op: str, multiplying: set[str]) -> None:
             f"{report['registers']} registers, {report['spilled_bytes']} B spilled, "
             f"{report['shared_bytes']} B shared, {report['matrix_instructions']}"
         )
-        assert report["spilled_bytes"] == 0, report
+        assert not report["faults"], report
         assert 0 < report["registers"] <= 255
-        assert report["shared_bytes"] <= report["shared_limit"], report
-        assert report["tensor_columns"] <= 512, report
         if report["kernel"] in multiplying:
             wanted = MATRIX_INSTRUCTIONS[report["capability"]]
             assert wanted in report["matrix_instructions"], report

@@ -28,6 +28,7 @@ FLOORS = {
     "metrics": 5,
     "tokens": 5,
     "analysis": 5,
+    "profiling": 5,
     "cli": 5,
     "testing": 6,
     "__init__": 6,

@@ -8,7 +8,9 @@ from titok_fast.cli.common import errors, say
 from titok_fast.cli.convert import convert
 from titok_fast.cli.generate import generate
 from titok_fast.cli.info import info
+from titok_fast.cli.kernels import kernels
 from titok_fast.cli.pictures import inspect, reconstruct
+from titok_fast.cli.profile import profile
 from titok_fast.cli.tokens import decode, encode
 
 app = typer.Typer(
@@ -17,7 +19,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Image tokenizers on fused kernels: images to tokens and back.",
 )
-for command in (encode, decode, reconstruct, inspect, generate, convert, info):
+for command in (
+    encode, decode, reconstruct, inspect, generate, convert, profile, kernels, info
+):  # fmt: skip
     app.command()(command)
 
 

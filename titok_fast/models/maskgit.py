@@ -204,11 +204,26 @@ class MaskGIT(PretrainedModel):
             hub_id="yucornetto/generator_titok_s128_imagenet",
             checkpoint="generator_titok_s128.bin",
         ),
+        # Never released: their sampling is that of the 256 px generator of as many tokens.
+        "maskgit-vit-l-64-512": Release(
+            _config(
+                64, _VIT, num_steps=8, randomize_temperature=11.0, guidance_scale=3.0,
+                guidance_decay="linear",
+            ),
+        ),
+        "maskgit-vit-b-128-512": Release(
+            _config(
+                128, _VIT, num_steps=64, randomize_temperature=2.8, guidance_scale=6.9,
+                guidance_decay="power-cosine",
+            ),
+        ),
         "maskgit-digits": Release(
             _DIGITS, folder=Path(__file__).parent / "data" / "maskgit-digits"
         ),
     }  # fmt: skip
     config_key = "model.generator"
+
+    _step = staticmethod(maskgit_step)
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__(config)
@@ -385,7 +400,7 @@ class MaskGIT(PretrainedModel):
                 of_confidence = noise(step, "confidence", (batch, length)).to(device)
                 uniforms = _gather(of_tokens, positions), _gather(of_confidence, positions)
             left = [row[step] for row in counts]
-            drawn, _, _ = maskgit_step(
+            drawn, _, _ = self._step(
                 cond,
                 _gather(ids, positions),
                 mask_id=self.mask_id,

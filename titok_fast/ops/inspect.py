@@ -3,12 +3,16 @@
 import functools
 import importlib
 import importlib.util
+import multiprocessing
 import os
+import pkgutil
 import platform
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -16,11 +20,20 @@ from typing import Any
 
 import torch
 
+OPS = tuple(
+    sorted(
+        module.name
+        for module in pkgutil.iter_modules([str(Path(__file__).parent)])
+        if module.name != "inspect"
+    )
+)
 TRITON_OPS = ("nearest_code", "index_propagation", "attention")
 CAPABILITIES = (80, 90, 100, 120)
 _PACKAGE = Path(__file__).resolve().parent.parent
 # Bytes a block can have; sm_86 and sm_89 run what is configured for sm_80 and have the least.
 _SHARED_LIMIT = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+_SYSTEM_SHARED = 1024  # bytes of a block's shared memory that are the system's
+_TENSOR_COLUMNS = 512  # of a multiprocessor's tensor memory; a program that asks for more traps
 
 
 @functools.cache
@@ -191,27 +204,120 @@ def _cuda_line(module: ModuleType | str) -> str:
 
 
 @dataclass(frozen=True)
-class KernelReport:
-    """What one Triton kernel compiles to, read from its machine code without a GPU."""
+class Multiprocessor:
+    """What blocks on one multiprocessor share.
 
+    From "Technical Specifications per Compute Capability" of NVIDIA's CUDA C++ Programming Guide,
+    and for the granularity of allocation from cuda_occupancy.h.
+    """
+
+    blocks: int
+    warps: int
+    shared_bytes: int
+
+    def resident_blocks(self, threads: int, registers: int, shared_bytes: int) -> int:
+        """Blocks that fit at once: a bound, as nothing else is known to be on the device."""
+        warps = -(-threads // 32)
+        # A warp's registers come in units of 256 from one of four files of 16,384.
+        with_registers = 4 * ((64 << 10) // 4 // _rounded_up(32 * registers, 256))
+        shared = _rounded_up(shared_bytes + _SYSTEM_SHARED, 128)
+        return min(
+            self.blocks,
+            self.warps // warps,
+            with_registers // warps,
+            self.shared_bytes // shared,
+        )
+
+
+MULTIPROCESSORS = {
+    80: Multiprocessor(blocks=32, warps=64, shared_bytes=164 << 10),
+    90: Multiprocessor(blocks=32, warps=64, shared_bytes=228 << 10),
+    100: Multiprocessor(blocks=32, warps=64, shared_bytes=228 << 10),
+    120: Multiprocessor(blocks=24, warps=48, shared_bytes=100 << 10),
+}
+
+
+@dataclass(frozen=True)
+class KernelReport:
+    """What one kernel compiles to, read from its machine code without a GPU.
+
+    Attributes:
+        op: whose kernel it is.
+        language: "Triton" or "CUDA C++".
+        kernel: its name.
+        capability: 90 for sm_90.
+        constants: template arguments, or Triton's constants and options.
+        threads: of a block.
+        registers: of a thread.
+        spilled_bytes: of a thread: stack and local memory.
+        shared_bytes: of a block; in CUDA C++ without what a launch adds.
+        tensor_columns: of tensor memory, where there is any.
+        matrix_instructions: how many of each the code holds, by their names in machine code.
+    """
+
+    op: str
+    language: str
     kernel: str
     capability: int
     constants: str
+    threads: int
     registers: int
     spilled_bytes: int
     shared_bytes: int
-    shared_limit: int
-    tensor_columns: int  # of tensor memory, where there is any; a program with more than 512 traps
-    matrix_instructions: tuple[str, ...]
+    tensor_columns: int
+    matrix_instructions: dict[str, int]
+
+    @property
+    def blocks(self) -> int:
+        """Bound of the blocks that a multiprocessor runs at once."""
+        multiprocessor = MULTIPROCESSORS[self.capability]
+        return multiprocessor.resident_blocks(self.threads, self.registers, self.shared_bytes)
+
+    @property
+    def occupancy(self) -> float:
+        """Bound of the share of a multiprocessor's warps that are in use."""
+        return self.blocks * -(-self.threads // 32) / MULTIPROCESSORS[self.capability].warps
+
+    @property
+    def faults(self) -> list[str]:
+        """Why it spills or cannot launch, a line each; none for a kernel that is in order."""
+        found = []
+        if self.spilled_bytes:
+            found.append(f"spills {self.spilled_bytes} bytes")
+        limit = _SHARED_LIMIT[self.capability]
+        if self.shared_bytes > limit:
+            found.append(
+                f"needs {self.shared_bytes:,} bytes of shared memory, a block has {limit:,}"
+            )
+        elif not self.blocks:
+            found.append(
+                f"needs {self.threads} threads of {self.registers} registers, "
+                "a multiprocessor has 65,536 registers"
+            )
+        if self.tensor_columns > _TENSOR_COLUMNS:
+            found.append(
+                f"needs {self.tensor_columns} columns of tensor memory, there are {_TENSOR_COLUMNS}"
+            )
+        return found
 
 
-def kernel_report(
+@dataclass(frozen=True)
+class Configuration:
+    """One thing that Triton compiles: the `index`-th of an op's `specializations`."""
+
+    op: str
+    capability: int
+    main: bool
+    index: int
+
+
+def triton_configurations(
     capabilities: Iterable[int] = CAPABILITIES,
     ops: Iterable[str] = TRITON_OPS,
     *,
     main: bool = False,
-) -> Iterator[KernelReport]:
-    """Compile every Triton specialization ahead of time and read its resources.
+) -> list[Configuration]:
+    """Every Triton configuration of the ops' tables.
 
     Args:
         capabilities: compute capabilities (90 for sm_90) from `CAPABILITIES`.
@@ -222,22 +328,89 @@ def kernel_report(
         RuntimeError: Triton is missing, or TRITON_INTERPRET=1, under which nothing compiles.
     """
     if interpreting():
-        raise RuntimeError("kernel_report: unset TRITON_INTERPRET, its kernels cannot be compiled")
+        raise RuntimeError("TRITON_INTERPRET: unset it, kernels cannot be compiled under it")
+    found: dict[tuple[Any, ...], Configuration] = {}  # tables name some more than once
     for op in ops:
-        module = kernels(op)
         for capability in capabilities:
-            for kernel, types, constants in module.specializations(capability, main):
-                yield _compile(kernel, types, constants, capability)
+            table = kernels(op).specializations(capability, main)
+            for index, (kernel, types, constants) in enumerate(table):
+                signature = tuple(types.get(name) for name in kernel.arg_names)
+                key = (capability, kernel.__name__, signature, tuple(constants.items()))
+                found.setdefault(key, Configuration(op, capability, main, index))
+    return list(found.values())
 
 
-def _compile(
-    kernel: Any, types: dict[str, str], constants: dict[str, Any], capability: int
-) -> KernelReport:
+def kernel_report(
+    configurations: Sequence[Configuration], *, jobs: int = 1
+) -> Iterator[KernelReport]:
+    """Compile Triton configurations ahead of time and read their resources, in their order.
+
+    Args:
+        configurations: of `triton_configurations`.
+        jobs: processes that compile; 1 compiles in this one.
+
+    Raises:
+        RuntimeError: one does not compile.
+    """
+    if jobs == 1 or len(configurations) < 2:
+        yield from map(_compile, configurations)
+        return
+    context = multiprocessing.get_context("spawn")  # a forked child would share torch's threads
+    with ProcessPoolExecutor(jobs, context) as pool:
+        try:
+            yield from pool.map(_compile, configurations)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def cuda_report(
+    capabilities: Iterable[int] = CAPABILITIES, ops: Iterable[str] = OPS
+) -> list[KernelReport]:
+    """The resources of the CUDA C++ kernels inside the extension, for what it was built for.
+
+    Args:
+        capabilities: compute capabilities (90 for sm_90) from `CAPABILITIES`.
+        ops: names from `OPS`.
+
+    Raises:
+        RuntimeError: there is no extension, it has no CUDA C++, or Triton, whose disassembler
+            reads it, is missing.
+    """
+    require_backend("cuda", "cuda")
+    require_backend("triton", "cuda")
+    reports = []
+    wanted = set(capabilities)
+    with tempfile.TemporaryDirectory() as folder:
+        _tool("cuobjdump", "--extract-elf", "all", extension().__file__, cwd=folder)
+        for cubin in sorted(Path(folder).iterdir()):
+            capability = int(cubin.name.split(".")[-2].removeprefix("sm_"))
+            if capability not in wanted:
+                continue
+            for symbol, resources in _resources(cubin).items():
+                kernel, constants = _demangled(symbol)
+                op = next((op for op in ops if kernel.startswith(f"{op}_")), None)
+                if op is not None:
+                    if capability >= 90:  # from there on the system's are among them
+                        resources["shared_bytes"] = max(
+                            0, resources["shared_bytes"] - _SYSTEM_SHARED
+                        )
+                    report = KernelReport(
+                        op, "CUDA C++", kernel, capability, constants, **resources, tensor_columns=0
+                    )
+                    reports.append(report)
+    return sorted(reports, key=lambda report: (report.op, report.capability, report.kernel))
+
+
+def _compile(configuration: Configuration) -> KernelReport:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia.compiler import CUDAOptions
     from triton.compiler import ASTSource
 
+    op, capability = configuration.op, configuration.capability
+    table = list(kernels(op).specializations(capability, configuration.main))
+    kernel, types, constants = table[configuration.index]
     options = {key: value for key, value in constants.items() if hasattr(CUDAOptions, key)}
     constexprs = {key: value for key, value in constants.items() if key not in options}
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
@@ -248,26 +421,91 @@ def _compile(
         if signature[name].startswith("*")
     }
     source = ASTSource(kernel, signature, constexprs, aligned)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    binaries = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
-        cubin.flush()
-        usage = _output(binaries / "cuobjdump", "--dump-resource-usage", cubin.name)
-        sass = _output(binaries / "nvdisasm", cubin.name)
-    resources = dict(re.findall(r"(\w+):(\d+)", usage.split(f"Function {kernel.__name__}")[1]))
+    described = _described(kernel, types, constants)
+    try:
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    except Exception as error:  # of any kind, and not always one that a pool can send back
+        name = f"{kernel.__name__} [{described}] for sm_{capability}"
+        raise RuntimeError(f"{name} does not compile: {error}") from None
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        resources = _resources(cubin)[kernel.__name__]
+    resources["shared_bytes"] = compiled.metadata.shared  # all of it is the launch's to give
+    columns = compiled.metadata.tmem_size or 0
     return KernelReport(
-        kernel=kernel.__name__,
-        capability=capability,
-        constants=", ".join(f"{key}={value}" for key, value in constants.items()),
-        registers=int(resources["REG"]),
-        spilled_bytes=int(resources["STACK"]) + int(resources["LOCAL"]),
-        shared_bytes=compiled.metadata.shared,
-        shared_limit=_SHARED_LIMIT[capability],
-        tensor_columns=compiled.metadata.tmem_size or 0,
-        matrix_instructions=tuple(sorted(set(re.findall(r"\b(\w*[HQI]G?MMA)\b", sass)))),
+        op, "Triton", kernel.__name__, capability, described, **resources, tensor_columns=columns
     )
 
 
-def _output(tool: Path, *arguments: str) -> str:
-    return subprocess.run([tool, *arguments], check=True, capture_output=True, text=True).stdout
+def _described(kernel: Any, types: dict[str, str], constants: dict[str, Any]) -> str:
+    """The types of the tensors, then constants and options, one space apart."""
+    tensors = [types[name] for name in kernel.arg_names if types.get(name, "").startswith("*")]
+    kinds = [kind.removeprefix("*") for kind in dict.fromkeys(tensors)]
+    return " ".join(["/".join(kinds), *(f"{key}={value}" for key, value in constants.items())])
+
+
+def _resources(cubin: Path) -> dict[str, dict[str, Any]]:
+    """Fields of `KernelReport` for each kernel in a file of machine code, by its symbol."""
+    usage = _tool("cuobjdump", "--dump-resource-usage", str(cubin))
+    threads = dict(
+        re.findall(
+            r"\.nv\.info\.(\S+)\n(?:(?!\.nv\.info).*\n)*?"
+            r"\s*Attribute:\s*EIATTR_(?:REQNTID|MAX_THREADS)\s*\n.*\n\s*Value:\s*0x(\w+)",
+            _tool("cuobjdump", "--dump-elf", str(cubin)),
+        )
+    )
+    code = dict(
+        re.findall(
+            r"^\s*\.section\s+\.text\.([^\s,]+),(.*?)(?=^\s*\.section\s|\Z)",
+            _tool("nvdisasm", str(cubin)),
+            flags=re.MULTILINE | re.DOTALL,
+        )
+    )
+    found = {}
+    for symbol, line in re.findall(r"Function (\S+):\s*(.*)", usage):
+        used = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", line)}
+        instructions = re.findall(r"\b(\w*[DHIQO]G?MMA)\b", code[symbol])
+        found[symbol] = {
+            "threads": int(threads.get(symbol, "400"), 16),  # 1,024 without launch bounds
+            "registers": used["REG"],
+            "spilled_bytes": used["STACK"] + used["LOCAL"],
+            "shared_bytes": used["SHARED"],
+            "matrix_instructions": dict(sorted(Counter(instructions).items())),
+        }
+    return found
+
+
+def _demangled(symbol: str) -> tuple[str, str]:
+    """The name and template arguments of a kernel's symbol, `<op>_..._kernel` in C++."""
+    match = re.search(r"\d([a-z][a-z_]*_kernel)(?:I(.*?)EE?v)?", symbol)
+    if match is None:
+        return symbol, ""
+    words, rest = [], match[2] or ""
+    while rest:
+        literal, length = re.match(r"L(\w)(\d+)E", rest), re.match(r"\d+", rest)
+        if literal is not None:
+            words.append(str(bool(int(literal[2]))) if literal[1] == "b" else literal[2])
+            rest = rest[literal.end() :]
+        elif length is not None:
+            end = length.end() + int(length[0])
+            words.append(rest[length.end() : end].lstrip("_"))
+            rest = rest[end:]
+        else:
+            words.append({"f": "float", "d": "double", "i": "int"}.get(rest[0], rest[0]))
+            rest = rest[1:]
+    return match[1], " ".join(words)
+
+
+def _tool(name: str, *arguments: str, cwd: str | None = None) -> str:
+    """The output of one of the CUDA tools inside Triton."""
+    triton = importlib.util.find_spec("triton")
+    assert triton is not None and triton.origin is not None
+    tool = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run(
+        [tool, *arguments], check=True, capture_output=True, text=True, cwd=cwd
+    ).stdout
+
+
+def _rounded_up(value: int, unit: int) -> int:
+    return -(-value // unit) * unit

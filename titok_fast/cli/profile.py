@@ -1,0 +1,137 @@
+"""A sampler's speed beside a diffusion model's."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from titok_fast._files import replacing
+from titok_fast.cli.common import DEFAULT_MODEL, Device, Dtype, _device, _dtype, errors, say
+from titok_fast.cli.profile_chart import draw_profile, duration
+from titok_fast.profiling import BASELINES, MODELS, Measurement, Profile
+from titok_fast.profiling import profile as measure
+
+
+def _option(help: str, default: bool | str = True, **limits: Any) -> Any:
+    return typer.Option(help=help, show_default=default, **limits)
+
+
+def profile(
+    model: Annotated[str, _option(", ".join(MODELS))] = DEFAULT_MODEL,
+    baseline: Annotated[str, _option(f"{', '.join(BASELINES)}, or none.")] = "dit-xl-2",
+    batch_size: Annotated[int, _option("Images at a time.", min=1)] = 1,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    steps: Annotated[int | None, _option("Sampling steps of the model.", "the model's")] = None,
+    baseline_steps: Annotated[int, _option("Sampling steps of the baseline.", min=1)] = 250,
+    measured_steps: Annotated[
+        int | None,
+        _option("Those of them that are run.", "as many as take some 45 s", min=1),
+    ] = None,
+    compile: Annotated[bool, _option("Measure with torch.compile too.")] = True,
+    pretrained: Annotated[
+        bool, _option("Load the released weights; time does not depend on them.")
+    ] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="Folder of profile.json, profile.png and Chrome traces.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:  # fmt: skip
+    """Measure a sampler, and a diffusion model beside it, on the same device."""
+    result = measure(
+        model,
+        baseline=None if baseline == "none" else baseline,
+        batch_size=batch_size,
+        device=_device(device),
+        dtype=_dtype(dtype),
+        steps=steps,
+        baseline_steps=baseline_steps,
+        measured_steps=measured_steps,
+        compiled=compile,
+        pretrained=pretrained,
+        folder=output,
+        notify=lambda text: say(text, errors),
+    )
+    say(headline(result))
+    for line in _lines(result):
+        say(line)
+    if output is not None:
+        with replacing(output / "profile.json") as temporary:
+            temporary.write_text(json.dumps(_json(result), indent=2) + "\n")
+        with replacing(output / "profile.png") as temporary:
+            draw_profile(result, headline(result)).save(temporary, format="PNG")
+        say(f"profile.json, profile.png and traces to {output}")
+
+
+def headline(result: Profile) -> str:
+    """What was measured, where."""
+    against = "" if result.baseline is None else f" and {result.baseline}"
+    dtype = str(result.dtype).removeprefix("torch.")
+    return (
+        f"{result.model}{against}: {result.image_size} x {result.image_size} px, batch of "
+        f"{result.batch_size}, {dtype}, {result.device}"
+    )
+
+
+def _lines(result: Profile) -> list[str]:
+    """A table; what is said of a measurement stands behind its numbers."""
+    segments = list(dict.fromkeys(name for m in result.measurements for name in m.measured))
+    head = ["model", "mode", "steps", "images/s", "latency", "speed-up", "paper", *segments]
+    rows = [head, *(_cells(result, measurement, segments) for measurement in result.measurements)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    lines = []
+    for row, measurement in zip(rows, (None, *result.measurements), strict=True):
+        cells = [
+            cell.ljust(width) if i < 2 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        note = measurement.extrapolation if measurement is not None else None
+        lines.append("  ".join(cells if note is None else [*cells, note]))
+    return lines
+
+
+def _cells(result: Profile, measurement: Measurement, segments: list[str]) -> list[str]:
+    speed_up, paper = result.speed_up(measurement), result.paper_speed_up
+    breakdown = measurement.breakdown
+    return [
+        measurement.model,
+        measurement.mode,
+        str(measurement.steps),
+        f"{measurement.images_per_second:.3g}",
+        duration(measurement.latency),
+        "-" if speed_up is None else f"{speed_up:.3g}x",
+        "-" if speed_up is None or paper is None else f"{paper}x",
+        *(duration(breakdown[name]) if name in breakdown else "-" for name in segments),
+    ]
+
+
+def _json(result: Profile) -> dict[str, object]:
+    return {
+        "model": result.model,
+        "baseline": result.baseline,
+        "image_size": result.image_size,
+        "batch_size": result.batch_size,
+        "dtype": str(result.dtype).removeprefix("torch."),
+        "device": result.device,
+        "versions": dict(result.versions),
+        "paper_speed_up": result.paper_speed_up,
+        "measurements": [
+            {
+                "model": measurement.model,
+                "mode": measurement.mode,
+                "steps": measurement.steps,
+                "measured_steps": measurement.measured_steps,
+                "extrapolation": measurement.extrapolation,
+                "measured_seconds": dict(measurement.measured),
+                "breakdown_seconds": measurement.breakdown,
+                "latency_seconds": measurement.latency,
+                "images_per_second": measurement.images_per_second,
+                "speed_up": result.speed_up(measurement),
+            }
+            for measurement in result.measurements
+        ],
+    }
