@@ -232,7 +232,7 @@ class MaskGIT(PretrainedModel):
         ),
     }  # fmt: skip
 
-    _step = staticmethod(maskgit_step)
+    _step = staticmethod(maskgit_step)  # an attribute, which a profile can time
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__(config)
