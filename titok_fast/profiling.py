@@ -376,26 +376,15 @@ def profile(
     versions = inspect.versions()
     if baseline is not None:
         versions["diffusers"] = _diffusers(baseline).__version__
-    notify(f"{model}: building")
-    ours = _TiTokSampler(model, batch_size, steps, device, dtype, pretrained)
-    image_size, all_steps = ours.tokenizer.image_size, ours.steps
-    found = _measure_modes(ours, lambda _: all_steps, batch_size, compiled, notify, folder)
-    if device.type == "cuda":
-        notify(f"{model}: CUDA graph")
-        found.append(_measure(ours, ours.captured(), "CUDA graph", ours.steps, batch_size))
-    del ours
+    setting = _Setting(batch_size, device, dtype, compiled, folder, notify)
+    image_size, found = _measure_model(setting, model, steps, pretrained)
     if baseline is not None:
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
         notify(f"{baseline}: building")
-        theirs = _DiTSampler(baseline, batch_size, baseline_steps, image_size, device, dtype)
-
-        def chosen(step_seconds: float) -> int:
-            affordable = max(1, int(BASELINE_SECONDS / step_seconds))
-            return min(baseline_steps, measured_steps or affordable)
-
-        found += _measure_modes(theirs, chosen, batch_size, compiled, notify, folder)
+        sampler = _DiTSampler(baseline, batch_size, baseline_steps, image_size, device, dtype)
+        found += _measure_modes(setting, sampler, measured_steps)
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
@@ -403,45 +392,69 @@ def profile(
     return Profile(model, baseline, image_size, batch_size, dtype, name, versions, tuple(found))
 
 
-def _measure_modes(
-    sampler: _Sampler,
-    choose: Callable[[float], int],
-    batch_size: int,
-    compiled: bool,
-    notify: Callable[[str], None],
-    folder: Path | None,
-) -> list[Measurement]:
-    """Eager, with its trace, and compiled; `choose` gives the steps to run from one's seconds."""
-    notify(f"{sampler.name}: eager")
-    sampler(1)
-    one = sampler.watch.time(lambda: sampler(1))
-    count = choose(one[TRANSFORMER] + one[STEP_OP])
-    found = [_measure(sampler, sampler, "eager", count, batch_size)]
-    if folder is not None:
-        notify(f"{sampler.name}: trace")
-        _trace(sampler, folder / f"trace-{sampler.name}.json", count)
-    if compiled:
-        notify(f"{sampler.name}: compiled")
+@dataclass(frozen=True)
+class _Setting:
+    """Arguments of `profile` that hold for both models."""
+
+    batch_size: int
+    device: torch.device
+    dtype: torch.dtype
+    compiled: bool
+    folder: Path | None
+    notify: Callable[[str], None]
+
+
+def _measure_model(
+    setting: _Setting, model: str, steps: int | None, pretrained: bool
+) -> tuple[int, list[Measurement]]:
+    """The image size, and the measurements in every mode; the networks are gone afterwards."""
+    setting.notify(f"{model}: building")
+    sampler = _TiTokSampler(
+        model, setting.batch_size, steps, setting.device, setting.dtype, pretrained
+    )
+    found = _measure_modes(setting, sampler, sampler.steps)
+    if setting.device.type == "cuda":
+        setting.notify(f"{model}: CUDA graph")
+        graph = sampler.captured()
+        graph(sampler.steps)
+        found.append(_measure(setting, sampler, graph, "CUDA graph", sampler.steps))
+    return sampler.tokenizer.image_size, found
+
+
+def _measure_modes(setting: _Setting, sampler: _Sampler, count: int | None) -> list[Measurement]:
+    """Eager, with its trace, and compiled; `count` steps of each, or None for what time allows."""
+    setting.notify(f"{sampler.name}: eager")
+    sampler(2)  # the first step may have fewer images than the others
+    if count is None:
+        one = sampler.watch.time(lambda: sampler(1))
+        affordable = int(BASELINE_SECONDS / (one[TRANSFORMER] + one[STEP_OP]))
+        count = min(sampler.steps, max(1, affordable))
+    found = [_measure(setting, sampler, sampler, "eager", count)]
+    if setting.folder is not None:
+        setting.notify(f"{sampler.name}: trace")
+        _trace(sampler, setting.folder / f"trace-{sampler.name}.json", count)
+    if setting.compiled:
+        setting.notify(f"{sampler.name}: compiled")
         sampler.compile()
-        found.append(_measure(sampler, sampler, "compiled", count, batch_size))
+        sampler(2)
+        found.append(_measure(setting, sampler, sampler, "compiled", count))
     return found
 
 
 def _measure(
-    sampler: _Sampler, run: Callable[[int], object], mode: str, count: int, batch_size: int
+    setting: _Setting, sampler: _Sampler, run: Callable[[int], object], mode: str, count: int
 ) -> Measurement:
-    """The median of runs of `count` steps, by their whole time."""
-    run(min(count, 2) if count < sampler.steps else count)  # warms up
+    """The median of warm runs of `count` steps, by their whole time."""
     runs = [sampler.watch.time(lambda: run(count))]
     repeats = int(REPEATS_SECONDS / sum(runs[0].values())) - 1
     runs += [sampler.watch.time(lambda: run(count)) for _ in range(min(repeats, 20))]
     runs.sort(key=lambda measured: sum(measured.values()))
     middle = runs[len(runs) // 2]
-    return Measurement(sampler.name, mode, batch_size, sampler.steps, count, middle)
+    return Measurement(sampler.name, mode, setting.batch_size, sampler.steps, count, middle)
 
 
 def _trace(sampler: _Sampler, path: Path, count: int) -> None:
-    """A Chrome trace of all steps, or of one of many more than were run."""
+    """A Chrome trace of all steps, or of one where not all are run."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it reports its own start on stderr
     activities = [ProfilerActivity.CPU]
     if torch.cuda.is_available():
