@@ -15,11 +15,9 @@ from titok_fast.models import MaskGIT, TiTok
 from titok_fast.models.blocks import ResidualAttentionBlock
 from titok_fast.models.generate import PAIRS
 
-# A tokenizer's generator; the paper's models for 512 px were not released.
+# A TiTok's generator.
 GENERATORS: Mapping[str, str] = {
-    **{name: pair.generator for name, pair in PAIRS.items() if name in TiTok.releases},
-    "titok-l-64-512": "maskgit-vit-b-64",
-    "titok-b-128-512": "maskgit-uvit-s-128",
+    name: pair.generator for name, pair in PAIRS.items() if name in TiTok.releases
 }
 
 # Of pixels, as a share of their norm.

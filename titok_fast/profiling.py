@@ -21,6 +21,8 @@ from torch.profiler import ProfilerActivity, record_function
 from titok_fast._files import replacing
 from titok_fast.models import MaskGIT, TiTok, compile
 from titok_fast.models.accelerated import capture
+from titok_fast.models.checks import replaced
+from titok_fast.models.generate import PAIRS
 from titok_fast.ops import inspect
 
 TRANSFORMER, STEP_OP, DE_TOKENIZER, OTHER = "transformer", "step op", "de-tokenizer", "other"
@@ -30,29 +32,17 @@ BASELINE_SECONDS = 45.0  # of a baseline's steps where their number is not given
 GUIDANCE_SCALE = 4.0
 
 
-@dataclass(frozen=True)
-class Pair:
-    """A tokenizer's generator, and what the paper says of both together.
-
-    Attributes:
-        generator: a name in `MaskGIT.releases`.
-        paper_speed_up: over DiT-XL/2 of 250 steps at the same image size (arXiv 2406.07550); None
-            where the paper has no such model.
-    """
-
-    generator: str
-    paper_speed_up: int | None = None
-
-
-MODELS: Mapping[str, Pair] = {
-    # 101.6 and 89.8 images/s against 0.6 in table 1; the text names the other three.
-    "titok-l-32": Pair("maskgit-vit-l-32", 169),
-    "titok-b-64": Pair("maskgit-vit-b-64", 150),
-    "titok-s-128": Pair("maskgit-uvit-s-128", 13),
-    "titok-l-64-512": Pair("maskgit-vit-l-64-512", 410),
-    "titok-b-128-512": Pair("maskgit-vit-b-128-512", 74),
-    "titok-digits": Pair("maskgit-digits"),
+# The paper's speed-ups over DiT-XL/2 of 250 steps at the same image size (arXiv 2406.07550): 101.6
+# and 89.8 images/s against 0.6 in table 1; the text names the other three.
+SPEED_UPS: Mapping[str, int] = {
+    "titok-l-32": 169,
+    "titok-b-64": 150,
+    "titok-s-128": 13,
+    "titok-l-64-512": 410,
+    "titok-b-128-512": 74,
 }
+
+MODELS = tuple(name for name in PAIRS if name in TiTok.releases)
 
 
 @dataclass(frozen=True)
@@ -141,7 +131,7 @@ class Profile:
     @property
     def paper_speed_up(self) -> int | None:
         """What the paper says of the model and DiT-XL/2."""
-        return MODELS[self.model].paper_speed_up
+        return SPEED_UPS.get(self.model)
 
     def speed_up(self, measurement: Measurement) -> float | None:
         """Of a measurement of the model over the baseline's in its mode, or else its last one."""
@@ -238,8 +228,8 @@ class _TiTokSampler:
     ) -> None:
         self.name = name
         self.tokenizer: TiTok = _built(TiTok, name, device, dtype, pretrained)
-        self.generator: MaskGIT = _built(MaskGIT, MODELS[name].generator, device, dtype, pretrained)
-        self.steps = self.generator.sampling.replaced(steps=steps).steps
+        self.generator: MaskGIT = _built(MaskGIT, PAIRS[name].generator, device, dtype, pretrained)
+        self.steps = replaced(self.generator.sampling, "MaskGIT", steps=steps).steps
         self.labels = torch.arange(batch_size, device=device) % self.generator.num_classes
         self.watch = Stopwatch(device)
         self.watch.watch(self.generator, "_branches", TRANSFORMER)

@@ -101,7 +101,7 @@ class Network:
         image_size: int | None = None,
     ) -> "Network":
         """Load the model that the options name."""
-        place, kind = _device(device), _dtype(dtype)
+        place, kind = named_device(device), named_dtype(dtype)
         model = load_tokenizer(source, revision=revision)
         size = _image_size(model, image_size)
         name = source
@@ -267,7 +267,8 @@ def _image_size(model: Tokenizer, size: int | None) -> int:
     return size
 
 
-def _device(name: str) -> torch.device:
+def named_device(name: str) -> torch.device:
+    """The device of --device."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -279,7 +280,8 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _dtype(name: str) -> torch.dtype:
+def named_dtype(name: str) -> torch.dtype:
+    """The dtype of --dtype."""
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if name not in dtypes:
         raise ValueError(f"--dtype: {name!r} is not one of {', '.join(dtypes)}")

@@ -7,7 +7,15 @@ from typing import Annotated, Any
 import typer
 
 from titok_fast._files import replacing
-from titok_fast.cli.common import DEFAULT_MODEL, Device, Dtype, _device, _dtype, errors, say
+from titok_fast.cli.common import (
+    DEFAULT_MODEL,
+    Device,
+    Dtype,
+    errors,
+    named_device,
+    named_dtype,
+    say,
+)
 from titok_fast.cli.profile_chart import draw_profile, duration
 from titok_fast.profiling import BASELINES, MODELS, Measurement, Profile
 from titok_fast.profiling import profile as measure
@@ -46,8 +54,8 @@ def profile(
         model,
         baseline=None if baseline == "none" else baseline,
         batch_size=batch_size,
-        device=_device(device),
-        dtype=_dtype(dtype),
+        device=named_device(device),
+        dtype=named_dtype(dtype),
         steps=steps,
         baseline_steps=baseline_steps,
         measured_steps=measured_steps,

@@ -31,6 +31,8 @@ PAIRS: Mapping[str, Pair] = {
     "titok-l-32": Pair("titok-l-32", "maskgit-vit-l-32"),
     "titok-b-64": Pair("titok-b-64", "maskgit-vit-b-64"),
     "titok-s-128": Pair("titok-s-128", "maskgit-uvit-s-128"),
+    "titok-l-64-512": Pair("titok-l-64-512", "maskgit-vit-l-64-512"),  # weights never released
+    "titok-b-128-512": Pair("titok-b-128-512", "maskgit-vit-b-128-512"),
     "titok-digits": Pair("titok-digits", "maskgit-digits"),
     **{name: Pair("ibq-16384", name) for name in ARTransformer.releases},
 }
