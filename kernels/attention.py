@@ -9,7 +9,7 @@ Derivation: docs/ops/attention.md.
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -525,7 +525,8 @@ class Tile:
     """Shape of a program: `rows` and `tail` rows (or keys, for their gradient), `step` at a time.
 
     With `last`, the last step is a power of two that just covers what is left, and only it is
-    masked; the code is twice as long, for which float32 has no registers.
+    masked. That code is twice as long and takes more registers: it is for tiles that would
+    otherwise compute much more, where it does not spill.
     """
 
     rows: int
@@ -540,7 +541,7 @@ class Tile:
 class Config:
     """`fwd` and `bwd` by the longest sequence that they serve with one program to a head.
 
-    The long tiles serve any length, the backward in two launches.
+    The long tiles serve any length, the backward in two launches. `with_dropout` replaces all.
     """
 
     fwd: dict[int, Tile]
@@ -548,14 +549,15 @@ class Config:
     long_fwd: Tile
     long_query: Tile
     long_key: Tile
+    with_dropout: "Config | None" = None
 
 
 _HALF = Config(
     fwd={
-        16: Tile(16, 0, 16, warps=1),
-        32: Tile(32, 0, 32, warps=1),
+        16: Tile(16, 0, 16, warps=1, last=False),
+        32: Tile(32, 0, 32, warps=1, last=False),
         48: Tile(32, 16, 32, warps=2),
-        64: Tile(64, 0, 64, warps=4),
+        64: Tile(64, 0, 64, warps=4, last=False),
         80: Tile(64, 16, 64, warps=4),
         96: Tile(64, 32, 64, warps=4),
         128: Tile(128, 0, 64, warps=8),
@@ -563,11 +565,11 @@ _HALF = Config(
     },
     bwd={
         16: Tile(16, 0, 16, warps=1),
-        32: Tile(32, 0, 32, warps=2),
+        32: Tile(32, 0, 32, warps=2, last=False),
         48: Tile(32, 16, 16, warps=2),
-        64: Tile(64, 0, 32, warps=4),
+        64: Tile(64, 0, 32, warps=4, last=False),
         80: Tile(64, 16, 32, warps=4),
-        96: Tile(64, 32, 32, warps=4),
+        96: Tile(64, 32, 32, warps=4, last=False),
         128: Tile(128, 0, 32, warps=8),
         144: Tile(128, 16, 32, warps=8),
     },
@@ -575,12 +577,50 @@ _HALF = Config(
     long_query=Tile(64, 0, 32, warps=4, stages=3),
     long_key=Tile(64, 0, 32, warps=4, stages=3),
 )
+_HALF_DROPOUT = replace(
+    _HALF,
+    bwd=_HALF.bwd
+    | {
+        16: Tile(16, 0, 16, warps=1, last=False),
+        48: Tile(32, 16, 16, warps=2, last=False),
+    },
+)
+_HALF_WGMMA = replace(_HALF, with_dropout=_HALF_DROPOUT)
+# mma, of sm_80 and sm_120, takes every operand from registers.
+_HALF_MMA = replace(
+    _HALF,
+    fwd=_HALF.fwd | {64: Tile(64, 0, 64, warps=4)},
+    bwd=_HALF.bwd
+    | {
+        128: Tile(128, 0, 32, warps=8, last=False),
+        144: Tile(128, 16, 16, warps=8, last=False),
+    },
+    long_key=Tile(64, 0, 32, warps=4, stages=3, last=False),
+    with_dropout=replace(
+        _HALF_DROPOUT,
+        bwd=_HALF_DROPOUT.bwd
+        | {
+            80: Tile(64, 16, 16, warps=4, last=False),
+            128: Tile(128, 0, 32, warps=8, last=False),
+            144: Tile(128, 16, 16, warps=8, last=False),
+        },
+        long_fwd=Tile(64, 0, 64, warps=4, stages=3, last=False),
+        long_query=Tile(64, 0, 32, warps=4, stages=3, last=False),
+        long_key=Tile(64, 0, 32, warps=4, stages=2, last=False),
+    ),
+)
 _HALF_WIDE = Config(
     fwd={16: Tile(16, 0, 16, warps=2)},
     bwd={16: Tile(16, 0, 16, warps=4)},
     long_fwd=Tile(64, 0, 32, warps=8, stages=2),
     long_query=Tile(64, 0, 32, warps=8, stages=2),
     long_key=Tile(64, 0, 32, warps=8, stages=2),
+)
+_HALF_WIDE_MMA = replace(
+    _HALF_WIDE,
+    long_fwd=Tile(64, 0, 32, warps=8, stages=2, last=False),
+    long_query=Tile(64, 0, 32, warps=8, stages=2, last=False),
+    long_key=Tile(64, 0, 32, warps=8, stages=2, last=False),
 )
 _FLOAT = Config(
     fwd={16: Tile(16, 0, 16, warps=2, last=False), 32: Tile(32, 0, 32, warps=4, last=False)},
@@ -596,14 +636,30 @@ _FLOAT_WIDE = Config(
     long_query=Tile(16, 0, 16, warps=4, last=False),
     long_key=Tile(16, 0, 16, warps=4, last=False),
 )
-_ALL = {
-    (False, False): _HALF,
+_FLOAT_WIDE_MMA = replace(
+    _FLOAT_WIDE,
+    long_query=Tile(16, 0, 16, warps=8, last=False),
+    long_key=Tile(16, 0, 16, warps=8, last=False),
+    with_dropout=replace(
+        _FLOAT_WIDE,
+        long_query=Tile(16, 0, 32, warps=8, last=False),
+        long_key=Tile(16, 0, 16, warps=8, last=False),
+    ),
+)
+_MMA = {
+    (False, False): _HALF_MMA,
+    (False, True): _HALF_WIDE_MMA,
+    (True, False): _FLOAT,
+    (True, True): _FLOAT_WIDE_MMA,
+}
+_WGMMA = {
+    (False, False): _HALF_WGMMA,
     (False, True): _HALF_WIDE,
     (True, False): _FLOAT,
     (True, True): _FLOAT_WIDE,
 }
 # By compute capability, the nearest lower one where it is not listed; by (float32, D > 64).
-CONFIGS = {80: _ALL, 90: _ALL, 100: _ALL, 120: _ALL}
+CONFIGS = {80: _MMA, 90: _WGMMA, 100: _WGMMA, 120: _MMA}
 
 
 @functools.cache
@@ -636,19 +692,24 @@ def _options(tile: Tile, length: int, d: int, dtype: torch.dtype) -> dict[str, A
     }
 
 
-def _forward(
-    capability: int, length: int, d: int, dtype: torch.dtype
-) -> tuple[Tile, dict[str, Any]]:
+def _config(capability: int, d: int, dtype: torch.dtype, dropout: bool) -> Config:
     config = CONFIGS[capability][dtype == torch.float32, d > 64]
+    return config.with_dropout or config if dropout else config
+
+
+def _forward(
+    capability: int, length: int, d: int, dtype: torch.dtype, dropout: bool
+) -> tuple[Tile, dict[str, Any]]:
+    config = _config(capability, d, dtype, dropout)
     tile = _tile(length, config.fwd) or config.long_fwd
-    return tile, _options(tile, length, d, dtype)
+    return tile, {"DROPOUT": dropout, **_options(tile, length, d, dtype)}
 
 
 def _backward(
-    capability: int, length: int, d: int, dtype: torch.dtype
+    capability: int, length: int, d: int, dtype: torch.dtype, dropout: bool
 ) -> Iterator[tuple[Tile, dict[str, Any]]]:
     """One launch for all gradients, or one for the queries' and then one for the others."""
-    config = CONFIGS[capability][dtype == torch.float32, d > 64]
+    config = _config(capability, d, dtype, dropout)
     short = _tile(length, config.bwd)
     launches = (
         [(short, True, True)]
@@ -656,7 +717,8 @@ def _backward(
         else [(config.long_query, True, False), (config.long_key, False, True)]
     )
     for tile, query, key in launches:
-        yield tile, {"QUERY": query, "KEY": key, **_options(tile, length, d, dtype)}
+        options = _options(tile, length, d, dtype)
+        yield tile, {"QUERY": query, "KEY": key, "DROPOUT": dropout, **options}
 
 
 def _sizes(qkv: Tensor, tile: Tile) -> tuple[int, int, int, int, int, int, int]:
@@ -692,11 +754,11 @@ def launch_attention_fwd(
     lse = torch.empty((b, h, length), dtype=torch.float32, device=qkv.device)
     if out.numel() == 0:
         return out, lse
-    tile, options = _forward(_capability(qkv.device), length, d, qkv.dtype)
+    tile, options = _forward(_capability(qkv.device), length, d, qkv.dtype, dropout_p > 0)
     sizes = _sizes(qkv, tile)
     attention_fwd_kernel[(b * h * sizes[2],)](
         qkv, out, lse, lse if seed is None else seed, *sizes, d**-0.5, *_dropout(dropout_p),
-        DROPOUT=dropout_p > 0, **_interpreted(qkv, options),
+        **_interpreted(qkv, options),
     )  # fmt: skip
     return out, lse
 
@@ -720,12 +782,12 @@ def launch_attention_bwd(
         return grad_qkv
     delta = torch.empty_like(lse)
     grad_strides = [stride // 8 for stride in grad.stride()[:3]]
-    for tile, options in _backward(_capability(qkv.device), length, d, qkv.dtype):
+    capability = _capability(qkv.device)
+    for tile, options in _backward(capability, length, d, qkv.dtype, dropout_p > 0):
         sizes = _sizes(qkv, tile)
         attention_bwd_kernel[(b * h * sizes[2],)](
             qkv, out, grad, grad_qkv, lse, delta, lse if seed is None else seed, *sizes,
-            *grad_strides, d**-0.5, *_dropout(dropout_p),
-            DROPOUT=dropout_p > 0, **_interpreted(qkv, options),
+            *grad_strides, d**-0.5, *_dropout(dropout_p), **_interpreted(qkv, options),
         )  # fmt: skip
     return grad_qkv
 
@@ -747,10 +809,13 @@ def specializations(
         kinds += [
             ("bf16", 64, True),
             ("fp16", 48, False),
+            ("fp16", 48, True),
             ("bf16", 128, False),
+            ("bf16", 128, True),
             ("fp32", 64, False),
             ("fp32", 64, True),
             ("fp32", 128, False),
+            ("fp32", 128, True),
         ]
     lengths = (129, 289) if main else _LENGTHS
     for dtype, d, dropout in kinds:
@@ -760,7 +825,7 @@ def specializations(
         types |= dict.fromkeys(_SIZES + _GRAD_STRIDES, "i32")
         kind = torch.float32 if dtype == "fp32" else torch.bfloat16
         for length in lengths:
-            _, options = _forward(capability, length, d, kind)
-            yield attention_fwd_kernel, types, {**options, "DROPOUT": dropout}
-            for _, options in _backward(capability, length, d, kind):
-                yield attention_bwd_kernel, types, {**options, "DROPOUT": dropout}
+            _, options = _forward(capability, length, d, kind, dropout)
+            yield attention_fwd_kernel, types, options
+            for _, options in _backward(capability, length, d, kind, dropout):
+                yield attention_bwd_kernel, types, options

@@ -4,27 +4,38 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 
 from titok_fast.ops import inspect
 
 MATRIX_INSTRUCTIONS = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 _REPORT = """
 import dataclasses, json, sys
-from titok_fast.ops.inspect import kernel_report, triton_configurations
+from titok_fast.ops.inspect import kernel_report, kernels, triton_configurations
 
-reports = kernel_report(triton_configurations(ops=sys.argv[1:], main=True))
-print(json.dumps([dataclasses.asdict(r) | {"faults": r.faults} for r in reports]))
+op, capabilities, wanted = json.loads(sys.argv[1])
+found = triton_configurations(capabilities, [op], main=not wanted)
+if wanted:
+    tables = {c: [row[2].items() for row in kernels(op).specializations(c)] for c in capabilities}
+    found = [f for f in found if any(w.items() <= tables[f.capability][f.index] for w in wanted)]
+print(json.dumps([dataclasses.asdict(r) | {"faults": r.faults} for r in kernel_report(found)]))
 """
 
 
-def assert_kernels_compile(op: str, multiplying: set[str]) -> None:
+def assert_kernels_compile(
+    op: str,
+    multiplying: set[str],
+    capabilities: Sequence[int] = inspect.CAPABILITIES,
+    wanted: Sequence[dict[str, object]] = (),
+) -> None:
     """No spills, shared memory within limits, and matrix instructions in `multiplying` kernels.
 
-    For every architecture, but only the op's main shape; `titok-fast kernels` compiles all.
+    Only of the op's main shape, or of the configurations that have all constants of one of
+    `wanted`; `titok-fast kernels` compiles all.
     """
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     run = subprocess.run(
-        [sys.executable, "-c", _REPORT, op],
+        [sys.executable, "-c", _REPORT, json.dumps([op, capabilities, wanted])],
         env=environment,
         capture_output=True,
         text=True,
@@ -32,7 +43,7 @@ def assert_kernels_compile(op: str, multiplying: set[str]) -> None:
     )
     assert run.returncode == 0, run.stderr[-2000:]
     reports = json.loads(run.stdout)
-    assert {report["capability"] for report in reports} == set(inspect.CAPABILITIES)
+    assert {report["capability"] for report in reports} == set(capabilities)
     assert {report["kernel"] for report in reports} >= multiplying
     for report in reports:
         print(

@@ -5,6 +5,7 @@ import torch
 
 from tests.kernels import assert_kernels_compile
 from titok_fast import attention
+from titok_fast.ops import inspect
 from titok_fast.ops.attention import TRITON_UP_TO
 from titok_fast.reference.attention import dropout_mask, philox
 from titok_fast.testing import relative_error
@@ -167,6 +168,24 @@ def test_dropout_mask_is_the_same_to_the_bit(length, d):
 @pytest.mark.parametrize(("length", "d"), [(33, 48), (65, 16), (150, 16)])
 def test_dropout(dtype, length, d):
     assert_accurate(*packed(1, length, 2, d, dtype), dropout_p=0.1, seed=SEED)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "length", "d", "p"),
+    [
+        (torch.float16, 33, 48, 0.1),
+        (torch.float16, 65, 16, 0.1),
+        (torch.bfloat16, 129, 16, 0.1),
+        (torch.bfloat16, 129, 16, 0.0),
+        (torch.float16, 150, 16, 0.1),
+        (torch.float16, 35, 72, 0.1),
+        (torch.float32, 17, 72, 0.0),
+    ],
+)
+def test_tiles_of_sm_120(monkeypatch, dtype, length, d, p):
+    monkeypatch.setattr(inspect.kernels("attention"), "_capability", lambda device: 120)
+    options = {"dropout_p": p, "seed": SEED} if p else {}
+    assert_accurate(*packed(1, length, 2, d, dtype), **options)
 
 
 def test_dropout_statistics():
@@ -337,3 +356,13 @@ def test_gpu_graph_capture_takes_another_seed():
 
 def test_kernels_compile_for_every_architecture():
     assert_kernels_compile("attention", {"attention_fwd_kernel", "attention_bwd_kernel"})
+
+
+def test_dropout_and_wide_heads_do_not_spill():
+    """What has the most registers, on the architecture whose products take all from registers."""
+    wanted = [
+        {"QUERY": True, "TILE": 64, "TILE_TAIL": 32, "D": 64, "DROPOUT": True},
+        {"QUERY": False, "TILE": 64, "D": 64, "DROPOUT": True},
+        {"QUERY": False, "TILE": 64, "D": 128, "DROPOUT": True},
+    ]
+    assert_kernels_compile("attention", {"attention_bwd_kernel"}, [120], wanted)
