@@ -196,7 +196,12 @@ def draw_rates(charts: Sequence[tuple[Result, str, dict[str, list[Row]]]]) -> Im
     ]
     canvas = Image.new("RGB", (WIDTH, 86 + sum(heights) + MARGIN), "white")
     pen = ImageDraw.Draw(canvas)
-    pen.text((MARGIN, 14), "Images per second, from class labels to pixels", INK, font(18))
+    pen.text(
+        (MARGIN, 14),
+        "Images per second, from class labels to pixels (logarithmic bars)",
+        INK,
+        font(18),
+    )
     top = legend(pen, (MARGIN, 46), names, list(colors.values()), WIDTH - 2 * MARGIN) + 14
     for result, device, models in charts:
         pen.text((MARGIN, top), f"{result.title}, {device}", INK, font(15))

@@ -56,8 +56,8 @@ class Axis:
 
 
 def label(value: float) -> str:
-    """A tick's text: 1e6 for a million, 1,000 for a thousand."""
-    if value and not 1e-3 <= abs(value) < 1e5:
+    """A tick's text: 1e6 for a million, 100,000 below it."""
+    if value and not 1e-3 <= abs(value) < 1e6:
         return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e").replace("e+", "e")
     return f"{value:,.10g}"
 
