@@ -65,13 +65,12 @@ def test_saves_loads_and_runs_in_bfloat16(tiny, tmp_path):
 
 def test_compiled_blocks_agree_with_eager_ones(tiny):
     images = image(32)[None]
-    latents, tokens = tiny.latents(images).detach(), tiny.encode(images)
+    latents = tiny.latents(images).detach()
     model = copy.deepcopy(tiny)
     assert titok_fast.compile(model) is model
     assert list(model.state_dict()) == list(tiny.state_dict())
     with torch.no_grad():
         assert relative_error(model.latents(images), latents) < 1e-5
-    assert relative_error(model.decode(tokens), tiny.decode(tokens)) < 1e-4
 
 
 def test_loads_by_whichever_class_it_is(tiny, tmp_path):

@@ -124,6 +124,8 @@ def assert_right(z, codebook, backend, *, temperature=0.01, slack=0.0):
 )
 @pytest.mark.parametrize("scale", [0.1, 1.0])
 def test_equals_float64(backend, device, small, n, k, d, scale):
+    if small and d == 512 and scale < 1:
+        pytest.skip("20 s in the interpreter, for tiles that D = 512 at scale 1 has shown")
     n, k = (min(n, 17), min(k, 130)) if small else (n, k)
     z, codebook = rows_and_codes(n, k, d, device=device)
     assert_right(z * scale, codebook, backend, slack=1e-7)
