@@ -1,7 +1,6 @@
 """ARTransformer's generate, whole, against the official sequence of operations in float32."""
 
 import copy
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,7 +16,6 @@ from titok_fast.models.accelerated import capture
 from titok_fast.models.autoregressive import Decoding
 
 GUIDANCE, TEMPERATURE = 2.0, 1.1
-MIDDLE = 128  # of an image's positions, for the step alone
 QUICK = {"vocab_size": 256, "block_size": 16, "n_layer": 2, "n_head": 4, "n_embd": 64}
 
 
@@ -51,8 +49,7 @@ def model_of(name: str, device: str) -> ARTransformer:
 
 
 def inputs(case: Case) -> tuple[Tensor]:
-    classes = model_of(case.model, case.device).num_classes
-    return ((torch.arange(case.b) * 37 % classes).to(case.device),)
+    return (models.labels_of(model_of(case.model, case.device), case.b, case.device),)
 
 
 def work(case: Case) -> tuple[int, int]:
@@ -128,28 +125,28 @@ class Official:
         return torch.cat(drawn, dim=1)
 
 
-def official(dtype: torch.dtype) -> Callable[[Case, Tensor], Call]:
-    return functools.partial(prepare_official, dtype)
+def middle_of(model: ARTransformer, device: str | torch.device) -> Tensor:
+    """A position [1] whose step takes about the mean time."""
+    return torch.tensor([model.num_tokens // 2], device=device)
 
 
-def prepare_official(dtype: torch.dtype, case: Case, labels: Tensor) -> Call:
-    model = copy.deepcopy(model_of(case.model, case.device)).to(dtype)
-    if case.task == "generate":
-        return lambda: Official(model, labels).generate()
-    loop, position = (
-        Official(model, labels),
-        torch.tensor([min(MIDDLE, model.num_tokens - 1)], device=case.device),
-    )
-    tokens = labels.repeat(2)[:, None]
-    return lambda: loop.draw(loop.step(tokens, position))
+def prepare_official(dtype: torch.dtype) -> Callable[[Case, Tensor], Call]:
+    def prepare(case: Case, labels: Tensor) -> Call:
+        model = copy.deepcopy(model_of(case.model, case.device)).to(dtype)
+        if case.task == "generate":
+            return lambda: Official(model, labels).generate()
+        loop, position = Official(model, labels), middle_of(model, case.device)
+        tokens = labels.repeat(2)[:, None]
+        return lambda: loop.draw(loop.step(tokens, position))
+
+    return prepare
 
 
 def step_of(model: ARTransformer, labels: Tensor, sampling: ARSampling) -> Call:
     decoding = Decoding(model, len(labels), sampling, "auto")
     with torch.no_grad():
         decoding.start(labels, labels.new_zeros(len(labels), 0), torch.zeros_like(labels[0]), None)
-    middle = min(MIDDLE, model.num_tokens - 1)
-    position, step = torch.tensor([middle], device=labels.device), torch.no_grad(decoding.step)
+    position, step = middle_of(model, labels.device), torch.no_grad(decoding.step)
     if labels.is_cuda:
         step = capture(decoding.step, position)
     return lambda: step(position)
@@ -161,25 +158,19 @@ def prepare_ours(dtype: torch.dtype) -> Callable[[Case, Tensor], Call]:
         options = {"guidance_scale": GUIDANCE, "temperature": TEMPERATURE}
         if case.task == "step":
             return step_of(model, labels, ARSampling(**options))
-        if case.device == "cuda":
-            run, seed = model.capture(case.b, **options), torch.zeros_like(labels[0])
-            numbers = torch.arange(case.b, device="cuda")
-            return lambda: run(labels, seed, numbers)
-        return lambda: model.generate(labels, **options)
+        return models.generating(model, labels, **options)
 
     return prepare
 
 
 def check(case: Case, output: Tensor) -> tuple[int, int]:
-    """Tokens outside the codebook; that the samples are right is for the tests to show."""
-    size = model_of(case.model, case.device).codebook_size
-    return int(((output < 0) | (output >= size)).sum()), output.numel()
+    return models.outside(model_of(case.model, case.device), output)
 
 
 BENCH = Bench(
     op="autoregressive",
     cases=cases,
-    providers=models.providers(prepare_ours, official),
+    providers=models.providers(prepare_ours, prepare_official),
     inputs=inputs,
     work=work,
     check=check,

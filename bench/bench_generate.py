@@ -58,11 +58,9 @@ def prepare_ours(dtype: torch.dtype) -> Callable[[Case, Tensor], Call]:
     def prepare(case: Case, labels: Tensor) -> Call:
         tokenizer, generator = (copy.deepcopy(model).cast(dtype) for model in pair(case))
         tokenizer.to(memory_format=torch.channels_last)
-        if case.device == "cuda":
-            sample, decode = generator.capture(case.b), tokenizer.capture(case.b)[1]
-            seed, numbers = labels.new_zeros(()), torch.arange(case.b, device="cuda")
-            return lambda: decode(sample(labels, seed, numbers))
-        return lambda: tokenizer.decode(generator.generate(labels))
+        generate = models.generating(generator, labels)
+        decode = tokenizer.capture(case.b)[1] if case.device == "cuda" else tokenizer.decode
+        return lambda: decode(generate())
 
     return prepare
 

@@ -43,23 +43,13 @@ def prepare_official(dtype: torch.dtype) -> Callable[[Case, Tensor], Call]:
 def prepare_ours(dtype: torch.dtype) -> Callable[[Case, Tensor], Call]:
     def prepare(case: Case, labels: Tensor) -> Call:
         model = copy.deepcopy(models.generator(case.model, case.device)).cast(dtype)
-        if case.device == "cuda":
-            run, seed = model.capture(case.b), torch.zeros((), dtype=torch.int64, device="cuda")
-            numbers = torch.arange(case.b, device="cuda")
-            return lambda: run(labels, seed, numbers)
-        return lambda: model.generate(labels)
+        return models.generating(model, labels)
 
     return prepare
 
 
 def check(case: Case, output: Tensor) -> tuple[int, int]:
-    """Tokens outside the codebook; that the samples are right is for the tests to show."""
-    size = models.generator(case.model, case.device).codebook_size
-    return int(((output < 0) | (output >= size)).sum()), output.numel()
-
-
-def slow(case: Case, provider: Provider) -> bool:
-    return case.device == "cpu" and case.b == 8 and provider.name == "titok_fast-float32"
+    return models.outside(models.generator(case.model, case.device), output)
 
 
 BENCH = Bench(
@@ -69,7 +59,7 @@ BENCH = Bench(
     inputs=inputs,
     work=work,
     check=check,
-    slow=slow,
+    slow=models.slow_batch,
 )
 
 

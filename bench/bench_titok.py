@@ -120,10 +120,6 @@ def figures(case: Case, output: Tensor) -> dict[str, float]:
     return {"tokens_equal": float((output == tokens).double().mean())}
 
 
-def slow(case: Case, provider: Provider) -> bool:
-    return case.device == "cpu" and case.b == 8 and provider.name == "titok_fast-float32"
-
-
 BENCH = Bench(
     op="titok",
     cases=cases,
@@ -131,7 +127,7 @@ BENCH = Bench(
     inputs=inputs,
     work=work,
     check=check,
-    slow=slow,
+    slow=models.slow_batch,
     figures=figures,
 )
 

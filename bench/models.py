@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping
 from functools import cache, lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.harness import Call, Provider
 from titok_fast.models import MaskGIT, TiTok
 from titok_fast.models.blocks import ResidualAttentionBlock
-from titok_fast.models.generate import PAIRS
+from titok_fast.models.generate import PAIRS, Generator
 
 # A TiTok's generator.
 GENERATORS: Mapping[str, str] = {
@@ -42,8 +43,27 @@ def generator(name: str, device: str) -> MaskGIT:
     return MaskGIT.from_config(name).to(device).eval()
 
 
-def labels_of(model: MaskGIT, count: int, device: str) -> Tensor:
+def labels_of(model: Generator, count: int, device: str) -> Tensor:
     return (torch.arange(count) * 37 % model.num_classes).to(device)
+
+
+def generating(model: Generator, labels: Tensor, **options: Any) -> Callable[[], Tensor]:
+    """The call of our `generate`; on a GPU of its graph."""
+    if not labels.is_cuda:
+        return lambda: model.generate(labels, **options)
+    run, seed = model.capture(len(labels), **options), labels.new_zeros(())
+    numbers = torch.arange(len(labels), device=labels.device)
+    return lambda: run(labels, seed, numbers)
+
+
+def outside(model: Generator, tokens: Tensor) -> tuple[int, int]:
+    """Tokens outside the codebook, of how many; that they are right is for the tests to show."""
+    return int(((tokens < 0) | (tokens >= model.codebook_size)).sum()), tokens.numel()
+
+
+def slow_batch(case: Any, provider: Provider) -> bool:
+    """Eight images in our float32 on a CPU, left to a full run."""
+    return case.device == "cpu" and case.b == 8 and provider.name == "titok_fast-float32"
 
 
 def parameter_bytes(*models: nn.Module) -> int:

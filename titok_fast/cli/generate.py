@@ -29,7 +29,7 @@ from titok_fast.cli.common import (
     say,
 )
 from titok_fast.images import grid, read_pixels, to_float, write_png
-from titok_fast.models import ARTransformer, MaskGIT
+from titok_fast.models import MaskGIT
 from titok_fast.models.checks import Options, replaced
 from titok_fast.models.generate import PAIRS, Generator, arranged, image_size
 from titok_fast.models.maskgit import GUIDANCE_DECAYS, RULES, SCHEDULES
@@ -115,8 +115,7 @@ def generate(
         raise ValueError(f"--model: {model!r} is not one of {', '.join(PAIRS)}")
     names = PAIRS[model]
     network = Network.load(tokenizer or names.tokenizer, None, device, dtype)
-    kind = ARTransformer if names.generator in ARTransformer.releases else MaskGIT
-    transformer = kind.from_pretrained(
+    transformer = names.generator_class.from_pretrained(
         generator or names.generator, dtype=network.dtype, device=network.device
     )
     sampling = _sampling(

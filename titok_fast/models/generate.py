@@ -10,9 +10,8 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from titok_fast.models.auto import Tokenizer
+from titok_fast.models.auto import Tokenizer, load_tokenizer
 from titok_fast.models.autoregressive import ARTransformer
-from titok_fast.models.ibq import IBQTokenizer
 from titok_fast.models.maskgit import MaskGIT
 from titok_fast.models.titok import TiTok
 
@@ -24,6 +23,11 @@ class Pair(NamedTuple):
 
     tokenizer: str
     generator: str
+
+    @property
+    def generator_class(self) -> type[Generator]:
+        """The class that has the generator's name."""
+        return ARTransformer if self.generator in ARTransformer.releases else MaskGIT
 
 
 # By the name that stands for both: a TiTok tokenizer's, or an IBQ generator's.
@@ -123,9 +127,8 @@ def load_pair(
     """The tokenizer and the generator of a name in `PAIRS`, in evaluation mode."""
     if model not in PAIRS:
         raise ValueError(f"model: {model!r} is not one of {', '.join(map(repr, PAIRS))}")
-    tokenizer, generator = PAIRS[model]
-    kinds = (TiTok, MaskGIT) if tokenizer in TiTok.releases else (IBQTokenizer, ARTransformer)
+    pair = PAIRS[model]
     return (
-        kinds[0].from_pretrained(tokenizer, dtype=dtype, device=device),
-        kinds[1].from_pretrained(generator, dtype=dtype, device=device),
+        load_tokenizer(pair.tokenizer, dtype=dtype, device=device),
+        pair.generator_class.from_pretrained(pair.generator, dtype=dtype, device=device),
     )
