@@ -23,6 +23,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from titok_fast._contention import contention, other_cpus
 from titok_fast.ops import inspect
 from titok_fast.testing import peak_extra_bytes
 
@@ -38,7 +39,6 @@ MEMORY_BUDGET = 16 * 2**30  # bytes that a provider may need beyond its inputs
 MAX_ROUNDS = 1000
 SLOW = ((30.0, 1), (10.0, 2), (2.0, 3))  # seconds a call, from which so many rounds are enough
 LATE = "skipped: no time was left"
-CONTENDED = 0.2  # CPUs busy with other work, from which a time is marked
 
 Call = Callable[[], Tensor]
 
@@ -153,9 +153,9 @@ class Row:
     gate: str = "not run"
 
     @property
-    def contended(self) -> bool:
-        """Whether other processes took enough CPU during the timing to spoil it."""
-        return (self.info.get("other_cpus") or 0.0) > CONTENDED
+    def contended(self) -> str | None:
+        """That other processes took enough CPU during the timing to spoil it, in words."""
+        return contention(self.info.get("other_cpus"))
 
 
 def select(
@@ -332,31 +332,6 @@ def device_time(call: Call, max_time: float) -> float:
     return statistics.median(times)
 
 
-def other_cpus() -> Callable[[], float | None]:
-    """Starts a watch that gives the mean number of CPUs busy with other processes since.
-
-    With as many OpenMP threads as CPUs, one other busy process makes every barrier wait for the
-    scheduler: a call of 0.2 ms can take 20 ms. Such times say nothing about the op. None where
-    /proc/stat is missing; a hypervisor's steal time counts.
-    """
-
-    def usage() -> tuple[float, float]:
-        ticks = Path("/proc/stat").read_text().split(maxsplit=9)[1:9]
-        busy = sum(map(int, ticks)) - int(ticks[3]) - int(ticks[4])  # but idle and iowait
-        return time.perf_counter(), busy / os.sysconf("SC_CLK_TCK") - time.process_time()
-
-    try:
-        start, before = usage()
-    except OSError:
-        return lambda: None
-
-    def watch() -> float:
-        end, after = usage()
-        return max(0.0, after - before) / (end - start)
-
-    return watch
-
-
 @functools.cache
 def gemm_peak(device: str, dtype: torch.dtype) -> float:
     """FLOP/s of a large square `torch.matmul` in `dtype`, the best of several runs."""
@@ -497,5 +472,5 @@ def summary(rows: list[Row]) -> list[str]:
             if "device_ms" in row.info:
                 lines[-1] += f", device {row.info['device_ms']:.3f} ms"
             if row.contended:
-                lines[-1] += f", contended: {row.info['other_cpus']:.1f} CPUs busy elsewhere"
+                lines[-1] += f", {row.contended}"
     return lines
