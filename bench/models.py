@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from functools import cache, lru_cache
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.harness import Call, Provider
+from bench.harness import Call, Case, Provider
 from titok_fast.models import MaskGIT, TiTok
 from titok_fast.models.blocks import ResidualAttentionBlock
 from titok_fast.models.generate import PAIRS, Generator
@@ -21,8 +22,10 @@ GENERATORS: Mapping[str, str] = {
     name: pair.generator for name, pair in PAIRS.items() if name in TiTok.releases
 }
 
-# Of pixels, as a share of their norm.
+# Of pixels, as a share of their norm. On a GPU PyTorch's float32 convolutions multiply in TF32, by
+# default, which has three bits more than bfloat16.
 TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 0.05}
+TF32_TOLERANCE = TOLERANCE[torch.bfloat16] / 8
 
 Make = Callable[[torch.dtype], Callable[..., Call]]
 
@@ -54,6 +57,17 @@ def generating(model: Generator, labels: Tensor, **options: Any) -> Callable[[],
     run, seed = model.capture(len(labels), **options), labels.new_zeros(())
     numbers = torch.arange(len(labels), device=labels.device)
     return lambda: run(labels, seed, numbers)
+
+
+def tolerance(case: Case, output: Tensor) -> float:
+    """That of pixels."""
+    tf32 = case.device == "cuda" and output.dtype == torch.float32
+    return TF32_TOLERANCE if tf32 else TOLERANCE[output.dtype]
+
+
+def true_float32() -> AbstractContextManager[None]:
+    """Within it, convolutions of float32 multiply in it on a GPU too."""
+    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
 
 
 def outside(model: Generator, tokens: Tensor) -> tuple[int, int]:

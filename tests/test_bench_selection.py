@@ -11,6 +11,7 @@ import torch
 
 from bench import goals, harness, run
 from bench.harness import Bench, Case, Provider
+from titok_fast.testing import relative_error
 
 ROOT = Path(__file__).resolve().parent.parent
 # Imported here: several of these modules find out what the CPU has.
@@ -167,3 +168,21 @@ def test_a_gpu_run_takes_eight_minutes_of_cuda_rows(monkeypatch, tmp_path):
 def test_make_bench_gpu_asks_for_the_gpu():
     done = subprocess.run(["make", "-n", "bench-gpu"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "-m bench.run --gpu" in done.stdout
+
+
+@pytest.mark.parametrize("task", ["encode", "decode"])
+def test_the_official_ibq_stays_as_its_images_lie(task):
+    """Its network has no memory format but the default, and the answer of ours."""
+    bench = importlib.import_module("bench.bench_ibq")
+    (case,) = (case for case in bench.cases("cpu", quick=True) if case.task == task)
+    (x,) = bench.inputs(case)
+    model, seen = bench.official_model(case, torch.float32), []
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            layer.register_forward_pre_hook(lambda layer, args: seen.append(args[0]))
+    run = bench.official_encode if task == "encode" else bench.official_decode
+    with torch.no_grad():
+        actual = run(model, x)
+    assert len(seen) > 40 and all(tensor.is_contiguous() for tensor in seen)
+    expected = getattr(bench.model_of(case.model, "cpu"), task)(x)
+    assert relative_error(actual, expected) < 1e-5
