@@ -35,8 +35,7 @@ def cases(device: str, quick: bool) -> list[Case]:
 @lru_cache(maxsize=1)
 def model_of(name: str, device: str) -> IBQTokenizer:
     """Generated weights: time does not depend on them."""
-    torch.manual_seed(0)
-    return IBQTokenizer.from_config(name).to(device).eval()
+    return models.generated(IBQTokenizer, name, device)
 
 
 @lru_cache(maxsize=2)
