@@ -33,7 +33,9 @@ bench: $(VENV)/.bench
 bench-full: $(VENV)/.bench
 	$(BIN)/python -m bench.run --bench-full
 
-bench-gpu: $(VENV)/.bench-gpu
+bench-gpu: venv
+	$(BIN)/python -m bench.run --gpu --check
+	$(MAKE) $(VENV)/.bench-gpu
 	$(BIN)/python -m bench.run --gpu
 
 report: venv

@@ -42,10 +42,9 @@ def cases(device: str, quick: bool) -> list[Case]:
 @lru_cache(maxsize=1)
 def model_of(name: str, device: str) -> ARTransformer:
     """Generated weights: time does not depend on them."""
-    torch.manual_seed(0)
-    model = ARTransformer.from_config(QUICK if name == "quick" else name)
+    model = models.generated(ARTransformer, QUICK if name == "quick" else name, device)
     nn.init.normal_(model.head.weight, std=0.02)  # zero at first, when all tokens would be alike
-    return model.to(device).eval()
+    return model
 
 
 def inputs(case: Case) -> tuple[Tensor]:

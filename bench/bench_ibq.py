@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from bench import harness, models
 from bench.harness import Bench, Call, Provider
 from titok_fast import IBQTokenizer
+from titok_fast.models.ibq import SpatialAttention
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,7 @@ def cases(device: str, quick: bool) -> list[Case]:
 @lru_cache(maxsize=1)
 def model_of(name: str, device: str) -> IBQTokenizer:
     """Generated weights: time does not depend on them."""
-    torch.manual_seed(0)
-    return IBQTokenizer.from_config(name).to(device).eval()
+    return models.generated(IBQTokenizer, name, device)
 
 
 @lru_cache(maxsize=2)
@@ -69,10 +70,37 @@ def work(case: Case) -> tuple[int, int]:
     return case.b * flops, models.parameter_bytes(model_of(case.model, case.device))
 
 
+class OfficialAttention(nn.Module):
+    """SEED-Voken's: every weight in memory, the result laid out as its input."""
+
+    def __init__(self, layer: SpatialAttention) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer, hidden = self.layer, self.layer.norm(x)
+        q, k, v = (part(hidden).flatten(2) for part in (layer.q, layer.k, layer.v))  # [B, C, P]
+        weights = (q.mT @ k * q.shape[1] ** -0.5).softmax(2)
+        return x + layer.proj_out((v @ weights.mT).view_as(x))
+
+
+def official_model(case: Case, dtype: torch.dtype) -> IBQTokenizer:
+    model = copy.deepcopy(model_of(case.model, case.device)).to(dtype)
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, SpatialAttention):
+                parent.add_module(name, OfficialAttention(child))
+    return model
+
+
 def logits(model: IBQTokenizer, images: Tensor) -> Tensor:
     """SEED-Voken's scores of every code, [B h w, K]."""
-    z = model.latents(images).permute(0, 2, 3, 1).flatten(0, 2)
-    return z @ model.quantize.embedding.weight.to(z.dtype).T
+    encoder = model.encoder
+    x = encoder.conv_in(2 * images.to(encoder.conv_in.weight.dtype) - 1)
+    for part in (*encoder.down, *encoder.mid.values()):
+        x = part(x)
+    z = model.quant_conv(encoder.conv_out(F.silu(encoder.norm_out(x))))
+    return z.permute(0, 2, 3, 1).flatten(0, 2) @ model.quantize.embedding.weight.T
 
 
 def official_encode(model: IBQTokenizer, images: Tensor) -> Tensor:
@@ -80,12 +108,19 @@ def official_encode(model: IBQTokenizer, images: Tensor) -> Tensor:
     return logits(model, images).softmax(1).argmax(1).view(-1, side, side)
 
 
+def official_decode(model: IBQTokenizer, tokens: Tensor) -> Tensor:
+    decoder, z = model.decoder, model.quantize.embedding.weight[tokens]
+    x = decoder.conv_in(model.post_quant_conv(z.permute(0, 3, 1, 2).contiguous()))
+    for part in (*decoder.mid.values(), *reversed(decoder.up)):
+        x = part(x)
+    return ((decoder.conv_out(F.silu(decoder.norm_out(x))) + 1) / 2).clamp(0, 1)
+
+
 def prepare_official(dtype: torch.dtype) -> Callable[[Case, Tensor], Call]:
     def prepare(case: Case, x: Tensor) -> Call:
-        model = copy.deepcopy(model_of(case.model, case.device)).to(dtype)
-        if case.task == "encode":
-            return lambda: official_encode(model, x)
-        return lambda: model.decode(x)
+        model = official_model(case, dtype)
+        run = official_encode if case.task == "encode" else official_decode
+        return lambda: run(model, x)
 
     return prepare
 
@@ -102,16 +137,16 @@ def prepare_ours(dtype: torch.dtype) -> Callable[[Case, Tensor], Call]:
 @lru_cache(maxsize=1)
 def truth(case: Case) -> Tensor:
     """The scores of every code in float32, or the pixels."""
-    model = model_of(case.model, case.device)
-    with torch.no_grad():
-        return (logits if case.task == "encode" else IBQTokenizer.decode)(model, *inputs(case))
+    model = official_model(case, torch.float32)
+    with torch.no_grad(), models.true_float32():
+        return (logits if case.task == "encode" else official_decode)(model, *inputs(case))
 
 
 def check(case: Case, output: Tensor) -> tuple[int, int]:
     """Tokens whose score is clearly below the best, or images that are not those of float32."""
     expected = truth(case)
     if case.task == "decode":
-        allowed = models.TOLERANCE[output.dtype] * expected.flatten(1).norm(dim=1)
+        allowed = models.tolerance(case, output) * expected.flatten(1).norm(dim=1)
         difference = (output.float() - expected).flatten(1).norm(dim=1)
         return int((~(difference <= allowed)).sum()), case.b
     chosen = expected.gather(1, output.reshape(-1, 1)).squeeze(1)

@@ -88,7 +88,7 @@ def prepare_ours(dtype: torch.dtype) -> Callable[[Case, Tensor], Call]:
 def truth(case: Case) -> Tensor:
     """The official latents of the images, or the official pixels of the tokens."""
     model = models.official_tokenizer(case.model, case.device, torch.float32)
-    with torch.no_grad():
+    with torch.no_grad(), models.true_float32():
         if case.task == "encode":
             return model.latents(*inputs(case))
         return models.official_decode(model, *inputs(case))
@@ -97,12 +97,11 @@ def truth(case: Case) -> Tensor:
 def check(case: Case, output: Tensor) -> tuple[int, int]:
     """Tokens whose code is clearly farther from the official latent than the best, or images that
     are not the official ones; 16-bit networks have a tolerance of their own."""
-    sixteen_bits = output.dtype != torch.int64 and output.dtype.itemsize < 4
     if case.task == "decode":
         official = truth(case)
         official = official.clamp(0, 1) if case.device == "cuda" else official
         difference = (output.float() - official).flatten(1).norm(dim=1)
-        allowed = models.TOLERANCE[torch.bfloat16 if sixteen_bits else torch.float32]
+        allowed = models.tolerance(case, output)
         return int((~(difference <= allowed * official.flatten(1).norm(dim=1))).sum()), case.b
     rows = F.normalize(truth(case), dim=-1)
     codes = F.normalize(models.tokenizer(case.model, case.device).quantize.embedding.weight, dim=-1)

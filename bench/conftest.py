@@ -2,17 +2,18 @@
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bench import goals, harness
+from bench import goals, harness, record
 
 ROWS = pytest.StashKey[list[harness.Row]]()
-CASES = pytest.StashKey[list[harness.Case]]()
 ABSENT = pytest.StashKey[dict[str, str]]()
 DEADLINE = pytest.StashKey[float]()
 LAST_ROW = 40.0  # seconds that the last row to start may need
+LOST = 70  # exit code of a process whose device is of no more use
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -33,10 +34,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="M",
         help="rows of a goal first; leave out, and name, those that would start too late",
     )
+    parser.addoption(
+        "--bench-record",
+        type=Path,
+        metavar="FILE",
+        help="add each row to FILE as it ends; leave out those that it has",
+    )
+    parser.addoption(
+        "--bench-commit", metavar="C", help="what a source tree without git is a copy of"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[ROWS], config.stash[CASES], config.stash[ABSENT] = [], [], {}
+    config.stash[ROWS], config.stash[ABSENT] = [], {}
     minutes = config.getoption("bench_minutes")
     seconds = float("inf") if minutes is None else 60 * minutes - LAST_ROW
     config.stash[DEADLINE] = time.monotonic() + seconds
@@ -70,12 +80,25 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize(("case", "provider"), pairs, ids=ids)
 
 
+def row_of(item: Any) -> harness.Row:
+    bench, (case, provider) = item.module.BENCH, case_and_provider(item)
+    return harness.Row(f"{bench.op} {case}", provider.name, bench.baseline)
+
+
+def case_and_provider(item: Any) -> tuple[harness.Case, harness.Provider]:
+    return item.callspec.params["case"], item.callspec.params["provider"]
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    path = config.getoption("bench_record")
+    if path:
+        done = record.started(record.read(path))
+        items[:] = [item for item in items if row_of(item).name not in done]
     if config.getoption("bench_minutes") is None:
         return
 
     def of_no_goal(item: Any) -> bool:
-        case, provider = (item.callspec.params[name] for name in ("case", "provider"))
+        case, provider = case_and_provider(item)
         return not goals.asks_for({"op": item.module.BENCH.op, **case.info()}, provider.name)
 
     items.sort(key=of_no_goal)
@@ -84,49 +107,60 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture
 def measure(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]:
     """`measure(BENCH, case, provider)`: the correctness gate, then the timing."""
-    config = request.config
+    config, path = request.config, request.config.getoption("bench_record")
+    rows = config.stash[ROWS]
 
     def measure(bench: harness.Bench, case: harness.Case, provider: harness.Provider) -> None:
-        config.stash[CASES].append(case)
-        harness.run(
-            bench,
-            case,
-            provider,
-            benchmark,
-            config.stash[ROWS],
-            max_time=float(config.getoption("benchmark_max_time")),
-            min_rounds=int(config.getoption("benchmark_min_rounds")),
-            deadline=config.stash[DEADLINE],
-        )
+        name = row_of(request.node).name
+        if path and not rows:
+            record.add(path, **head(request.session))
+        if path:
+            record.add(path, start=name)
+        try:
+            harness.run(
+                bench,
+                case,
+                provider,
+                benchmark,
+                rows,
+                max_time=float(config.getoption("benchmark_max_time")),
+                min_rounds=int(config.getoption("benchmark_min_rounds")),
+                deadline=config.stash[DEADLINE],
+            )
+        finally:
+            if path:
+                record.add(path, end=name, gate=rows[-1].gate, benchmark=timed(rows[-1], benchmark))
+            if rows[-1].gate.startswith("failed") and harness.is_lost(case.device):
+                pytest.exit(f"{name}: the device is lost", returncode=LOST)
 
     return measure
 
 
-def pytest_benchmark_generate_machine_info(config: pytest.Config) -> dict[str, Any]:
-    """In place of pytest-benchmark's own, which names the host."""
-    return {
-        **harness.machine(),
+def timed(row: harness.Row, benchmark: Any) -> dict[str, Any] | None:
+    """What pytest-benchmark says of a row, without the case, which extra_info has as text."""
+    if row.seconds is None:
+        return None
+    result: dict[str, Any] = benchmark.stats.as_dict(include_data=False)
+    del result["params"]
+    return result
+
+
+def head(session: pytest.Session) -> dict[str, Any]:
+    """The first line of a record: the machine, its rates, and the rows to come."""
+    config = session.config
+    machine = {
+        **harness.machine(config.getoption("bench_commit")),
         "quick": config.getoption("bench_quick"),
         "full": config.getoption("bench_full"),
-        "peaks": harness.peaks(config.stash[CASES]),
+        "peaks": harness.peaks([case_and_provider(item)[0] for item in session.items]),
         "absent": config.stash[ABSENT],
-        "left_out": [
-            f"{row.group} {row.provider}" for row in config.stash[ROWS] if row.gate == harness.LATE
-        ],
     }
+    return {"machine": machine, "selected": [row_of(item).name for item in session.items]}
 
 
-def pytest_benchmark_generate_commit_info(config: pytest.Config) -> dict[str, Any]:
-    state = harness.git_state()
-    return {"id": state["commit"], "dirty": state["dirty"]}
-
-
-def pytest_benchmark_update_json(
-    config: pytest.Config, benchmarks: Any, output_json: dict[str, Any]
-) -> None:
-    for result in output_json["benchmarks"]:
-        del result["params"]  # the fields of the case, in extra_info, as text
-        result["stats"].pop("data", None)
+def pytest_benchmark_generate_machine_info() -> dict[str, Any]:
+    """In place of pytest-benchmark's own, which names the host."""
+    return harness.machine()
 
 
 @pytest.hookimpl(trylast=True)

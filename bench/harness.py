@@ -23,6 +23,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from titok_fast._contention import contention, other_cpus
 from titok_fast.ops import inspect
 from titok_fast.testing import peak_extra_bytes
 
@@ -38,7 +39,6 @@ MEMORY_BUDGET = 16 * 2**30  # bytes that a provider may need beyond its inputs
 MAX_ROUNDS = 1000
 SLOW = ((30.0, 1), (10.0, 2), (2.0, 3))  # seconds a call, from which so many rounds are enough
 LATE = "skipped: no time was left"
-CONTENDED = 0.2  # CPUs busy with other work, from which a time is marked
 
 Call = Callable[[], Tensor]
 
@@ -150,12 +150,16 @@ class Row:
     baseline: str
     info: dict[str, Any] = field(default_factory=dict)
     seconds: float | None = None
-    gate: str = "not run"
+    gate: str = "failed: interrupted"
 
     @property
-    def contended(self) -> bool:
-        """Whether other processes took enough CPU during the timing to spoil it."""
-        return (self.info.get("other_cpus") or 0.0) > CONTENDED
+    def name(self) -> str:
+        return f"{self.group} {self.provider}"
+
+    @property
+    def contended(self) -> str | None:
+        """That other processes took enough CPU during the timing to spoil it, in words."""
+        return contention(self.info.get("other_cpus"))
 
 
 def select(
@@ -199,79 +203,89 @@ def run(
     row = Row(f"{bench.op} {case}", provider.name, bench.baseline)
     rows.append(row)
 
-    def skip(reason: str) -> None:
-        row.gate = f"skipped: {reason}"
-        pytest.skip(f"{provider.name}: {reason}")
+    def skip(gate: str) -> None:
+        row.gate = gate
+        pytest.skip(f"{provider.name}: {gate}")
 
     if time.monotonic() > deadline:
         row.gate = LATE
         pytest.skip(LATE)
     too_much = provider.too_much(case)
     if too_much is not None:
-        skip(too_much)
+        skip(f"skipped: {too_much}")
 
-    inputs = bench.inputs(case)
-    with provider.setting(), torch.no_grad():
-        try:
-            call = provider.prepare(case, *inputs)
-            output = call()
-            synchronize(case.device)
-        except Exception as error:
-            row.gate = f"failed: {type(error).__name__}"
-            if provider.ours:
-                raise
-            skip(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
+    try:
+        with provider.setting(), torch.no_grad():
+            _measure(bench, case, provider, benchmark, row, max_time, min_rounds)
+    except Exception as error:
+        row.seconds = None
+        row.gate = f"failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        if provider.ours:
+            raise
+        skip(row.gate)
 
-        what = provider.relative or bench
-        wrong, checked = what.check(case, output)
-        row.gate = f"{wrong} wrong of {checked}" if wrong else f"exact ({checked})"
-        if wrong and provider.ours:
-            row.gate = f"FAILED: {row.gate}"
-            pytest.fail(f"{row.group}: {provider.name} is {row.gate}; not timed")
 
-        figures = {} if provider.relative else bench.figures(case, output)
-        del output
-        started = time.perf_counter()
-        extra_bytes = peak_extra_bytes(call, case.device)
-        spent = time.perf_counter() - started
-        target = timed(call, case.device)
-        estimate = spent if spent > SLOW[-1][0] else _estimate(target)
-        rounds = min(MAX_ROUNDS, max(min_rounds, int(max_time / estimate)))
-        rounds = next((min(rounds, few) for limit, few in SLOW if estimate > limit), rounds)
-        benchmark.group, benchmark.name = row.group, provider.name
-        others = other_cpus()
-        benchmark.pedantic(target, rounds=rounds)
-        if benchmark.disabled:
-            return
-        row.seconds = benchmark.stats.stats.median
-        row.info = {
-            "op": bench.op,
-            "provider": provider.name,
-            **case.info(),
-            "wrong_indices": wrong,
-            "checked_rows": checked,
-            "threads": torch.get_num_threads(),
-            "isa": isa(),
-            "peak_extra_bytes": extra_bytes,
-            "other_cpus": others(),
-            **figures,
-        }
-        if provider.relative:
-            row.info["relative"] = provider.relative.name
-        device_seconds = row.seconds
-        if case.device == "cuda":
-            device_seconds = device_time(call, max_time)
-            row.info["device_ms"] = 1e3 * device_seconds
-        flops, moved = what.work(case)
-        dtype = provider.dtype or case.dtype
-        row.info |= {
-            "gemm_dtype": str(dtype).removeprefix("torch."),
-            "gflops": flops / device_seconds / 1e9,
-            "gbytes_per_s": moved / device_seconds / 1e9,
-            "share_of_gemm_peak": flops / device_seconds / gemm_peak(case.device, dtype),
-            "share_of_copy_peak": moved / device_seconds / copy_peak(case.device),
-        }
-        benchmark.extra_info.update(row.info)
+def _measure(
+    bench: Bench,
+    case: Any,
+    provider: Provider,
+    benchmark: Any,
+    row: Row,
+    max_time: float,
+    min_rounds: int,
+) -> None:
+    call = provider.prepare(case, *bench.inputs(case))
+    output = call()
+    synchronize(case.device)
+    what = provider.relative or bench
+    wrong, checked = what.check(case, output)
+    row.gate = f"{wrong} wrong of {checked}" if wrong else f"exact ({checked})"
+    if wrong and provider.ours:
+        row.gate = f"failed: {row.gate}"
+        pytest.fail(f"{row.name}: {row.gate}; not timed")
+
+    figures = {} if provider.relative else bench.figures(case, output)
+    del output
+    started = time.perf_counter()
+    extra_bytes = peak_extra_bytes(call, case.device)
+    spent = time.perf_counter() - started
+    target = timed(call, case.device)
+    estimate = spent if spent > SLOW[-1][0] else _estimate(target)
+    rounds = enough(estimate, max_time, min_rounds)
+    benchmark.group, benchmark.name = row.group, provider.name
+    others = other_cpus()
+    benchmark.pedantic(target, rounds=rounds)
+    if benchmark.disabled:
+        return
+    row.seconds = benchmark.stats.stats.median
+    row.info = {
+        "op": bench.op,
+        "provider": provider.name,
+        **case.info(),
+        "wrong_indices": wrong,
+        "checked_rows": checked,
+        "threads": torch.get_num_threads(),
+        "isa": isa(),
+        "peak_extra_bytes": extra_bytes,
+        "other_cpus": others(),
+        **figures,
+    }
+    if provider.relative:
+        row.info["relative"] = provider.relative.name
+    device_seconds = row.seconds
+    if case.device == "cuda":
+        device_seconds = device_time(call, min(200, rounds))
+        row.info["device_ms"] = 1e3 * device_seconds
+    flops, moved = what.work(case)
+    dtype = provider.dtype or case.dtype
+    row.info |= {
+        "gemm_dtype": str(dtype).removeprefix("torch."),
+        "gflops": flops / device_seconds / 1e9,
+        "gbytes_per_s": moved / device_seconds / 1e9,
+        "share_of_gemm_peak": flops / device_seconds / gemm_peak(case.device, dtype),
+        "share_of_copy_peak": moved / device_seconds / copy_peak(case.device),
+    }
+    benchmark.extra_info.update(row.info)
 
 
 def devices() -> list[str]:
@@ -281,6 +295,15 @@ def devices() -> list[str]:
 def synchronize(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
+
+
+def is_lost(device: str) -> bool:
+    """Whether an error of the device stays, so that this process can use it no more."""
+    try:
+        synchronize(device)
+        return False
+    except RuntimeError:
+        return True
 
 
 def timed(call: Call, device: str) -> Call:
@@ -310,8 +333,14 @@ def _estimate(target: Call) -> float:
     return min(times)
 
 
-def device_time(call: Call, max_time: float) -> float:
-    """Median seconds between CUDA events around `call`, over 20 to 200 runs.
+def enough(estimate: float, max_time: float, least: int) -> int:
+    """Rounds of a call that takes `estimate` seconds: for `max_time`, fewer of a slow one."""
+    rounds = min(MAX_ROUNDS, max(least, int(max_time / estimate)))
+    return next((min(rounds, few) for limit, few in SLOW if estimate > limit), rounds)
+
+
+def device_time(call: Call, runs: int) -> float:
+    """Median seconds between CUDA events around `call`, of so many runs.
 
     Before each run a buffer of twice the L2 cache is written, so that the inputs come from memory
     as they do in a model. The host queues the call while the device writes: launch time does not
@@ -319,7 +348,6 @@ def device_time(call: Call, max_time: float) -> float:
     """
     cache = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
     flush = torch.empty(2 * cache, dtype=torch.uint8, device="cuda")
-    runs = max(20, min(200, int(max_time / seconds(timed(call, "cuda")))))
     times = []
     for _ in range(runs):
         start, end = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
@@ -330,31 +358,6 @@ def device_time(call: Call, max_time: float) -> float:
         torch.cuda.synchronize()
         times.append(start.elapsed_time(end) / 1e3)
     return statistics.median(times)
-
-
-def other_cpus() -> Callable[[], float | None]:
-    """Starts a watch that gives the mean number of CPUs busy with other processes since.
-
-    With as many OpenMP threads as CPUs, one other busy process makes every barrier wait for the
-    scheduler: a call of 0.2 ms can take 20 ms. Such times say nothing about the op. None where
-    /proc/stat is missing; a hypervisor's steal time counts.
-    """
-
-    def usage() -> tuple[float, float]:
-        ticks = Path("/proc/stat").read_text().split(maxsplit=9)[1:9]
-        busy = sum(map(int, ticks)) - int(ticks[3]) - int(ticks[4])  # but idle and iowait
-        return time.perf_counter(), busy / os.sysconf("SC_CLK_TCK") - time.process_time()
-
-    try:
-        start, before = usage()
-    except OSError:
-        return lambda: None
-
-    def watch() -> float:
-        end, after = usage()
-        return max(0.0, after - before) / (end - start)
-
-    return watch
 
 
 @functools.cache
@@ -403,8 +406,12 @@ def not_installed(distribution: str) -> str | None:
     return None
 
 
-def machine() -> dict[str, Any]:
-    """What ran: processor, devices, versions and the state of the source tree."""
+def machine(commit: str | None = None) -> dict[str, Any]:
+    """What ran: processor, devices, versions and the state of the source tree.
+
+    Args:
+        commit: that of a source tree without git, as `git_state` takes it.
+    """
     versions = inspect.versions()
     for name in ("pytest-benchmark", *PEERS):
         versions[name] = "not installed" if not_installed(name) else version(name)
@@ -420,7 +427,7 @@ def machine() -> dict[str, Any]:
         "isa": isa(),
         "load_average": os.getloadavg()[0],
         "versions": versions,
-        "git": git_state(),
+        "git": git_state(commit),
     }
 
 
@@ -445,8 +452,12 @@ def peaks(cases: list[Case]) -> dict[str, float]:
     return found
 
 
-def git_state() -> dict[str, Any]:
-    """Commit and whether anything but results differs from it; None outside a git checkout."""
+def git_state(stated: str | None = None) -> dict[str, Any]:
+    """Commit and whether anything but results differs from it.
+
+    Args:
+        stated: the commit of a copy that git knows nothing of; both are None without.
+    """
 
     def git(*args: str) -> str | None:
         try:
@@ -455,8 +466,11 @@ def git_state() -> dict[str, Any]:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
+    commit = git("rev-parse", "HEAD")
+    if commit is None:
+        return {"commit": stated, "dirty": None if stated is None else False}
     status = git("status", "--porcelain", "--", ".", ":(exclude)bench/results")
-    return {"commit": git("rev-parse", "HEAD"), "dirty": None if status is None else status != ""}
+    return {"commit": commit, "dirty": status != ""}
 
 
 def host_kind() -> str:
@@ -497,5 +511,5 @@ def summary(rows: list[Row]) -> list[str]:
             if "device_ms" in row.info:
                 lines[-1] += f", device {row.info['device_ms']:.3f} ms"
             if row.contended:
-                lines[-1] += f", contended: {row.info['other_cpus']:.1f} CPUs busy elsewhere"
+                lines[-1] += f", {row.contended}"
     return lines

@@ -3,44 +3,54 @@
 import copy
 import math
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from functools import cache, lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.harness import Call, Provider
+from bench.harness import Call, Case, Provider
 from titok_fast.models import MaskGIT, TiTok
 from titok_fast.models.blocks import ResidualAttentionBlock
 from titok_fast.models.generate import PAIRS, Generator
+from titok_fast.models.pretrained import PretrainedModel
 
 # A TiTok's generator.
 GENERATORS: Mapping[str, str] = {
     name: pair.generator for name, pair in PAIRS.items() if name in TiTok.releases
 }
 
-# Of pixels, as a share of their norm.
+# Of pixels, as a share of their norm. On a GPU PyTorch's float32 convolutions multiply in TF32, by
+# default, which has three bits more than bfloat16.
 TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 0.05}
+TF32_TOLERANCE = TOLERANCE[torch.bfloat16] / 8
 
+Model = TypeVar("Model", bound=PretrainedModel)
 Make = Callable[[torch.dtype], Callable[..., Call]]
+
+
+def generated(kind: type[Model], config: str | Mapping[str, Any], device: str) -> Model:
+    """A model made on its device, where a GPU needs no time for billions of random numbers."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        return kind.from_config(config).eval()
 
 
 @lru_cache(maxsize=2)
 def tokenizer(name: str, device: str) -> TiTok:
     """Generated weights, since time does not depend on them; "titok-digits" has its own."""
-    torch.manual_seed(0)
-    digits = name == "titok-digits"
-    model = TiTok.from_pretrained(name) if digits else TiTok.from_config(name)
-    return model.to(device).eval()
+    if name == "titok-digits":
+        return TiTok.from_pretrained(name, device=device)
+    return generated(TiTok, name, device)
 
 
 @lru_cache(maxsize=2)
 def generator(name: str, device: str) -> MaskGIT:
     """Generated weights, as of `tokenizer`."""
-    torch.manual_seed(0)
-    return MaskGIT.from_config(name).to(device).eval()
+    return generated(MaskGIT, name, device)
 
 
 def labels_of(model: Generator, count: int, device: str) -> Tensor:
@@ -54,6 +64,17 @@ def generating(model: Generator, labels: Tensor, **options: Any) -> Callable[[],
     run, seed = model.capture(len(labels), **options), labels.new_zeros(())
     numbers = torch.arange(len(labels), device=labels.device)
     return lambda: run(labels, seed, numbers)
+
+
+def tolerance(case: Case, output: Tensor) -> float:
+    """That of pixels."""
+    tf32 = case.device == "cuda" and output.dtype == torch.float32
+    return TF32_TOLERANCE if tf32 else TOLERANCE[output.dtype]
+
+
+def true_float32() -> AbstractContextManager[None]:
+    """Within it, convolutions of float32 multiply in it on a GPU too."""
+    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
 
 
 def outside(model: Generator, tokens: Tensor) -> tuple[int, int]:
@@ -124,7 +145,7 @@ def official_tokenizer(name: str, device: str, dtype: torch.dtype) -> TiTok:
     model = copy.deepcopy(tokenizer(name, device))
     for part in (model.encoder, model.decoder):
         part.transformer = nn.ModuleList([OfficialStack(part.transformer)])
-    return model.to(dtype)
+    return model.to(dtype, memory_format=torch.contiguous_format)
 
 
 def official_encode(model: TiTok, images: Tensor) -> Tensor:

@@ -236,13 +236,15 @@ def performance(results: list[Result], document: Path) -> list[str]:
 
 
 def absent(result: Result) -> list[str]:
-    """The peers that could not run, and the rows that no time was left for."""
+    """The peers that could not run, and the rows that failed or that no time was left for."""
     reasons = result.machine.get("absent", {}).items()
     peers = [f"{name} ({why})" for name, why in reasons if not name.startswith(OURS)]
-    left_out = result.machine.get("left_out", [])
+    left_out, failed = (result.machine.get(key, []) for key in ("left_out", "failed"))
     lines = [f"Absent: {', '.join(peers)}."] if peers else []
     if left_out:
         lines.append(f"No time was left for {len(left_out)} rows: {', '.join(left_out)}.")
+    if failed:
+        lines.append(f"Failed, and not timed: {', '.join(failed)}.")
     return [" ".join(lines), ""] if lines else []
 
 

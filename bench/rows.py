@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from bench.harness import CONTENDED
+from titok_fast._contention import contention
 
 OURS = "titok_fast"
 BASELINE = "official"
@@ -51,7 +51,7 @@ class Row:
 
     @property
     def contended(self) -> bool:
-        return (self.info.get("other_cpus") or 0.0) > CONTENDED
+        return contention(self.info.get("other_cpus")) is not None
 
     @property
     def mark(self) -> str:

@@ -36,9 +36,9 @@ def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         if tensor.device.type == "meta" or torch.compiler.is_compiling():
             return tensor
         if tensor.is_floating_point():
-            return tensor.fill_(torch.nan)
-        if tensor.dtype is torch.int64:
-            return tensor.fill_(2**62)
+            tensor.detach().fill_(torch.nan)
+        elif tensor.dtype is torch.int64:
+            tensor.fill_(2**62)
         return tensor
 
     monkeypatch.setattr(torch, "empty", poisoned)

@@ -91,6 +91,14 @@ def test_a_prefix_goes_on_to_the_same_image(tiny):
     assert torch.equal(tiny.generate(LABELS, seed=3, num_tokens=1), whole[:, :1])
 
 
+def test_no_work_without_a_token_to_draw(tiny, monkeypatch):
+    prefix = torch.randint(256, (len(LABELS), 5))
+    monkeypatch.setattr(ARTransformer, "network", lambda *args, **options: pytest.fail("ran"))
+    tokens = tiny.generate(LABELS, prefix=prefix, num_tokens=5)
+    assert torch.equal(tokens, prefix) and tokens.data_ptr() != prefix.data_ptr()
+    assert tiny.generate(LABELS, num_tokens=0).shape == (len(LABELS), 0)
+
+
 def test_tokens_do_not_depend_on_the_batch(tiny):
     labels = torch.tensor([3, 7, 3, 1, 0])
     whole = tiny.generate(labels, guidance_scale=1.5, seed=11)

@@ -1,7 +1,10 @@
 """Which rows a run takes, on fake devices, and that every goal's rows are among them."""
 
 import importlib
+import json
+import os
 import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,8 +12,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import goals, harness, run
+from bench import goals, harness, record, run
 from bench.harness import Bench, Case, Provider
+from titok_fast.testing import relative_error
 
 ROOT = Path(__file__).resolve().parent.parent
 # Imported here: several of these modules find out what the CPU has.
@@ -141,29 +145,147 @@ def test_slow_calls_have_few_rounds(monkeypatch):
     assert took == [2] and len(calls) == 2  # the checked call and that for the memory
 
 
-def test_a_gpu_run_says_in_one_line_that_there_is_none(monkeypatch, capsys):
+def test_a_failed_row_is_not_timed_and_a_peers_is_skipped(monkeypatch):
+    def broken(case, x):
+        raise RuntimeError("out of memory\nand more")
+
+    for ours, outcome in ((True, RuntimeError), (False, pytest.skip.Exception)):
+        bench = bench_of_one([])
+        provider, rows = Provider("any", broken, ours=ours), []
+        with pytest.raises(outcome):
+            harness.run(bench, bench.cases("cpu", False)[0], provider, None, rows, max_time=1,
+                        min_rounds=1)  # fmt: skip
+        assert rows[0].gate == "failed: RuntimeError: out of memory" and rows[0].seconds is None
+
+
+@pytest.mark.parametrize("option", ["--gpu", "--check"])
+def test_a_gpu_run_says_in_one_line_that_there_is_none(monkeypatch, capsys, option):
     monkeypatch.setattr(run, "devices", lambda: ["cpu"])
-    monkeypatch.setattr(run.subprocess, "run", lambda *args, **kwargs: pytest.fail("started"))
-    assert run.main(["--gpu"]) == 2
+    monkeypatch.setattr(run.subprocess, "Popen", lambda *args, **kwargs: pytest.fail("started"))
+    assert run.main(["--gpu", option]) == 2
     assert capsys.readouterr().err == "bench.run: --gpu: torch finds no CUDA device here\n"
-
-
-def test_a_gpu_run_takes_eight_minutes_of_cuda_rows(monkeypatch, tmp_path):
-    seen = []
     monkeypatch.setattr(run, "devices", lambda: ["cpu", "cuda"])
-    monkeypatch.setattr(run, "ROOT", tmp_path)
-    (tmp_path / "bench").mkdir()
+    assert run.main(["--gpu", "--check"]) == 0
 
-    def fake(command, cwd):
-        seen.extend(command)
-        return SimpleNamespace(returncode=1)
 
-    monkeypatch.setattr(run.subprocess, "run", fake)
-    assert run.main(["--gpu", "-k", "L33"]) == 1
-    assert {"--bench-device=cuda", "--bench-minutes=8", "-k", "L33"} <= set(seen)
-    assert "--gpu" not in seen
+def test_a_gpu_run_ends_after_eight_minutes(monkeypatch, tmp_path):
+    commands = []
+
+    def watched(command, part, end, patience):
+        commands.append(command)
+        assert 479 < end - time.monotonic() <= 480 and patience == run.PATIENCE
+        return 4
+
+    monkeypatch.setattr(run, "devices", lambda: ["cpu", "cuda"])
+    monkeypatch.setattr(run, "watched", watched)
+    assert run.main(["--gpu", "--into", str(tmp_path), "-k", "L33"]) == 4
+    (command,) = commands
+    assert {"--bench-device=cuda", "--bench-minutes=8.000", "-k", "L33"} <= set(command)
+    assert not {"--gpu", "--into"} & set(command) and not list(tmp_path.iterdir())
+
+
+def test_the_rows_after_a_crash_are_run_by_another_process(monkeypatch, tmp_path):
+    """A row that fails, one that takes the process with it, and one that is stuck."""
+    turns = iter(
+        [
+            [("a", "exact (1)"), ("b", "failed: wrong"), ("c", None)],  # and then nothing
+            [("d", "skipped: too much"), ("e", None)],
+            [("f", "exact (1)"), ("g", harness.LATE)],
+        ]
+    )
+
+    def watched(command, part, end, patience):
+        assert f"--bench-record={part}" in command
+        turn = next(turns)
+        record.add(part, machine={"cpu_name": "a CPU"}, selected=[*"abcdefgh"])
+        for name, gate in turn:
+            record.add(part, start=name)
+            if gate is not None:
+                timed = {"name": name} if gate.startswith("exact") else None
+                record.add(part, end=name, gate=gate, benchmark=timed)
+        if turn[-1][1] is None:
+            with part.open("a") as file:
+                file.write('{"cut o')
+            return -9
+        return 1
+
+    monkeypatch.setattr(run, "watched", watched)
+    monkeypatch.setattr(run, "host_kind", lambda: "a-cpu")
+    assert run.main(["--into", str(tmp_path)]) == 1
+    (path,) = tmp_path.iterdir()
+    found = json.loads(path.read_text())
+    assert [benchmark["name"] for benchmark in found["benchmarks"]] == ["a", "f"]
+    machine = found["machine_info"]
+    assert machine["cpu_name"] == "a CPU" and machine["left_out"] == ["g", "h"]
+    assert machine["failed"] == {"b": "failed: wrong", "c": record.CRASHED, "e": record.CRASHED}
+
+
+def test_a_process_that_is_stuck_is_killed(tmp_path):
+    part, soon = tmp_path / "part", time.monotonic() + 60
+    sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
+    assert run.watched(sleep, part, soon, patience=0.3) == -9
+    assert run.watched(sleep, part, time.monotonic() + 0.3, patience=60) == -9
+    assert run.watched([sys.executable, "-c", "raise SystemExit(3)"], part, soon, 60) == 3
+    assert time.monotonic() < soon
+
+
+def test_a_record_outlives_the_process(tmp_path):
+    """The real thing: a provider of ours raises, and the official one takes the process along."""
+    (tmp_path / "faults.py").write_text(
+        "import os\n"
+        "from bench import harness\n"
+        "measure = harness._measure\n"
+        "def faulty(bench, case, provider, *rest):\n"
+        "    if provider.name == 'official':\n"
+        "        os._exit(9)\n"
+        "    if provider.name == 'reference':\n"
+        "        raise RuntimeError('broken')\n"
+        "    measure(bench, case, provider, *rest)\n"
+        "harness._measure = faulty\n"
+    )
+    command = [sys.executable, "-m", "bench.run", "--into", tmp_path / "new", "--bench-quick",
+               "--bench-device=cpu", "-k", "maskgit_step and not compiled", "-p", "faults",
+               "--bench-commit=0123"]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    (path,) = (tmp_path / "new").iterdir()
+    found = json.loads(path.read_text())
+    machine, benchmarks = found["machine_info"], found["benchmarks"]
+    gates = {name.split()[-1]: gate for name, gate in machine["failed"].items()}
+    assert gates == {"official": record.CRASHED, "reference": "failed: RuntimeError: broken"}
+    assert machine["quick"] and "copy_gbytes_per_s cpu" in machine["peaks"]
+    assert benchmarks and not machine["left_out"] and path.stem.endswith("-quick")
+    for benchmark in benchmarks:
+        assert benchmark["stats"]["median"] > 0 and benchmark["extra_info"]["gflops"] > 0
+    assert done.returncode == 1 and f"{len(benchmarks)} rows" in done.stdout
+
+
+def test_a_copy_without_git_has_the_commit_that_is_stated(monkeypatch, tmp_path):
+    monkeypatch.setattr(harness, "ROOT", tmp_path)
+    assert harness.git_state() == {"commit": None, "dirty": None}
+    assert harness.git_state("0123") == {"commit": "0123", "dirty": False}
 
 
 def test_make_bench_gpu_asks_for_the_gpu():
     done = subprocess.run(["make", "-n", "bench-gpu"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "-m bench.run --gpu" in done.stdout
+    assert done.returncode == 0
+    check, extra, run = (done.stdout.find(words) for words in ("--check", "[bench-gpu]", "--gpu\n"))
+    assert 0 <= check < run and extra in range(check, run)
+
+
+@pytest.mark.parametrize("task", ["encode", "decode"])
+def test_the_official_ibq_stays_as_its_images_lie(task):
+    """Its network has no memory format but the default, and the answer of ours."""
+    bench = importlib.import_module("bench.bench_ibq")
+    (case,) = (case for case in bench.cases("cpu", quick=True) if case.task == task)
+    (x,) = bench.inputs(case)
+    model, seen = bench.official_model(case, torch.float32), []
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            layer.register_forward_pre_hook(lambda layer, args: seen.append(args[0]))
+    run = bench.official_encode if task == "encode" else bench.official_decode
+    with torch.no_grad():
+        actual = run(model, x)
+    assert len(seen) > 40 and all(tensor.is_contiguous() for tensor in seen)
+    expected = getattr(bench.model_of(case.model, "cpu"), task)(x)
+    assert relative_error(actual, expected) < 1e-5

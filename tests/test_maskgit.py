@@ -283,10 +283,11 @@ def test_generates_digits_that_a_classifier_of_real_ones_reads():
 
 
 def test_from_labels_to_images():
-    images = titok_fast.generate([3, 1, 4], model="titok-digits", seed=5, batch_size=2)
+    options = {"model": "titok-digits", "seed": 5, "device": "cpu"}
+    images = titok_fast.generate([3, 1, 4], batch_size=2, **options)
     assert images.shape == (3, 3, 32, 32)
     assert 0 <= float(images.min()) < float(images.max()) <= 1
-    one = titok_fast.generate([3, 1, 4], model="titok-digits", seed=5, batch_size=3)
+    one = titok_fast.generate([3, 1, 4], batch_size=3, **options)
     assert torch.allclose(images, one, atol=1e-5)
     with pytest.raises(ValueError, match="model: 'titok-x' is not one of 'titok-l-32'"):
         titok_fast.generate([1], model="titok-x")

@@ -478,12 +478,12 @@ def test_compiles_whole(dynamic):
             assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
 
 
-def test_positions_of_a_part_give_the_tokens_of_the_whole(backend):
-    cond, uncond, ids = inputs(3, 12, 50)
+def test_positions_of_a_part_give_the_tokens_of_the_whole(backend, device):
+    cond, uncond, ids = inputs(3, 12, 50, device=device)
     ids = torch.full_like(ids, MASK)
     options = EVERYTHING | {"backend": backend, "num_masked": 0}
     _, whole, scores = maskgit_step(cond, ids, uncond_logits=uncond, **options)
-    positions = torch.stack([torch.randperm(12)[:5].sort().values for _ in range(3)])
+    positions = torch.stack([torch.randperm(12)[:5].sort().values for _ in range(3)]).to(device)
     rows = positions[..., None].expand(-1, -1, 50)
     _, part, of_part = maskgit_step(
         cond.gather(1, rows),

@@ -43,6 +43,7 @@ def small_baseline(monkeypatch):
 @pytest.fixture(autouse=True)
 def _short(monkeypatch):
     monkeypatch.setattr(profiling, "REPEATS_SECONDS", 0.0)
+    monkeypatch.setattr(profiling, "other_cpus", lambda: lambda: 0.0)
 
 
 def test_a_stopwatch_splits_the_whole_of_a_call(monkeypatch):
@@ -105,6 +106,19 @@ def test_speed_up_is_over_the_same_mode():
     assert result.speed_up(ours[1]) == result.speed_up(graph) == 10.0
     assert result.speed_up(theirs[0]) is None and result.paper_speed_up == 169
     assert profile_of(*ours, baseline=None).speed_up(ours[0]) is None
+
+
+def test_a_busy_machine_is_said(titok_fast, monkeypatch, tmp_path):
+    monkeypatch.setattr(profiling, "other_cpus", lambda: lambda: 1.26)
+    command = ("profile", "--model", "titok-digits", "--device", "cpu", "--no-compile")
+    result = titok_fast(*command, "--baseline", "none", "--steps", 1, "-o", tmp_path)
+    assert result.returncode == 0, result.err
+    assert result.out.splitlines()[2].endswith("contended: 1.3 CPUs busy elsewhere")
+    found = json.loads((tmp_path / "profile.json").read_text())["measurements"]
+    assert [item["other_cpus"] for item in found] == [1.26]
+    both = dataclasses.replace(measurement(steps=9), other_cpus=0.3)
+    assert both.note == "extrapolated from 8 of 9 steps, contended: 0.3 CPUs busy elsewhere"
+    assert dataclasses.replace(both, other_cpus=None).contended is None
 
 
 def test_models_and_their_generators_fit():

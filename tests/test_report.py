@@ -155,12 +155,14 @@ def test_what_is_near_to_the_op_is_named_and_never_the_fastest(tree, a_goal):
         near = entry("liger", "cpu", 0.0001, relative="linear cross-entropy")
         result["benchmarks"].append(near)
         result["machine_info"]["left_out"] = ["my_op N=64 cpu official"]
+        result["machine_info"]["failed"] = {"my_op N=64 cpu faiss": "failed: out of memory"}
 
     root = tree(add)
     assert report.main([]) == 0
     page = (root / "docs/performance.md").read_text()
     assert "| liger (linear cross-entropy) |" in page and "| 0.100 ms |" in page
     assert "**1.00 ms†**" in page and "No time was left for 1 rows: my_op N=64 cpu official" in page
+    assert "Failed, and not timed: my_op N=64 cpu faiss." in page
     readme = (root / "README.md").read_text()
     assert "liger" not in readme and "faiss 1.00 ms†" in readme
     assert "liger (linear cross-entropy)" in (root / "docs/ops/my_op.md").read_text()

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, record_function
 
+from titok_fast._contention import contention, other_cpus
 from titok_fast._files import replacing
 from titok_fast.models import MaskGIT, TiTok, compile
 from titok_fast.models.accelerated import capture
@@ -69,6 +70,7 @@ class Measurement:
         steps: sampling steps of an image.
         measured_steps: those that were run.
         measured: seconds of each segment of that run, which add up to the whole of it.
+        other_cpus: CPUs that other processes kept busy meanwhile; None where that is not known.
     """
 
     model: str
@@ -77,6 +79,7 @@ class Measurement:
     steps: int
     measured_steps: int
     measured: Mapping[str, float]
+    other_cpus: float | None = None
 
     @property
     def breakdown(self) -> dict[str, float]:
@@ -98,10 +101,20 @@ class Measurement:
 
     @property
     def extrapolation(self) -> str | None:
-        """What to say beside its numbers, where not all steps were run."""
+        """What to say of it where not all steps were run."""
         if self.measured_steps == self.steps:
             return None
         return f"extrapolated from {self.measured_steps} of {self.steps} steps"
+
+    @property
+    def contended(self) -> str | None:
+        """What to say of it where other processes kept the machine busy."""
+        return contention(self.other_cpus)
+
+    @property
+    def note(self) -> str:
+        """What to say beside its numbers, if anything."""
+        return ", ".join(filter(None, (self.extrapolation, self.contended)))
 
 
 @dataclass(frozen=True)
@@ -435,12 +448,15 @@ def _measure(
     setting: _Setting, sampler: _Sampler, run: Callable[[int], object], mode: str, count: int
 ) -> Measurement:
     """The median of warm runs of `count` steps, by their whole time."""
+    others = other_cpus()
     runs = [sampler.watch.time(lambda: run(count))]
     repeats = int(REPEATS_SECONDS / sum(runs[0].values())) - 1
     runs += [sampler.watch.time(lambda: run(count)) for _ in range(min(repeats, 20))]
     runs.sort(key=lambda measured: sum(measured.values()))
     middle = runs[len(runs) // 2]
-    return Measurement(sampler.name, mode, setting.batch_size, sampler.steps, count, middle)
+    return Measurement(
+        sampler.name, mode, setting.batch_size, sampler.steps, count, middle, others()
+    )
 
 
 def _trace(sampler: _Sampler, path: Path, count: int) -> None:

@@ -97,8 +97,8 @@ def _lines(result: Profile) -> list[str]:
             cell.ljust(width) if i < 2 else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
-        note = measurement.extrapolation if measurement is not None else None
-        lines.append("  ".join(cells if note is None else [*cells, note]))
+        note = measurement.note if measurement is not None else ""
+        lines.append("  ".join([*cells, note] if note else cells))
     return lines
 
 
@@ -134,6 +134,7 @@ def _json(result: Profile) -> dict[str, object]:
                 "steps": measurement.steps,
                 "measured_steps": measurement.measured_steps,
                 "extrapolation": measurement.extrapolation,
+                "other_cpus": measurement.other_cpus,
                 "measured_seconds": dict(measurement.measured),
                 "breakdown_seconds": measurement.breakdown,
                 "latency_seconds": measurement.latency,

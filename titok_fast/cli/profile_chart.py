@@ -75,10 +75,10 @@ def _speeds(pen: ImageDraw.ImageDraw, result: Profile, top: int) -> int:
         speed_up = result.speed_up(measurement)
         if speed_up is not None:
             words.append(f"{speed_up:.3g}x faster")
-        note = measurement.extrapolation
-        height = middle if note is None else middle - 6
+        note = measurement.note
+        height = middle - 6 if note else middle
         pen.text((right + 14, height), ", ".join(words), INK, _font(14), anchor="lm")
-        if note is not None:
+        if note:
             pen.text((right + 14, middle + 9), note, FAINT, _font(12), anchor="lm")
     return bottom + 20
 

@@ -261,6 +261,8 @@ class ARTransformer(PretrainedModel):
             top_k=top_k,
             top_p=top_p,
         )
+        if prefix.shape[1] == count:
+            return prefix.to(device, copy=True)
         decoding = Decoding(self, len(labels), sampling, backend)
         with packed(self, decoding.rows):
             decoding.start(labels, prefix.to(device), seed, image_ids)

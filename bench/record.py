@@ -1,0 +1,56 @@
+"""The record of a run: a line of JSON for whatever happens, so that no crash loses a row.
+
+`conftest.py` writes it and `run.py` makes the results of it. Its lines:
+
+    {"machine": {...}, "selected": [NAME, ...]}           a process is about to begin
+    {"start": NAME}                                       a row, by its name
+    {"end": NAME, "gate": WORDS, "benchmark": {...}}      null where it was not timed
+"""
+
+import json
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from bench.harness import LATE
+
+CRASHED = "failed: the process ended, or was stopped, during it"
+
+
+def add(path: Path, **line: Any) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The lines so far; one that a crash cut off is none."""
+    lines = []
+    for text in path.read_text().splitlines() if path.exists() else ():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            continue
+    return lines
+
+
+def started(lines: list[dict[str, Any]]) -> set[str]:
+    return {line["start"] for line in lines if "start" in line}
+
+
+def results(lines: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """What a results file holds, or None where no row was begun."""
+    heads = [line for line in lines if "machine" in line]
+    if not heads:
+        return None
+    gates = dict.fromkeys((line["start"] for line in lines if "start" in line), CRASHED)
+    gates |= {line["end"]: line["gate"] for line in lines if "end" in line}
+    machine = {
+        **heads[0]["machine"],
+        "left_out": [name for name in heads[0]["selected"] if gates.get(name, LATE) == LATE],
+        "failed": {name: gate for name, gate in gates.items() if gate.startswith("failed")},
+    }
+    return {
+        "machine_info": machine,
+        "benchmarks": [line["benchmark"] for line in lines if line.get("benchmark")],
+        "datetime": datetime.now(timezone.utc).isoformat(),
+    }
