@@ -46,8 +46,8 @@ struct IndexPropagationArgs {
   int64_t grad_stride;
   double sample_weight;       // dL / d(mean entropy)
   const double* code_weight;  // [k]
-  float* grad_z;              // [n, d]
-  float* grad_codebook;       // [k, d]
+  void* grad_z;               // [n, d], like z
+  void* grad_codebook;        // [k, d], like the codebook
 };
 
 std::size_t index_propagation_cpu_workspace(int64_t n, int64_t k, int64_t d, int threads,
@@ -65,10 +65,11 @@ struct IndexPropagationPlan {
   int64_t blocks;        // of the codebook, its last chunk filled up
   int64_t padded_depth;  // d rounded up to a register tile
   int64_t row_block;     // rows that a thread scores at a time in the forward pass
+  int64_t panel;         // codes whose gradient is summed at a time
   int threads;
   std::size_t row_state, rows_a, columns_t, columns_n, accumulator, counts, scores, score_bytes,
-      logits, logit_bytes, z64, z64_bytes, pairs_a, rows_n, chunk_grad, code_weights, table,
-      block_norm, candidates, candidate_bytes, total;
+      logits, logit_bytes, z64, z64_bytes, pairs_a, rows_n, panel_grad, chosen, chosen_grad,
+      code_weights, table, block_norm, candidates, candidate_bytes, total;
 };
 
 struct IndexPropagationKernels {

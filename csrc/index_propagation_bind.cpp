@@ -79,8 +79,8 @@ void bind_index_propagation(py::module_& m) {
         args.grad_stride = grad_stride;
         args.sample_weight = sample_weight;
         args.code_weight = reinterpret_cast<const double*>(code_weight);
-        args.grad_z = reinterpret_cast<float*>(grad_z);
-        args.grad_codebook = reinterpret_cast<float*>(grad_codebook);
+        args.grad_z = reinterpret_cast<void*>(grad_z);
+        args.grad_codebook = reinterpret_cast<void*>(grad_codebook);
         py::gil_scoped_release release;
         titok::index_propagation_bwd_cpu(args);
       },

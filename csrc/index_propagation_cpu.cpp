@@ -7,6 +7,8 @@ namespace titok {
 namespace {
 
 constexpr int64_t kRows = 2048;  // bounds the table of maxima and the packed rows
+// Between two packings of the same rows, where more than kRows are packed again and again.
+constexpr int64_t kPanelChunks = 8;
 
 const IndexPropagationKernels& kernels() {
 #if defined(__x86_64__)
@@ -31,6 +33,8 @@ IndexPropagationPlan make_plan(const IndexPropagationKernels& set, int64_t n, in
   plan.padded_depth = round_up(d, set.tile_codes);
   plan.row_block = 8 * set.tile_rows;
   plan.rows = round_up(std::min<int64_t>(std::max<int64_t>(n, 1), kRows), set.tile_rows);
+  plan.panel = kIndexPropagationChunk * (n <= plan.rows ? 1 : kPanelChunks);
+  const int64_t state_rows = backward ? round_up(n, set.tile_rows) : plan.rows;
   // A thread costs some 20 us to start: give each at least 4 MFLOP.
   const double work = 4.0 * n * k * d;
   plan.threads = static_cast<int>(std::max(1.0, std::min<double>(threads, work / 4e6)));
@@ -43,27 +47,29 @@ IndexPropagationPlan make_plan(const IndexPropagationKernels& set, int64_t n, in
   };
   const auto take_floats = [&](int64_t count) { return take(count * 4); };
   const int64_t score_row = kIndexPropagationChunk + 16;  // an odd number of cache lines
-  plan.row_state = take(plan.rows * 64);
+  plan.row_state = take(state_rows * 96);
   plan.rows_a = take_floats(plan.rows * d);
   plan.columns_t = take_floats(kIndexPropagationChunk * d);
   plan.columns_n = take_floats(kIndexPropagationChunk * plan.padded_depth);
-  plan.accumulator = take_floats(plan.rows * plan.padded_depth);
-  plan.counts = take(k * 8);
+  plan.accumulator = take_floats(state_rows * plan.padded_depth);
   const int64_t teams = backward ? 1 : plan.threads;
   const int64_t score_floats = (backward ? plan.rows : plan.row_block) * score_row;
   plan.score_bytes =
       static_cast<std::size_t>(round_up(std::max(score_floats, d * set.tile_codes) * 4, 64));
   plan.scores = take(static_cast<int64_t>(plan.score_bytes) * teams);
   plan.logit_bytes = static_cast<std::size_t>(round_up(k * 8, 64));
-  plan.logits = take(static_cast<int64_t>(plan.logit_bytes) * teams);
+  plan.logits = take(static_cast<int64_t>(plan.logit_bytes) * plan.threads);
   plan.z64_bytes = static_cast<std::size_t>(round_up(d, 8) * 8);
   plan.z64 = take(static_cast<int64_t>(plan.z64_bytes) * plan.threads);
   if (backward) {
     plan.pairs_a = take_floats(2 * plan.rows * d);
     plan.code_weights = take_floats(round_up(k, kIndexPropagationChunk));
     plan.rows_n = take_floats(plan.rows * plan.padded_depth);
-    plan.chunk_grad = take_floats(kIndexPropagationChunk * plan.padded_depth);
+    plan.panel_grad = take_floats(plan.panel * plan.padded_depth);
+    plan.chosen = take(k * 4);
+    plan.chosen_grad = take_floats(std::min(n, k) * d);
   } else {
+    plan.counts = take(k * 8);
     plan.table = take_floats(plan.rows * plan.blocks);
     plan.block_norm = take_floats(plan.blocks);
     plan.candidate_bytes = static_cast<std::size_t>(round_up(k * 4, 64));

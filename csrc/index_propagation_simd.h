@@ -81,12 +81,16 @@ struct RowState {
   float norm = 0.0f;                   // rounded up; inf: float32 cannot score the row
   double sum = 0.0;                    // of exp(s - max)
   double sharp = 0.0, weighted = 0.0;  // of exp(x) and exp(x) x, x = (s - max) / T
-  float log_sum = 0.0f, sharp_log_sum = 0.0f, entropy = 0.0f;
+  float log_sum = 0.0f, sharp_log_sum = 0.0f;
+  double entropy = 0.0;
+  double mean_code_weight = 0.0;     // sum q code_weight
   float mean_logit_gradient = 0.0f;  // g . mean_code
-  float mean_code_weight = 0.0f;     // sum q code_weight
-  float residual = 0.0f;  // of the straight-through dL/ds, which sum to 0 but for rounding
+  float residual = 0.0f;       // of the straight-through dL/ds, which sum to 0 but for rounding
+  int32_t support = 0;         // codes in it
+  int32_t begin = 0, end = 0;  // those of the panel
+  bool dense = false;          // more codes than the support holds
 };
-static_assert(sizeof(RowState) <= 64, "the plan's row_state");
+static_assert(sizeof(RowState) <= 96, "the plan's row_state");
 
 // bfloat16 inputs multiply as pairs where the CPU does; all others in float32.
 struct Single {
@@ -131,6 +135,9 @@ struct Propagation {
   int64_t* counts() const { return at<int64_t>(plan.counts); }
   double* z64() const { return at<double>(plan.z64 + member.index * plan.z64_bytes); }
   float* scores(int owner) const { return at<float>(plan.scores + owner * plan.score_bytes); }
+  int32_t* chosen() const { return at<int32_t>(plan.chosen); }
+  float* chosen_grad() const { return at<float>(plan.chosen_grad); }
+  float* panel(int64_t c) const { return at<float>(plan.panel_grad) + c * plan.padded_depth; }
   double* logits(int owner) const { return at<double>(plan.logits + owner * plan.logit_bytes); }
   int32_t* candidates() const {
     return at<int32_t>(plan.candidates + member.index * plan.candidate_bytes);
@@ -328,13 +335,16 @@ struct Propagation {
     }
   }
 
-  // In the order of nearest_code, so that indices agree with it.
-  double exact_logit(int64_t k) const {
-    Double8 sum = Double8::zero();
-    for (int64_t i = 0; i < d(); i += 8) {
-      sum = sum + Double8::load(z64() + i) * simd::widen8(code(k) + i, d() - i);
+  // Of the row in z64 and the codes [begin, end), in the order of nearest_code, so that indices
+  // agree with it.
+  void exact_logits(int64_t begin, int64_t end, double* out) const {
+    for (int64_t k = begin; k < end; ++k) {
+      Double8 sum = Double8::zero();
+      for (int64_t i = 0; i < d(); i += 8) {
+        sum = sum + Double8::load(z64() + i) * simd::widen8(code(k) + i, d() - i);
+      }
+      out[k - begin] = simd::sum_pairs(sum);
     }
-    return simd::sum_pairs(sum);
   }
 
   // Returns whether the row has a NaN.
@@ -373,10 +383,9 @@ struct Propagation {
     }
     for (int64_t b = 0; b < plan.blocks && !has_nan; ++b) {
       if (maxima[b] + error(b) < threshold) continue;  // a NaN excludes nothing
-      for (int64_t k = b * kBlock; k < (b + 1) * kBlock && k < args.k; ++k) {
-        codes[count] = static_cast<int32_t>(k);
-        values[count++] = exact_logit(k);
-      }
+      const int64_t begin = b * kBlock, end = begin + kBlock < args.k ? begin + kBlock : args.k;
+      exact_logits(begin, end, values + count);
+      for (int64_t k = begin; k < end; ++k) codes[count++] = static_cast<int32_t>(k);
     }
 
     double best = kNaN;
@@ -546,38 +555,139 @@ struct Propagation {
 
   // ---- backward ----
 
-  void load_state(int64_t first, int64_t rows) const {
-    const auto mine = member.share(round_up(rows, kTileRows), kTileRows);
+  // Rows of one pass, whose sharp softmax comes from float32 logits or from the support.
+  struct Group {
+    int64_t first, rows;
+    bool sharp;
+  };
+  Group group(int64_t first) const {
+    return {first, args.n - first < plan.rows ? args.n - first : plan.rows,
+            args.entropy && statistics(first)[kSharpInFloat] != 0.0f};
+  }
+
+  const int32_t* support_codes(int64_t row) const {
+    return args.support_codes + row * args.support;
+  }
+  const double* support_weights(int64_t row) const {
+    return args.support_weights + row * args.support;
+  }
+
+  template <class U>
+  void add_scaled(float factor, const U* from, float* to) const {
+    for (int64_t i = 0; i < d(); ++i) to[i] += factor * simd::widen(from[i]);
+  }
+
+  float entropy_gradient(const RowState& row, int64_t k, double log_q) const {
+    const double unit =
+        std::exp(log_q) / (static_cast<double>(args.temperature) * static_cast<double>(args.n));
+    return static_cast<float>(unit * (args.code_weight[k] - row.mean_code_weight -
+                                      args.sample_weight * (log_q + row.entropy)));
+  }
+
+  // Of the codes [begin, end), in float64.
+  void exact_log_q(int64_t r, int64_t begin, int64_t end, double* out) const {
+    const float* kept = statistics(r);
+    const double max = static_cast<double>(kept[kSharpMax]) + kept[kSharpMaxLow];
+    load_z64(r);
+    exact_logits(begin, end, out);
+    for (int64_t i = 0; i < end - begin; ++i) {
+      out[i] = (out[i] - max) / args.temperature - kept[kSharpLogSum];
+    }
+  }
+
+  void load_rows() const {
+    const auto mine = member.share(round_up(args.n, kTileRows), kTileRows);
     for (int64_t r = mine.begin; r < mine.end; ++r) {
       RowState& row = state(r) = RowState{};
-      for (int64_t i = 0; i < plan.padded_depth; ++i) {
-        accumulator()[r * plan.padded_depth + i] = 0.0f;
-      }
-      const bool inside = r < rows;
-      const T* z = inside ? z_row(first + r) : nullptr;
-      const float* g = inside ? args.grad + (first + r) * args.grad_stride : nullptr;
-      pack_row(z, rows_a() + r / kTileRows * kTileRows * d() + r % kTileRows);
-      float* pair = pairs_a() + r / kPairs * kTileRows * d() + r % kPairs;
-      pack_row(z, pair);
-      pack_row(g, pair + kPairs);
-      if (r % kTerms == 0) {
-        const T* together[kTerms];
-        for (int t = 0; t < kTerms; ++t)
-          together[t] = r + t < rows ? z_row(first + r + t) : nullptr;
-        pack_natural(together, r / kTerms, plan.rows / kTerms, rows_n());
-      }
+      float* grad_row = accumulator() + r * plan.padded_depth;
+      for (int64_t i = 0; i < plan.padded_depth; ++i) grad_row[i] = 0.0f;
       row.max = kInfinity;  // of a row past the end: every weight is 0
-      if (!inside) continue;
-      const float* kept = statistics(first + r);
+      if (r >= args.n) continue;
+      const float* kept = statistics(r);
       row.max = kept[kLogitMax];
       row.log_sum = kept[kLogSum];
       row.sharp_log_sum = kept[kSharpLogSum];
       row.entropy = kept[kEntropy];
+      const float* g = args.grad + r * args.grad_stride;
       double dot = 0.0;
       for (int64_t i = 0; i < d(); ++i) {
-        dot += static_cast<double>(g[i]) * args.mean_code[(first + r) * d() + i];
+        dot += static_cast<double>(g[i]) * args.mean_code[r * d() + i];
       }
       row.mean_logit_gradient = static_cast<float>(dot);
+      if (args.entropy && kept[kSharpInFloat] == 0.0f) load_support(r);
+    }
+  }
+
+  // What the entropy terms need of a row whose sharp softmax lives on a few codes.
+  void load_support(int64_t r) const {
+    RowState& row = state(r);
+    const int32_t* codes = support_codes(r);
+    const double* weights = support_weights(r);
+    row.dense = codes[0] == -2;
+    if (row.dense) return load_dense(r);
+    double mean = 0.0, total = 0.0;
+    row.entropy = 0.0;
+    for (; row.support < args.support && codes[row.support] >= 0; ++row.support) {
+      const double log_q = weights[row.support], q = std::exp(log_q);
+      total += q;
+      row.entropy -= q * log_q;
+      mean += q * args.code_weight[codes[row.support]];
+    }
+    row.mean_code_weight = mean / total;
+  }
+
+  // The same, and the terms of dz, where q has more codes than the support holds: in float64.
+  void load_dense(int64_t r) const {
+    RowState& row = state(r);
+    double* log_q = logits(member.index);
+    exact_log_q(r, 0, args.k, log_q);
+    for (int64_t k = 0; k < args.k; ++k) {
+      if (log_q[k] < -kSharpReach) continue;
+      row.mean_code_weight += std::exp(log_q[k]) * args.code_weight[k];
+    }
+    for (int64_t k = 0; k < args.k; ++k) {
+      if (log_q[k] < -kSharpReach) continue;
+      add_scaled(entropy_gradient(row, k, log_q[k]), code(k),
+                 accumulator() + r * plan.padded_depth);
+    }
+  }
+
+  // Of the codes that a row chose: their dE is held in float32 until the residuals are known.
+  void number_chosen() const {
+    for (int64_t k = 0; k < args.k; ++k) chosen()[k] = -1;
+    int32_t count = 0;
+    for (int64_t r = 0; r < args.n; ++r) {
+      int32_t& number = chosen()[args.indices[r]];
+      if (number < 0) number = count++;
+    }
+  }
+
+  // The value path.
+  void start_chosen() const {
+    const auto codes = member.share(args.k);
+    for (int64_t k = codes.begin; k < codes.end; ++k) {
+      if (chosen()[k] >= 0) std::memset(chosen_grad() + chosen()[k] * d(), 0, d() * sizeof(float));
+    }
+    for (int64_t r = 0; r < args.n; ++r) {
+      const int64_t k = args.indices[r];
+      if (k < codes.begin || k >= codes.end) continue;
+      add_scaled(1.0f, args.grad + r * args.grad_stride, chosen_grad() + chosen()[k] * d());
+    }
+  }
+
+  void pack_group(const Group& group) const {
+    const auto mine = member.share(round_up(group.rows, kTileRows), kTileRows);
+    for (int64_t r = mine.begin; r < mine.end; ++r) {
+      const bool inside = r < group.rows;
+      float* pair = pairs_a() + r / kPairs * kTileRows * d() + r % kPairs;
+      pack_row(inside ? z_row(group.first + r) : nullptr, pair);
+      pack_row(inside ? args.grad + (group.first + r) * args.grad_stride : nullptr, pair + kPairs);
+      if (r % kTerms != 0) continue;
+      const T* together[kTerms];
+      for (int t = 0; t < kTerms; ++t) {
+        together[t] = r + t < group.rows ? z_row(group.first + r + t) : nullptr;
+      }
+      pack_natural(together, r / kTerms, plan.rows / kTerms, rows_n());
     }
   }
 
@@ -591,8 +701,9 @@ struct Propagation {
   V code_weights(int64_t k) const { return S::load(at<float>(plan.code_weights) + k); }
 
   // sum_k q_k code_weight_k of each row, from float32 logits.
-  void average_code_weights(int64_t rows) const {
-    const auto mine = member.share(round_up(rows, kTileRows), kTileRows);
+  void average_code_weights(const Group& group) const {
+    pack_rows(group.first, group.rows);
+    const auto mine = member.share(round_up(group.rows, kTileRows), kTileRows);
     for (int64_t c0 = 0; c0 < args.k; c0 += kChunk) {
       pack_chunk(c0, false);
       member.barrier();
@@ -606,14 +717,14 @@ struct Propagation {
           for (int j = 0; j < kTileRows; ++j) {
             V sum = S::broadcast(0.0f);
             for (int v = 0; v < kTileVectors; ++v) {
-              const V q = simd::exp(sharp_exponent(acc[j][v], state(r + j)));
+              const V q = simd::exp(sharp_exponent(acc[j][v], state(group.first + r + j)));
               sum = S::fmadd(q, code_weights(c0 + c + v * S::lanes), sum);
             }
             totals[j] += S::sum(sum);
           }
         }
         for (int j = 0; j < kTileRows; ++j) {
-          state(r + j).mean_code_weight += static_cast<float>(totals[j]);
+          state(group.first + r + j).mean_code_weight += totals[j];
         }
       }
       member.barrier();
@@ -621,14 +732,14 @@ struct Propagation {
   }
 
   // dL/ds of kPairs rows and kTileCodes codes: S and g E^T from one tile.
-  void logit_gradients(int64_t r, int64_t c0, int64_t c, bool sharp, float* out) const {
+  void logit_gradients(const Group& group, int64_t r, int64_t c0, int64_t c, float* out) const {
     V acc[kTileRows][kTileVectors];
     clear(acc);
     multiply<Words>(acc, pairs_a() + 2 * r * d(), One{}, kTileRows, columns_t() + c * d(), words());
     const float weight = 1.0f / (args.temperature * static_cast<float>(args.n));
     const int64_t left = args.k - c0 - c;
     for (int j = 0; j < kPairs; ++j) {
-      RowState& row = state(r + j);
+      RowState& row = state(group.first + r + j);
       const V max = S::broadcast(row.max), log_sum = S::broadcast(row.log_sum);
       const V mean = S::broadcast(row.mean_logit_gradient);
       for (int v = 0; v < kTileVectors; ++v) {
@@ -642,12 +753,12 @@ struct Propagation {
           S::store(part, ds);
           for (int l = 0; l < S::lanes && v * S::lanes + l < left; ++l) row.residual += part[l];
         }
-        if (sharp) {
+        if (group.sharp) {
           const V log_q = sharp_exponent(s, row);
-          const V spread = S::mul(S::add(log_q, S::broadcast(row.entropy)),
+          const V spread = S::mul(S::add(log_q, S::broadcast(static_cast<float>(row.entropy))),
                                   S::broadcast(static_cast<float>(-args.sample_weight) * weight));
-          const V pull =
-              S::sub(code_weights(c0 + c + v * S::lanes), S::broadcast(row.mean_code_weight));
+          const V pull = S::sub(code_weights(c0 + c + v * S::lanes),
+                                S::broadcast(static_cast<float>(row.mean_code_weight)));
           ds = S::fmadd(simd::exp(log_q), S::fmadd(pull, S::broadcast(weight), spread), ds);
         }
         S::store(out + j * kScoreRow + v * S::lanes, ds);
@@ -678,16 +789,16 @@ struct Propagation {
     return c < kChunk / 2 ? s + r * kScoreRow + kChunk / 2 + c : s + (r + 1) * kScoreRow + c;
   }
 
-  void backward_chunk(int64_t rows, int64_t c0, bool sharp, bool first_pass) const {
-    const int64_t padded = round_up(rows, kTileRows);
-    const auto mine = member.share(padded, kTileRows);
+  // Adds to the dz of a group's rows and to `sums`, dE of the chunk's codes.
+  void backward_chunk(const Group& group, int64_t c0, float* sums) const {
+    const auto mine = member.share(round_up(group.rows, kTileRows), kTileRows);
     const int64_t columns = args.k - c0 < kChunk ? args.k - c0 : kChunk;
     float* s = scores(0);
     for (int64_t begin = mine.begin; begin < mine.end; begin += 8 * kTileRows) {
       const int64_t end = begin + 8 * kTileRows < mine.end ? begin + 8 * kTileRows : mine.end;
       for (int64_t c = 0; c < kChunk; c += kTileCodes) {
         for (int64_t r = begin; r < end; r += kPairs) {
-          logit_gradients(r, c0, c, sharp, s + r * kScoreRow + c);
+          logit_gradients(group, r, c0, c, s + r * kScoreRow + c);
         }
       }
       for (int64_t r = begin; r < end; ++r) {  // codes past the end take no part
@@ -697,7 +808,7 @@ struct Propagation {
       for (int64_t i = 0; i < plan.padded_depth; i += kTileCodes) {
         for (int64_t r = begin; r < end; r += kTileRows) {
           V acc[kTileRows][kTileVectors];
-          float* out = accumulator() + r * plan.padded_depth + i;
+          float* out = accumulator() + (group.first + r) * plan.padded_depth + i;
           load_tile(acc, out, plan.padded_depth);
           multiply<Words>(acc, s + r * kScoreRow, kScoreRow, 1, columns_n() + i * (kChunk / kTerms),
                           kChunk / kTerms);
@@ -708,16 +819,15 @@ struct Propagation {
     member.barrier();
 
     const auto codes = member.share(kChunk, kTileRows);
-    float* sums = at<float>(plan.chunk_grad);
-    for (int64_t r = 0; r < rows; r += kGradRows) {
-      const int64_t left = rows - r < kGradRows ? rows - r : kGradRows;
+    for (int64_t r = 0; r < group.rows; r += kGradRows) {
+      const int64_t left = group.rows - r < kGradRows ? group.rows - r : kGradRows;
       const int64_t steps = (left + kTerms - 1) / kTerms;
       for (int64_t i = 0; i < plan.padded_depth; i += kTileCodes) {
         const float* panel = rows_n() + (i * plan.rows + r * kTileCodes) / kTerms;
         for (int64_t c = codes.begin; c < codes.end; c += kTileRows) {
           V acc[kTileRows][kTileVectors];
           float* out = sums + c * plan.padded_depth + i;
-          if (r == 0) {
+          if (group.first + r == 0) {
             clear(acc);
           } else {
             load_tile(acc, out, plan.padded_depth);
@@ -727,140 +837,116 @@ struct Propagation {
         }
       }
     }
-    for (int64_t c = codes.begin; c < codes.end && c < columns; ++c) {
-      float* out = args.grad_codebook + (c0 + c) * d();
-      const float* sum = sums + c * plan.padded_depth;
-      for (int64_t i = 0; i < d(); ++i) out[i] = first_pass ? sum[i] : out[i] + sum[i];
+  }
+
+  // Row `row` of an output, rounded once.
+  void store_row(const float* from, void* out, int64_t row) const {
+    T* to = static_cast<T*>(out) + row * d();
+    for (int64_t i = 0; i < d(); ++i) to[i] = simd::rounded<T>(from[i]);
+  }
+
+  // Moves the rows' support on to the panel that ends before code `end`.
+  void find_support(const Group& group, int64_t end) const {
+    const auto mine = member.share(group.rows);
+    for (int64_t r = group.first + mine.begin; r < group.first + mine.end; ++r) {
+      RowState& row = state(r);
+      row.begin = row.end;
+      while (row.end < row.support && support_codes(r)[row.end] < end) ++row.end;
     }
   }
 
-  // The value path, and the rounding of g.e_k - g.m taken back: when one code has nearly all of p
-  // that difference is small against its terms, and the other codes give it more exactly.
-  void finish_straight_through(int64_t first, int64_t rows) const {
-    const auto codes = member.share(args.k), mine = member.share(rows);
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t k = args.indices[first + r];
-      const float residual = state(r).residual;
-      if (k >= codes.begin && k < codes.end) {
-        float* out = args.grad_codebook + k * d();
-        add_scaled(1.0f, args.grad + (first + r) * args.grad_stride, out);
-        add_scaled(-residual * statistics(first + r)[kMaxProbability], z_row(first + r), out);
+  // Adds the entropy terms to `sums`, dE of the codes [begin, end), and stores it.
+  void finish_codes(int64_t begin, int64_t end, float* sums) const {
+    for (int64_t r = 0; r < args.n; ++r) {
+      const RowState& row = state(r);
+      const auto add = [&](int64_t k, double log_q) {
+        add_scaled(entropy_gradient(row, k, log_q), z_row(r),
+                   sums + (k - begin) * plan.padded_depth);
+      };
+      for (int32_t i = row.begin; i < row.end; ++i) {
+        const int64_t k = support_codes(r)[i];
+        if (k >= begin && k < end) add(k, support_weights(r)[i]);
       }
-      if (r >= mine.begin && r < mine.end) {
-        const float* mean = args.mean_code + (first + r) * d();
-        add_scaled(-residual, mean, accumulator() + r * plan.padded_depth);
+      if (!row.dense) continue;
+      double log_q[kChunk];
+      exact_log_q(r, begin, end, log_q);
+      for (int64_t k = begin; k < end; ++k) {
+        if (!(log_q[k - begin] < -kSharpReach)) add(k, log_q[k - begin]);
       }
     }
-  }
-
-  double entropy_gradient(double q, double log_q, double entropy, double weight,
-                          double mean_weight) const {
-    const double unit = q / (static_cast<double>(args.temperature) * static_cast<double>(args.n));
-    return unit * (weight - mean_weight - args.sample_weight * (log_q + entropy));
-  }
-
-  // The entropy terms of rows whose sharp softmax lives on a few codes.
-  void add_support(int64_t first, int64_t rows) const {
-    const auto mine = member.share(rows);
-    const auto codes = member.share(args.k);
-    for (int64_t r = 0; r < rows; ++r) {
-      const float* kept = statistics(first + r);
-      const int32_t* support = args.support_codes + (first + r) * args.support;
-      const double* weights = args.support_weights + (first + r) * args.support;
-      if (kept[kSharpInFloat] != 0.0f || support[0] == -2) continue;
-      const bool own_row = r >= mine.begin && r < mine.end;
-      double mean = 0.0, total = 0.0, entropy = 0.0;
-      int64_t count = 0;
-      for (; count < args.support && support[count] >= 0; ++count) {
-        const double q = std::exp(weights[count]);
-        total += q;
-        entropy -= q * weights[count];
-        mean += q * args.code_weight[support[count]];
-      }
-      mean /= total;
-      for (int64_t i = 0; i < count; ++i) {
-        const int64_t k = support[i];
-        const bool own_code = k >= codes.begin && k < codes.end;
-        if (!own_row && !own_code) continue;
-        const float ds = static_cast<float>(
-            entropy_gradient(std::exp(weights[i]), weights[i], entropy, args.code_weight[k], mean));
-        if (own_row) add_scaled(ds, code(k), accumulator() + r * plan.padded_depth);
-        if (own_code) add_scaled(ds, z_row(first + r), args.grad_codebook + k * d());
+    for (int64_t k = begin; k < end; ++k, sums += plan.padded_depth) {
+      const int32_t number = chosen()[k];
+      if (number < 0) {
+        store_row(sums, args.grad_codebook, k);
+      } else {
+        add_scaled(1.0f, sums, chosen_grad() + number * d());
       }
     }
   }
 
-  template <class U>
-  void add_scaled(float factor, const U* from, float* to) const {
-    for (int64_t i = 0; i < d(); ++i) to[i] += factor * simd::widen(from[i]);
-  }
-
-  // The entropy terms of rows with more codes than the support holds, in float64.
-  void add_dense(int64_t first, int64_t rows) const {
-    double* values = logits(0);
-    for (int64_t r = 0; r < rows; ++r) {
-      const float* kept = statistics(first + r);
-      const int32_t* support = args.support_codes + (first + r) * args.support;
-      if (kept[kSharpInFloat] != 0.0f || support[0] != -2) continue;
-      const double max = static_cast<double>(kept[kSharpMax]) + kept[kSharpMaxLow];
-      load_z64(first + r);
-      const auto codes = member.share(args.k);
-      for (int64_t k = codes.begin; k < codes.end; ++k) {
-        values[k] = (exact_logit(k) - max) / args.temperature - kept[kSharpLogSum];
-      }
-      member.barrier();
-      double mean = 0.0;
-      for (int64_t k = 0; k < args.k; ++k) {
-        if (!(values[k] < -kSharpReach)) mean += std::exp(values[k]) * args.code_weight[k];
-      }
-      const auto depth = member.share(d());
+  // The entropy terms of dz, and the rounding of g.e_k - g.m taken back: when one code has nearly
+  // all of p that difference is small against its terms, and the other codes give it more exactly.
+  void finish() const {
+    const auto codes = member.share(args.k), mine = member.share(args.n);
+    for (int64_t r = 0; r < args.n; ++r) {
+      const int64_t k = args.indices[r];
+      if (k < codes.begin || k >= codes.end) continue;
+      float* out = chosen_grad() + chosen()[k] * d();
+      add_scaled(-state(r).residual * statistics(r)[kMaxProbability], z_row(r), out);
+    }
+    for (int64_t k = codes.begin; k < codes.end; ++k) {
+      const int32_t number = chosen()[k];
+      if (number >= 0) store_row(chosen_grad() + number * d(), args.grad_codebook, k);
+    }
+    for (int64_t r = mine.begin; r < mine.end; ++r) {
       float* out = accumulator() + r * plan.padded_depth;
-      for (int64_t k = 0; k < args.k; ++k) {
-        if (values[k] < -kSharpReach) continue;
-        const float ds = static_cast<float>(entropy_gradient(
-            std::exp(values[k]), values[k], kept[kEntropy], args.code_weight[k], mean));
-        for (int64_t i = depth.begin; i < depth.end; ++i) out[i] += ds * simd::widen(code(k)[i]);
-        if (k >= codes.begin && k < codes.end) {
-          add_scaled(ds, z_row(first + r), args.grad_codebook + k * d());
-        }
+      const RowState& row = state(r);
+      add_scaled(-row.residual, args.mean_code + r * d(), out);
+      for (int32_t i = 0; i < row.support; ++i) {
+        const int32_t k = support_codes(r)[i];
+        add_scaled(entropy_gradient(row, k, support_weights(r)[i]), code(k), out);
       }
-      member.barrier();
+      store_row(out, args.grad_z, r);
     }
   }
 
   void backward() const {
-    const int64_t padded = round_up(args.k, kChunk);
-    const auto weights = member.share(padded);
+    const auto weights = member.share(round_up(args.k, kChunk));
     for (int64_t k = weights.begin; k < weights.end; ++k) {
       at<float>(plan.code_weights)[k] = k < args.k ? static_cast<float>(args.code_weight[k]) : 0.0f;
     }
+    load_rows();
+    if (member.index == 0) number_chosen();
+    member.barrier();
+    start_chosen();
     for (int64_t first = 0; first < args.n; first += plan.rows) {
-      const int64_t rows = args.n - first < plan.rows ? args.n - first : plan.rows;
-      load_state(first, rows);
-      member.barrier();
-      const bool sharp = args.entropy && statistics(first)[kSharpInFloat] != 0.0f;
-      if (sharp) average_code_weights(rows);
-      for (int64_t c0 = 0; c0 < args.k; c0 += kChunk) {
-        pack_chunk(c0, true);
-        member.barrier();
-        backward_chunk(rows, c0, sharp, first == 0);
-      }
-      member.barrier();
-      finish_straight_through(first, rows);
-      if (args.entropy && !sharp) {
-        add_support(first, rows);
-        member.barrier();
-        add_dense(first, rows);
-      }
-      member.barrier();
-      const auto mine = member.share(rows);
-      for (int64_t r = mine.begin; r < mine.end; ++r) {
-        for (int64_t i = 0; i < d(); ++i) {
-          args.grad_z[(first + r) * d() + i] = accumulator()[r * plan.padded_depth + i];
+      if (group(first).sharp) average_code_weights(group(first));
+    }
+    const bool one_group = args.n <= plan.rows;
+    if (one_group) pack_group(group(0));
+    for (int64_t begin = 0; begin < args.k; begin += plan.panel) {
+      const int64_t end = begin + plan.panel < args.k ? begin + plan.panel : args.k;
+      for (int64_t first = 0; first < args.n; first += plan.rows) {
+        const Group current = group(first);
+        if (!one_group) {
+          member.barrier();
+          pack_group(current);
+        }
+        for (int64_t c0 = begin; c0 < end; c0 += kChunk) {
+          pack_chunk(c0, true);
+          member.barrier();
+          if (c0 == begin) find_support(current, end);
+          backward_chunk(current, c0, panel(c0 - begin));
         }
       }
-      member.barrier();
+      const auto codes = member.share(kChunk, kTileRows);
+      for (int64_t c0 = begin; c0 < end; c0 += kChunk) {
+        const int64_t last = c0 + codes.end < end ? c0 + codes.end : end;
+        finish_codes(c0 + codes.begin, last, panel(c0 + codes.begin - begin));
+      }
     }
+    member.barrier();
+    finish();
   }
 };
 

@@ -51,6 +51,43 @@ inline float widen(Half x) {
 #endif
 }
 
+// To the nearest, ties to even.
+template <class T>
+T rounded(float x);
+
+template <>
+inline float rounded(float x) {
+  return x;
+}
+
+template <>
+inline BFloat16 rounded(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  const uint32_t nearest = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  return {static_cast<uint16_t>(x == x ? nearest : 0x7fc0)};
+}
+
+template <>
+inline Half rounded(float x) {
+#if defined(__F16C__)
+  return {static_cast<uint16_t>(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT))};
+#else
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  const uint32_t sign = bits >> 16 & 0x8000, size = bits & 0x7fffffff;
+  uint32_t result = x == x ? 0x7c00 : 0x7e00;
+  if (size < 0x38800000) {  // subnormal: the sum's last bit is 2^-24
+    const float sum = std::fabs(x) + 0.5f;
+    std::memcpy(&result, &sum, sizeof result);
+    result -= 0x3f000000;
+  } else if (size < 0x47800000) {
+    result = (size - (112u << 23) + 0xfff + (size >> 13 & 1)) >> 13;
+  }
+  return {static_cast<uint16_t>(sign | result)};
+#endif
+}
+
 #if defined(__AVX2__)
 
 inline __m256 load8(const float* p) { return _mm256_loadu_ps(p); }

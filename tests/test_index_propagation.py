@@ -131,7 +131,9 @@ def test_equals_float64(backend, device, small, n, k, d, scale):
     assert_right(z * scale, codebook, backend, slack=1e-7)
 
 
-@pytest.mark.parametrize(("n", "k", "d"), [(300, 5000, 16), (70, 20_000, 64), (129, 3001, 96)])
+@pytest.mark.parametrize(
+    ("n", "k", "d"), [(300, 5000, 16), (70, 20_000, 64), (129, 3001, 96), (2100, 3300, 8)]
+)
 def test_equals_float64_over_many_tiles(backend, device, small, n, k, d):
     if small:
         n, k = 20, 700
@@ -384,12 +386,14 @@ def test_indices_depend_on_neither_threads_nor_instruction_set():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_gradients_depend_on_no_threads(dtype):
-    """The same bits for every number of threads, with many rows to a code."""
+@pytest.mark.parametrize(("n", "k"), [(301, 2003), (2100, 3300)])
+def test_gradients_depend_on_no_threads(n, k, dtype):
+    """The same bits for every number of threads, with many rows to a code and codes to a row."""
     if default_backend() != "auto":
         pytest.skip("the extension is built without the op")
-    z, codebook = rows_and_codes(301, 2003, 20, dtype=dtype)
-    z[::3] = codebook[7]
+    z, codebook = rows_and_codes(n, k, 20, dtype=dtype)
+    codebook[100:400] = codebook[7]
+    z[: n // 2 : 3] = codebook[7]
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -444,6 +448,48 @@ def test_never_holds_the_scores(backend):
     if peak is None:
         pytest.skip("this system does not count peak memory")
     assert peak <= 32 << 20, f"{peak / 2**20:.1f} MiB, where one N x K matrix is 128 MiB"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sums_the_gradient_of_a_few_codes_at_a_time(dtype):
+    if default_backend() == "streaming":
+        pytest.skip("the extension is built without the op")
+    z, codebook = (x.requires_grad_() for x in rows_and_codes(64, 32_768, 128, dtype=dtype))
+
+    def step():
+        quantized, _, sample_entropy, batch_entropy = index_propagation(z, codebook, backend="cpu")
+        loss = quantized.float().square().mean() + sample_entropy - batch_entropy
+        return torch.autograd.grad(loss, codebook)[0]
+
+    step()
+    peak = peak_extra_bytes(step)
+    if peak is None:
+        pytest.skip("this system does not count peak memory")
+    assert peak <= 8 << 20, f"{peak / 2**20:.1f} MiB, where its float32 gradient is 16 MiB"
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_rounds_gradients_as_pytorch_does(dtype):
+    """Of one code that is zero, the codebook's gradient is that of the quantized value."""
+    if default_backend() == "streaming":
+        pytest.skip("the extension is built without the op")
+    exponents = torch.arange(-30.0, 17.0).exp2()
+    mantissas = torch.arange(1.0, 2.0, torch.finfo(dtype).eps / 4)
+    mantissas = torch.cat([mantissas[:64], mantissas[-64:]])
+    grad = (exponents[:, None] * mantissas).flatten()
+    grad = torch.cat([torch.zeros(1), grad, -grad]).unsqueeze(0)
+    z, codebook = torch.zeros(2, *grad.shape, dtype=dtype)
+    for isa in supported_isas():
+        with cpu_isa(isa):
+            ops = torch.ops.titok_fast
+            saved = ops.index_propagation_fwd(z, codebook, 1.0, False, "cpu")
+            indices, mean_code, statistics, weight, *support = saved
+            grad_z, grad_codebook = ops.index_propagation_bwd(
+                grad, z, codebook, indices, mean_code, statistics, *support,
+                torch.tensor(0.0), weight, 1.0, False, "cpu",
+            )  # fmt: skip
+            assert torch.equal(grad_codebook, grad.to(dtype)), isa
+            assert not grad_z.any(), isa
 
 
 def test_opcheck():

@@ -144,8 +144,7 @@ def _cpu_bwd(
     (n, d), k = z.shape, codebook.shape[0]
     if n == 0:
         return torch.zeros_like(z), torch.zeros_like(codebook)
-    grad_z = torch.empty(n, d, dtype=torch.float32)
-    grad_codebook = torch.empty(k, d, dtype=torch.float32)
+    grad_z, grad_codebook = torch.empty(n, d, dtype=z.dtype), torch.empty(k, d, dtype=z.dtype)
     threads = torch.get_num_threads()
     size = extension.index_propagation_cpu_workspace(n=n, k=k, d=d, threads=threads, backward=True)
     workspace = torch.empty(size, dtype=torch.uint8)
@@ -175,7 +174,7 @@ def _cpu_bwd(
         workspace=workspace.data_ptr(),
         threads=threads,
     )
-    return grad_z.to(z.dtype), grad_codebook.to(codebook.dtype)
+    return grad_z, grad_codebook
 
 
 def _triton_fwd(
