@@ -15,6 +15,7 @@ const IndexPropagationKernels& kernels() {
   switch (active_isa()) {
     case Isa::avx512bf16:
       return index_propagation_avx512bf16;
+    case Isa::avx512vnni:
     case Isa::avx512:
       return index_propagation_avx512;
     case Isa::avx2:

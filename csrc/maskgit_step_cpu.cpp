@@ -10,6 +10,7 @@ MaskgitStepRun kernel() {
 #if defined(__x86_64__)
   switch (active_isa()) {
     case Isa::avx512bf16:
+    case Isa::avx512vnni:
     case Isa::avx512:
       return maskgit_step_avx512;
     case Isa::avx2:

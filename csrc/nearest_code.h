@@ -24,7 +24,7 @@ struct NearestCodeArgs {
   int threads;
 };
 
-std::size_t nearest_code_cpu_workspace(int64_t n, int64_t k, int64_t d, int threads);
+std::size_t nearest_code_cpu_workspace(int64_t n, int64_t k, int64_t d, Metric metric, int threads);
 void nearest_code_cpu(const NearestCodeArgs& args);
 
 // How one call is cut up: a function of the sizes and the instruction set's tile.
@@ -34,22 +34,26 @@ struct NearestCodePlan {
   int64_t super_codes;   // block_vectors * lanes: codes that one vector of maxima covers
   int64_t blocks;        // table width, in floats
   int64_t rows;          // rows per pass over the codebook
-  int64_t depth;         // d rounded up to 8: one step of a float64 sum
+  int64_t depth;         // words of a row, at most: d rounded up to 8
   int64_t padded_depth;  // d rounded up to the widest step of the packing
+  int64_t values;        // d rounded up to a word of any kind
   int threads;
-  std::size_t center, z, z_norm, block_norm, table, panels, panel_bytes, z64,
-      total;  // byte offsets
+  int teams;  // of threads that share the codes: one of all, or each thread alone with its rows
+  std::size_t center, z, z_norm, z_residual, z_scale, factor, block_norm, block_residual, table,
+      hits, best, hit_codes, panels, panel_bytes, team_bytes;  // byte offsets in a team's workspace
 };
 
 // One set per instruction set; see nearest_code_simd.h.
 struct NearestCodeKernels {
   int64_t tile_rows, tile_codes, lanes, terms;
-  void (*run)(const NearestCodeArgs&, const NearestCodePlan&, const Team::Member&);
+  void (*run)(const NearestCodeArgs&, const NearestCodePlan&, const Team::Member&,
+              Team::Member::Range rows, void* workspace);
 };
 extern const NearestCodeKernels nearest_code_portable;
 #if defined(__x86_64__)
 extern const NearestCodeKernels nearest_code_avx2;
 extern const NearestCodeKernels nearest_code_avx512;
+extern const NearestCodeKernels nearest_code_avx512vnni;
 extern const NearestCodeKernels nearest_code_avx512bf16;
 #endif
 

@@ -21,8 +21,12 @@ titok::Metric parse_metric(const std::string& name) {
 }  // namespace
 
 void bind_nearest_code(py::module_& m) {
-  m.def("nearest_code_cpu_workspace", &titok::nearest_code_cpu_workspace, py::arg("n"),
-        py::arg("k"), py::arg("d"), py::arg("threads"));
+  m.def(
+      "nearest_code_cpu_workspace",
+      [](int64_t n, int64_t k, int64_t d, const std::string& metric, int threads) {
+        return titok::nearest_code_cpu_workspace(n, k, d, parse_metric(metric), threads);
+      },
+      py::arg("n"), py::arg("k"), py::arg("d"), py::arg("metric"), py::arg("threads"));
   m.def(
       "nearest_code_cpu",
       [](std::uintptr_t z, int64_t z_stride, std::uintptr_t codebook, int64_t codebook_stride,

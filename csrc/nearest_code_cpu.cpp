@@ -13,6 +13,8 @@ const NearestCodeKernels& kernels() {
   switch (active_isa()) {
     case Isa::avx512bf16:
       return nearest_code_avx512bf16;
+    case Isa::avx512vnni:
+      return nearest_code_avx512vnni;
     case Isa::avx512:
       return nearest_code_avx512;
     case Isa::avx2:
@@ -25,36 +27,57 @@ const NearestCodeKernels& kernels() {
 }
 
 NearestCodePlan make_plan(const NearestCodeKernels& kernels, int64_t n, int64_t k, int64_t d,
-                          int threads) {
+                          Metric metric, int threads) {
   NearestCodePlan plan{};
   plan.tile_rows = kernels.tile_rows;
   plan.tile_codes = kernels.tile_codes;
   plan.lanes = kernels.lanes;
   plan.depth = round_up(d, 8);
-  plan.padded_depth = round_up(d, plan.lanes * kernels.terms);
+  plan.padded_depth = round_up(d, plan.lanes * 4);
+  plan.values = round_up(d, 4);
 
   // Rescoring a block costs block_vectors * d, a row's search k * d: small d wants small blocks.
   const int64_t tile_vectors = plan.tile_codes / plan.lanes;
-  plan.block_vectors = d <= 32 ? 16 : d <= 64 ? 32 : d <= 128 ? 64 : 128;
+  plan.block_vectors = d <= 32 ? 16 : d <= 64 ? 32 : 64;
   // A small codebook must still give many blocks, or every row would rescore most of it.
   while (plan.block_vectors > tile_vectors && plan.block_vectors * plan.lanes * 16 > k) {
     plan.block_vectors /= 2;
   }
   plan.block_vectors = std::max(plan.block_vectors, tile_vectors);
-  plan.super_codes = plan.block_vectors * plan.lanes;
-  plan.blocks = (k + plan.super_codes - 1) / plan.super_codes * plan.lanes;
-
-  // Table within max(8 MB, min(n, 1024) * k / 128 floats up to 256 MB); rows of z within 4 MB.
-  const int64_t table_bytes = std::max(
-      8 * kMegabyte, std::min(256 * kMegabyte, std::min<int64_t>(n, 1024) * (k / 128) * 4));
-  const int64_t by_table = table_bytes / (plan.blocks * 4);
-  const int64_t by_z = 4 * kMegabyte / (plan.depth * 4);
-  plan.rows = std::max<int64_t>(1, std::min({by_table, by_z, n}));
-  if (plan.rows > plan.tile_rows && plan.rows < n) plan.rows -= plan.rows % plan.tile_rows;
 
   // A thread costs some 20 us to start: give each at least 4 MFLOP of coarse search.
   const double work = 2.0 * n * k * d;
   plan.threads = static_cast<int>(std::max(1.0, std::min<double>(threads, work / 4e6)));
+
+  // Table and factors within 8 MB more than min(n, 1024) * k / 128 floats, at most 256 MB; z within
+  // 2 MB.
+  const int64_t factor_bytes = metric == Metric::cosine ? round_up(k, plan.tile_codes) * 4 : 0;
+  const int64_t together = std::min<int64_t>(n, 1024);
+  const int64_t table_bytes =
+      std::max(kMegabyte,
+               8 * kMegabyte + std::min(248 * kMegabyte, together * (k / 128) * 4) - factor_bytes);
+  const auto cut = [&](int64_t block_vectors) {
+    plan.block_vectors = block_vectors;
+    plan.super_codes = block_vectors * plan.lanes;
+    plan.blocks = (k + plan.super_codes - 1) / plan.super_codes * plan.lanes;
+    return table_bytes / (plan.blocks * 4);
+  };
+  int64_t by_table = cut(plan.block_vectors);
+  while (by_table < together && plan.block_vectors < 128) by_table = cut(2 * plan.block_vectors);
+  const int64_t by_z = 2 * kMegabyte / (plan.depth * 4);
+
+  // Threads that share the codes pack each once, but wait for each other. A thread alone takes so
+  // many rows at a time that packing costs little, and no more: its table stays near.
+  const bool few_codes = plan.blocks / plan.lanes < 4 * plan.threads;
+  const bool many_rows = n >= 2048 * plan.threads && plan.blocks <= 1024;
+  const bool alone = few_codes || many_rows;
+  plan.teams = alone ? plan.threads : 1;
+  const int64_t near = std::max<int64_t>(1024, kMegabyte / (plan.blocks * 4));
+  const int64_t rows = std::max<int64_t>(1, (n + plan.teams - 1) / plan.teams);
+  const int64_t most = std::max<int64_t>(
+      1, std::min({by_table / plan.teams, by_z / plan.teams, alone ? near : rows}));
+  const int64_t passes = (rows + most - 1) / most;
+  plan.rows = round_up((rows + passes - 1) / passes, passes > 1 ? plan.tile_rows : 1);
 
   std::size_t at = 0;
   const auto take = [&](int64_t bytes) {
@@ -62,33 +85,44 @@ NearestCodePlan make_plan(const NearestCodeKernels& kernels, int64_t n, int64_t 
     at += static_cast<std::size_t>(round_up(bytes, 64));
     return here;
   };
-  const int64_t words = (d + kernels.terms - 1) / kernels.terms;
   const int64_t padded_rows = round_up(plan.rows, plan.tile_rows);
   plan.center = take(plan.padded_depth * 4);
   plan.z = take(padded_rows * plan.depth * 4);
   plan.z_norm = take(padded_rows * 4);
+  plan.z_residual = take(padded_rows * 4);
+  plan.z_scale = take(padded_rows * 4);
+  plan.factor = take(factor_bytes);
   plan.block_norm = take(plan.blocks * 4);
+  plan.block_residual = take(plan.blocks * 4);
   plan.table = take(padded_rows * plan.blocks * 4);
-  // Bias, codes, and a vector of norms that a member without the block's ownership discards.
-  plan.panel_bytes =
-      static_cast<std::size_t>(round_up(((words + 1) * plan.tile_codes + plan.lanes) * 4, 64));
-  plan.panels = take(static_cast<int64_t>(plan.panel_bytes) * plan.threads);
-  plan.z64 = take(plan.depth * 8 * plan.threads);
-  plan.total = at;
+  plan.hits = take(plan.rows * (plan.blocks / plan.lanes) * 2);
+  const int members = plan.threads / plan.teams;
+  plan.best = take(plan.rows * 24 * members);
+  plan.hit_codes = take(members * 8);
+  plan.panel_bytes = (plan.values + 2) * plan.tile_codes * 4;
+  plan.panels = take(plan.panel_bytes * members);
+  plan.team_bytes = at;
   return plan;
 }
 
 }  // namespace
 
-std::size_t nearest_code_cpu_workspace(int64_t n, int64_t k, int64_t d, int threads) {
-  return make_plan(kernels(), n, k, d, threads).total;
+std::size_t nearest_code_cpu_workspace(int64_t n, int64_t k, int64_t d, Metric metric,
+                                       int threads) {
+  const NearestCodePlan plan = make_plan(kernels(), n, k, d, metric, threads);
+  return plan.team_bytes * plan.teams;
 }
 
 void nearest_code_cpu(const NearestCodeArgs& args) {
   if (args.n == 0) return;
   const NearestCodeKernels& set = kernels();
-  const NearestCodePlan plan = make_plan(set, args.n, args.k, args.d, args.threads);
-  Team::run(plan.threads, [&](const Team::Member& member) { set.run(args, plan, member); });
+  const NearestCodePlan plan = make_plan(set, args.n, args.k, args.d, args.metric, args.threads);
+  Team::run(plan.threads, [&](const Team::Member& member) {
+    if (plan.teams == 1) return set.run(args, plan, member, {0, args.n}, args.workspace);
+    Team own;
+    set.run(args, plan, Team::Member{own, 0, 1}, member.share(args.n, plan.tile_rows),
+            static_cast<char*>(args.workspace) + member.index * plan.team_bytes);
+  });
 }
 
 }  // namespace titok

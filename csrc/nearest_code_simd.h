@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cmath>
+#include <cstring>
 #include <limits>
 
 #include "nearest_code.h"
@@ -31,13 +32,65 @@ constexpr double kSmallSquare = 1e-24;
 constexpr double kSquareMargin = 1.0001;
 constexpr double kTinySquare = 1e-37;  // what float32 may flush of a smaller one
 // bfloat16 moves each factor by at most 2^-9 of itself.
-constexpr double kRounding = kTerms == 2 ? 0x1.01p-8 : 0.0;
+constexpr double kRounding = kTerms == 2 ? 0x1.01p-9 : 0.0;
+constexpr float kSmallestPeak = 1e-30f;      // of values that are worth a scale
+constexpr int64_t kMostByteTerms = 1 << 16;  // keeps the sums of products inside int32
+// A coarse pass costs what rescoring a row against one code in so many does.
+constexpr int64_t kCoarsePass = 8;
+
+// What the coarse pass multiplies: the set's own words of float32 or pairs of bfloat16 ...
+struct Floats {
+  static constexpr bool scaled = false;
+  static constexpr int terms = kTerms;
+  using Sum = V;
+  static Sum start(const float* p) { return S::load(p); }
+  static Sum dot(V row, V code, Sum sum) { return S::dot(row, code, sum); }
+};
+// ... or bytes, at twice the rate of bfloat16 and a tenth of its accuracy: where few blocks need
+// rescoring even so, this is the faster way.
+#if defined(__AVX512VNNI__)
+using simd::Bytes;
+constexpr bool kHasBytes = true;
+#else
+using Bytes = Floats;
+constexpr bool kHasBytes = false;
+#endif
+
+// A row's best code so far, and how many were offered, in whatever order.
+struct Best {
+  double score = std::numeric_limits<double>::quiet_NaN();
+  int64_t index = -1;
+  int64_t offers = 0;
+
+  void offer(double candidate, int64_t k) {
+    const bool nearer = std::isnan(score) ? !std::isnan(candidate) || index < 0 || k < index
+                                          : candidate > score || (candidate == score && k < index);
+    if (nearer) {
+      score = candidate;
+      index = k;
+    }
+  }
+};
+
+// Asks for a range of memory in equal steps; codes are read once, and nobody else would.
+struct Prefetch {
+  const char* at;
+  const char* end;
+  int64_t lines;
+
+  Prefetch(const void* p, int64_t bytes, int64_t steps)
+      : at(static_cast<const char*>(p)), end(at + bytes), lines(bytes / 64 / (steps + 1) + 1) {}
+  void step() {
+    for (int64_t i = 0; i < lines && at < end; ++i, at += 64) __builtin_prefetch(at, 0, 2);
+  }
+};
 
 template <class T>
 struct Search {
   const NearestCodeArgs& args;
   const NearestCodePlan& plan;
   const Team::Member& member;
+  void* workspace;
 
   const T* z_row(int64_t row) const { return static_cast<const T*>(args.z) + row * args.z_stride; }
   const T* code(int64_t k) const {
@@ -45,32 +98,60 @@ struct Search {
   }
   template <class U>
   U* at(std::size_t offset) const {
-    return reinterpret_cast<U*>(static_cast<char*>(args.workspace) + offset);
+    return reinterpret_cast<U*>(static_cast<char*>(workspace) + offset);
   }
   float* center() const { return at<float>(plan.center); }
   float* z() const { return at<float>(plan.z); }
   float* z_norm() const { return at<float>(plan.z_norm); }
+  float* z_residual() const { return at<float>(plan.z_residual); }
+  float* z_scale() const { return at<float>(plan.z_scale); }
+  float* factor() const { return at<float>(plan.factor); }  // of a cosine, one a code
   float* block_norm() const { return at<float>(plan.block_norm); }
+  float* block_residual() const { return at<float>(plan.block_residual); }
   float* table() const { return at<float>(plan.table); }
-  float* panel() const { return at<float>(plan.panels + member.index * plan.panel_bytes); }
-  double* z64() const { return at<double>(plan.z64) + member.index * plan.depth; }
+  // Bit l of [super-block][row]: block l of the super-block is to be rescored.
+  uint16_t* hits() const { return at<uint16_t>(plan.hits); }
+  Best* best(int of_member) const { return at<Best>(plan.best) + of_member * plan.rows; }
+  int64_t* hit_codes() const { return at<int64_t>(plan.hit_codes); }
+  // A tile of codes: bias, start of the byte sums, values.
+  float* bias() const { return at<float>(plan.panels + member.index * plan.panel_bytes); }
+  float* starts() const { return bias() + kTileCodes; }
+  float* values() const { return starts() + kTileCodes; }
 
   // Covers the rounding of a norm that was summed in float32.
   double norm_margin() const { return 1.0001 + static_cast<double>(args.d) * 0x1p-23; }
 
-  int64_t words() const { return (args.d + kTerms - 1) / kTerms; }
+  template <class C>
+  int64_t words() const {
+    return (args.d + C::terms - 1) / C::terms;
+  }
 
   // l2 distances do not change when both sides move; near zero, the coarse pass keeps more of them.
+  // The median of some codes is where most are, however many are dead or far away.
   void find_center() const {
-    float* out = center();
-    for (int64_t i = 0; i < plan.padded_depth; ++i) out[i] = 0.0f;
-    if (args.metric != Metric::l2) return;
-    const int64_t count = args.k < 64 ? args.k : 64;
-    for (int64_t i = 0; i < args.d; ++i) {
-      double sum = 0.0;
-      for (int64_t j = 0; j < count; ++j) sum += simd::widen(code(args.k * j / count)[i]);
-      const double mean = sum / static_cast<double>(count);
-      out[i] = std::fabs(mean) < kLargestNorm ? static_cast<float>(mean) : 0.0f;
+    constexpr int kSample = 63;
+    const int count = args.k < kSample ? static_cast<int>(args.k) : kSample;
+    V sample[kSample];
+    for (int64_t i = 0; i < plan.padded_depth; i += S::lanes) {
+      float* out = center() + i;
+      if (args.metric != Metric::l2 || i >= args.d) {
+        S::store(out, S::broadcast(0.0f));
+        continue;
+      }
+      for (int j = 0; j < count; ++j) {
+        sample[j] = simd::load_row(code(args.k * j / count) + i, args.d - i);
+      }
+      for (int j = 0; j <= count / 2; ++j) {
+        for (int l = j + 1; l < count; ++l) {
+          const V low = S::min(sample[j], sample[l]);
+          sample[l] = S::max(sample[j], sample[l]);
+          sample[j] = low;
+        }
+      }
+      S::store(out, sample[count / 2]);
+      for (int l = 0; l < S::lanes; ++l) {
+        if (!(std::fabs(out[l]) < kLargestNorm)) out[l] = 0.0f;
+      }
     }
   }
 
@@ -101,114 +182,230 @@ struct Search {
     return sum;
   }
 
-  // kTerms consecutive values in each of a vector's words, from row[i] on, times `scale`.
-  V packed(const T* row, int64_t i, float scale) const {
-    const V factor = S::broadcast(scale);
-    return S::words([&](int part) { return S::mul(centred(row, i + part * S::lanes), factor); });
+  double norm(const T* row) const {
+    const float quick = square(row);
+    const bool safe = quick >= kSmallSquare && quick <= kLargestSquare;
+    return std::sqrt(safe ? quick : careful_square(row));
+  }
+
+  struct Scale {
+    float value = 0.0f, inverse = 0.0f;
+    explicit Scale(float peak) {
+      if (peak < kSmallestPeak) return;
+      value = peak / 127.0f;
+      inverse = 127.0f / peak;
+    }
+  };
+
+  // Scale and residual of a row in bytes.
+  template <class C>
+  Scale measure(const T* row, int64_t r) const {
+    V peak = S::broadcast(0.0f);
+    for (int64_t i = 0; i < args.d; i += S::lanes) {
+      const V x = centred(row, i);
+      peak = S::max(peak, S::max(x, S::sub(S::broadcast(0.0f), x)));
+    }
+    const Scale scale(S::largest(peak));
+    V sum = S::broadcast(0.0f);
+    for (int64_t i = 0; i < args.d; i += S::lanes) {
+      const V x = centred(row, i), q = C::round(S::mul(x, S::broadcast(scale.inverse)));
+      const V rest = S::fmadd(q, S::broadcast(-scale.value), x);
+      sum = S::fmadd(rest, rest, sum);
+    }
+    z_scale()[r] = scale.value;
+    z_residual()[r] = static_cast<float>(std::sqrt(S::sum(sum) + kTinySquare) * norm_margin());
+    return scale;
   }
 
   // Rows as [tile][word][row of the tile], so that a tile reads one stream.
+  template <class C>
   void prepare_rows(int64_t first, int64_t rows) const {
     const auto share = member.share(rows, kTileRows);
-    const int64_t end = (share.end + kTileRows - 1) / kTileRows * kTileRows;
-    float buffer[S::lanes];
+    const int64_t end = round_up(share.end, kTileRows), all = words<C>();
+    float buffer[S::lanes] = {};
     for (int64_t r = share.begin; r < end; ++r) {
       float* out = z() + r / kTileRows * kTileRows * plan.depth + r % kTileRows;
-      double norm = kInfinity;
-      if (r < share.end) {
-        const T* row = z_row(first + r);
-        const float quick = square(row);
-        const bool safe = quick >= kSmallSquare && quick <= kLargestSquare;
-        norm = std::sqrt(safe ? quick : careful_square(row));
+      const T* row = z_row(first + r);
+      const double length = r < share.end ? norm(row) : kInfinity;
+      const bool coarse = length <= kLargestNorm;
+      z_norm()[r] = coarse ? static_cast<float>(length * norm_margin()) : kInfinity;
+      z_residual()[r] = static_cast<float>(kRounding * z_norm()[r]);
+      if (!coarse) {
+        z_scale()[r] = 0.0f;
+        for (int64_t w = 0; w < all; ++w) out[w * kTileRows] = 0.0f;
+        continue;
       }
-      const bool coarse = norm <= kLargestNorm;
-      z_norm()[r] = coarse ? static_cast<float>(norm * norm_margin()) : kInfinity;
-      for (int64_t w = 0; w < words(); w += S::lanes) {
-        S::store(buffer, coarse ? packed(z_row(first + r), w * kTerms, 1.0f) : S::broadcast(0.0f));
-        const int64_t count = words() - w < S::lanes ? words() - w : S::lanes;
+      V inverse{};
+      if constexpr (C::scaled) inverse = S::broadcast(measure<C>(row, r).inverse);
+      for (int64_t w = 0; w < all; w += S::lanes) {
+        S::store(buffer, [&] {
+          if constexpr (C::scaled) {
+            return C::raised_words([&](int part) {
+              return S::mul(centred(row, w * C::terms + part * S::lanes), inverse);
+            });
+          } else {
+            return S::words([&](int part) { return centred(row, w * C::terms + part * S::lanes); });
+          }
+        }());
+        const int64_t count = all - w < S::lanes ? all - w : S::lanes;
         for (int64_t i = 0; i < count; ++i) out[(w + i) * kTileRows] = buffer[i];
       }
     }
   }
 
-  // Codes [first, first + kTileCodes) as [bias][word][code]; a code that the coarse pass cannot
-  // hold gets bias -inf and norm inf, which keeps its block out of the bounds and always rescored.
-  void pack(int64_t first, bool first_of_block, float* norms) const {
-    float* bias = panel();
-    const T* rows[kTileCodes];
-    float squares[kTileCodes], scales[kTileCodes];
-    for (int j = 0; j < kTileCodes; ++j) {
-      rows[j] = code(first + j < args.k ? first + j : args.k - 1);
-      squares[j] = square(rows[j]);
-      scales[j] = 1.0f;
-    }
+  // What the codes of a tile have in common, and each one's own: squared norm, largest magnitude
+  // and the factor that makes its cosine.
+  struct Tile {
+    float scale = 0.0f;   // of bytes
+    bool biased = false;  // a bias other than zero
+    float square[kTileCodes], peak[kTileCodes], factor[kTileCodes];
+  };
 
-    bool edge = false;
+  // Codes [first, first + kTileCodes), moved by the center, as [value][code].
+  template <class C>
+  void lay_out(int64_t first, Tile& tile) const {
+    const int64_t all = words<C>() * C::terms;
+    const T* rows[S::lanes];
+    V block[S::lanes];
     for (int j = 0; j < kTileCodes; j += S::lanes) {
-      V square = S::load(squares + j);
+      for (int l = 0; l < S::lanes; ++l) {
+        const int64_t k = first + j + l;
+        rows[l] = code(k < args.k ? k : args.k - 1);
+      }
+      V square = S::broadcast(0.0f), low = square, high = square;
+      for (int64_t i = 0; i < all; i += S::lanes) {
+        for (int l = 0; l < S::lanes; ++l) block[l] = centred(rows[l], i);
+        S::transpose(block);
+        const int64_t count = all - i < S::lanes ? all - i : S::lanes;
+        for (int64_t v = 0; v < count; ++v) {
+          S::store(values() + (i + v) * kTileCodes + j, block[v]);
+          square = S::fmadd(block[v], block[v], square);
+          if constexpr (C::scaled) {
+            low = S::min(low, block[v]);
+            high = S::max(high, block[v]);
+          }
+        }
+      }
+      S::store(tile.square + j, square);
+      S::store(tile.factor + j, S::broadcast(1.0f));
+      S::store(tile.peak + j, S::max(high, S::sub(S::broadcast(0.0f), low)));
+    }
+  }
+
+  // Codes [first, first + kTileCodes) for score_tile(). A code that the coarse pass cannot hold
+  // gets bias -inf and norm inf, which keeps its block out of the bounds and always rescored.
+  template <class C>
+  Tile pack(int64_t first, bool first_of_block, float* norms, float* residuals) const {
+    Tile tile;
+    lay_out<C>(first, tile);
+    tile.biased = args.metric == Metric::l2;
+    for (int j = 0; j < kTileCodes; j += S::lanes) {
+      V square = S::load(tile.square + j);
       // Common case: every norm of the vector is neither tiny nor huge, and every code exists.
       if (S::all_between(square, kSmallSquare, kLargestSquare) && first + j + S::lanes <= args.k) {
-        S::store(bias + j, args.metric == Metric::l2 ? S::mul(square, S::broadcast(-0.5f))
-                                                     : S::broadcast(0.0f));
+        S::store(bias() + j, args.metric == Metric::l2 ? S::mul(square, S::broadcast(-0.5f))
+                                                       : S::broadcast(0.0f));
         if (args.metric == Metric::cosine) {
-          S::store(scales + j, S::div(S::broadcast(1.0f), S::sqrt(square)));
+          S::store(tile.factor + j, S::div(S::broadcast(1.0f), S::sqrt(square)));
           square = S::broadcast(1.0f);
         }
       } else {
-        for (int l = j; l < j + S::lanes; ++l) {
-          pack_edge(first + l, rows[l], bias[l], scales[l], squares[l]);
-        }
-        square = S::load(squares + j);
-        edge = true;
+        for (int l = j; l < j + S::lanes; ++l) pack_edge(first + l, l, tile);
+        square = S::load(tile.square + j);
       }
       S::store(norms, first_of_block && j == 0 ? square : S::max(square, S::load(norms)));
     }
-
-    float* out = bias + kTileCodes;
-    V tile[S::lanes];
-    for (int j = 0; j < kTileCodes; j += S::lanes) {
-      for (int64_t w = 0; w < words(); w += S::lanes) {
-        for (int l = 0; l < S::lanes; ++l) tile[l] = packed(rows[j + l], w * kTerms, scales[j + l]);
-        S::transpose(tile);
-        const int64_t count = words() - w < S::lanes ? words() - w : S::lanes;
-        for (int64_t i = 0; i < count; ++i) S::store(out + (w + i) * kTileCodes + j, tile[i]);
-      }
+    if (args.metric == Metric::cosine) {
+      std::memcpy(factor() + first, tile.factor, sizeof tile.factor);
     }
-    if (!edge) return;
-    for (int j = 0; j < kTileCodes; ++j) {
-      if (bias[j] != -kInfinity) continue;
-      for (int64_t w = 0; w < words(); ++w) out[w * kTileCodes + j] = 0.0f;
+    if constexpr (C::scaled) {
+      narrow_to_bytes<C>(tile, first_of_block, residuals);
+    } else {
+      narrow(tile);
+    }
+    return tile;
+  }
+
+  // A code that is past the end, huge, not finite, or so small that float32 may have lost terms of
+  // its norm.
+  void pack_edge(int64_t k, int l, Tile& tile) const {
+    double square = careful_square(code(k < args.k ? k : args.k - 1));
+    const bool coarse = square <= kLargestSquare;
+    bias()[l] = args.metric == Metric::l2 ? static_cast<float>(-0.5 * square) : 0.0f;
+    if (args.metric == Metric::cosine) {
+      const double length = std::sqrt(square);
+      tile.factor[l] = static_cast<float>(1.0 / (length > kNormFloor ? length : kNormFloor));
+      square *= static_cast<double>(tile.factor[l]) * tile.factor[l];
+    }
+    tile.square[l] = coarse ? static_cast<float>(square * kSquareMargin) : kInfinity;
+    if (k >= args.k) tile.square[l] = 0.0f;
+    if (coarse && k < args.k) return;
+    tile.biased = true;
+    bias()[l] = -kInfinity;
+    tile.factor[l] = tile.peak[l] = 0.0f;
+    for (int64_t i = 0; i < plan.values; ++i) values()[i * kTileCodes + l] = 0.0f;
+  }
+
+  // To the set's words, in place.
+  void narrow(const Tile& tile) const {
+    if (kTerms == 1 && args.metric != Metric::cosine) return;
+    for (int j = 0; j < kTileCodes; j += S::lanes) {
+      const V factor = S::load(tile.factor + j);
+      for (int64_t w = 0; w < words<Floats>(); ++w) {
+        const float* in = values() + w * kTerms * kTileCodes + j;
+        const V low = S::mul(S::load(in), factor);
+        const V high = S::mul(S::load(in + (kTerms - 1) * kTileCodes), factor);
+        S::store(values() + w * kTileCodes + j, S::zip(low, high));
+      }
     }
   }
 
-  // Bias, scale and squared scaled norm of a code that is past the end, huge, not finite, or so
-  // small that float32 may have lost terms of its norm.
-  void pack_edge(int64_t k, const T* row, float& bias, float& scale, float& squared) const {
-    double square = careful_square(row);
-    const bool coarse = square <= kLargestSquare;
-    bias = args.metric == Metric::l2 ? static_cast<float>(-0.5 * square) : 0.0f;
-    if (args.metric == Metric::cosine) {
-      const double norm = std::sqrt(square);
-      scale = static_cast<float>(1.0 / (norm > kNormFloor ? norm : kNormFloor));
-      square *= static_cast<double>(scale) * scale;
+  // To words of bytes under one scale, in place.
+  template <class C>
+  void narrow_to_bytes(Tile& tile, bool first_of_block, float* residuals) const {
+    V peak = S::broadcast(0.0f);
+    for (int j = 0; j < kTileCodes; j += S::lanes) {
+      peak = S::max(peak, S::mul(S::load(tile.peak + j), S::load(tile.factor + j)));
     }
-    squared = coarse ? static_cast<float>(square * kSquareMargin) : kInfinity;
-    if (!coarse || k >= args.k) bias = -kInfinity;
-    if (k >= args.k) squared = 0.0f;
+    const Scale scale(S::largest(peak));
+    tile.scale = scale.value;
+    const V step = S::broadcast(-scale.value), inverse = S::broadcast(scale.inverse);
+    for (int j = 0; j < kTileCodes; j += S::lanes) {
+      const V factor = S::load(tile.factor + j);
+      V residual = S::broadcast(0.0f);
+      typename C::Sum start = C::zero();
+      for (int64_t w = 0; w < words<C>(); ++w) {
+        const float* in = values() + w * C::terms * kTileCodes + j;
+        const V word = C::zip([&](int part) {
+          const V x = S::mul(S::load(in + part * kTileCodes), factor);
+          const V q = C::round(S::mul(x, inverse)), rest = S::fmadd(q, step, x);
+          residual = S::fmadd(rest, rest, residual);
+          return q;
+        });
+        start = C::lower(word, start);
+        S::store(values() + w * kTileCodes + j, word);
+      }
+      C::store(starts() + j, start);
+      S::store(residuals,
+               first_of_block && j == 0 ? residual : S::max(residual, S::load(residuals)));
+    }
   }
 
   // One register tile: bias + z . e for kTileRows rows and kTileCodes codes, folded into the table.
-  void score_tile(int64_t row, float* maxima, bool first_of_block) const {
-    V acc[kTileRows][kTileVectors];
-    const float* bias = panel();
-    const float* e = bias + kTileCodes;
+  // A function of its own, so that its accumulators stay in registers.
+  template <class C, bool biased>
+  __attribute__((noinline)) void score_tile(float tile_scale, int64_t row, float* maxima,
+                                            bool first_of_block) const {
+    typename C::Sum acc[kTileRows][kTileVectors];
+    const float* start = C::scaled ? starts() : bias();
+    const float* e = values();
     const float* rows = z() + row * plan.depth;
 #pragma GCC unroll 8
     for (int r = 0; r < kTileRows; ++r) {
 #pragma GCC unroll 8
-      for (int v = 0; v < kTileVectors; ++v) acc[r][v] = S::load(bias + v * S::lanes);
+      for (int v = 0; v < kTileVectors; ++v) acc[r][v] = C::start(start + v * S::lanes);
     }
-    const int64_t steps = words();
+    const int64_t steps = words<C>();
     for (int64_t i = 0; i < steps; ++i) {
       V codes[kTileVectors];
 #pragma GCC unroll 8
@@ -217,71 +414,83 @@ struct Search {
       for (int r = 0; r < kTileRows; ++r) {
         const V value = S::broadcast(rows[i * kTileRows + r]);
 #pragma GCC unroll 8
-        for (int v = 0; v < kTileVectors; ++v) acc[r][v] = S::dot(value, codes[v], acc[r][v]);
+        for (int v = 0; v < kTileVectors; ++v) acc[r][v] = C::dot(value, codes[v], acc[r][v]);
       }
     }
 #pragma GCC unroll 8
     for (int r = 0; r < kTileRows; ++r) {
-      V best = acc[r][0];
+      V best;
+      if constexpr (!C::scaled) {
+        best = acc[r][0];
 #pragma GCC unroll 8
-      for (int v = 1; v < kTileVectors; ++v) best = S::max(best, acc[r][v]);
+        for (int v = 1; v < kTileVectors; ++v) best = S::max(best, acc[r][v]);
+      } else {
+        const V scale = S::broadcast(tile_scale * z_scale()[row + r]);
+        if constexpr (biased) {
+          best = S::broadcast(-kInfinity);
+#pragma GCC unroll 8
+          for (int v = 0; v < kTileVectors; ++v) {
+            const V bias_v = S::load(bias() + v * S::lanes);
+            best = S::max(best, S::fmadd(C::widen(acc[r][v]), scale, bias_v));
+          }
+        } else {
+          typename C::Sum sum = acc[r][0];
+#pragma GCC unroll 8
+          for (int v = 1; v < kTileVectors; ++v) sum = C::max(sum, acc[r][v]);
+          best = S::mul(C::widen(sum), scale);
+        }
+      }
       float* out = maxima + r * plan.blocks;
       if (!first_of_block) best = S::max(best, S::load(out));
       S::store(out, best);
     }
   }
 
+  template <class C>
   void score(int64_t rows) const {
-    const int64_t supers = plan.blocks / plan.lanes;
-    const bool split_codes = supers >= 4 * member.size;
-    const int64_t padded = (rows + kTileRows - 1) / kTileRows * kTileRows;
-    const Team::Member::Range all_rows{0, padded}, all_supers{0, supers};
-    const auto my_rows = split_codes ? all_rows : member.share(padded, kTileRows);
-    const auto my_supers = split_codes ? member.share(supers) : all_supers;
-    float* unused = panel() + (words() + 1) * kTileCodes;  // norms that another member stores
-    for (int64_t super = my_supers.begin; super < my_supers.end; ++super) {
-      const bool owner = split_codes || member.index == 0;
-      float* norms = owner ? block_norm() + super * plan.lanes : unused;
+    const auto share = member.share(plan.blocks / plan.lanes);
+    for (int64_t super = share.begin; super < share.end; ++super) {
+      float* norms = block_norm() + super * plan.lanes;
+      float* residuals = block_residual() + super * plan.lanes;
       for (int64_t v = 0; v < plan.block_vectors; v += kTileVectors) {
         const int64_t first = (super * plan.block_vectors + v) * plan.lanes;
         if (first >= args.k && v > 0) break;
-        pack(first, v == 0, norms);
-        for (int64_t r = my_rows.begin; r < my_rows.end; r += kTileRows) {
-          score_tile(r, table() + r * plan.blocks + super * plan.lanes, v == 0);
+        const Tile tile = pack<C>(first, v == 0, norms, residuals);
+        const int64_t after = first + kTileCodes < args.k ? first + kTileCodes : args.k - 1;
+        const int64_t codes = args.k - after < kTileCodes ? args.k - after : kTileCodes;
+        Prefetch next(code(after), codes * args.codebook_stride * static_cast<int64_t>(sizeof(T)),
+                      rows / kTileRows);
+        for (int64_t r = 0; r < rows; r += kTileRows) {
+          next.step();
+          float* maxima = table() + r * plan.blocks + super * plan.lanes;
+          if (tile.biased) {
+            score_tile<C, true>(tile.scale, r, maxima, v == 0);
+          } else {
+            score_tile<C, !C::scaled>(tile.scale, r, maxima, v == 0);
+          }
         }
       }
+      const auto root = [&](float square) {
+        return static_cast<float>(std::sqrt(square + kTinySquare) * norm_margin());
+      };
       for (int l = 0; l < S::lanes; ++l) {
-        norms[l] = static_cast<float>(std::sqrt(norms[l] + kTinySquare) * norm_margin());
+        norms[l] = root(norms[l]);
+        residuals[l] = C::scaled ? root(residuals[l]) : static_cast<float>(kRounding * norms[l]);
       }
     }
   }
 
-  struct Best {
-    double score = std::numeric_limits<double>::quiet_NaN();
-    int64_t index = -1;
-
-    void offer(double candidate, int64_t k) {
-      const bool nearer = std::isnan(score)
-                              ? !std::isnan(candidate) || index < 0 || k < index
-                              : candidate > score || (candidate == score && k < index);
-      if (nearer) {
-        score = candidate;
-        index = k;
-      }
-    }
-  };
-
-  // Codes first, first + step, ..., `count` of them, at most eight. Larger is nearer: minus the
-  // squared distance, the cosine or the logit.
+  // The float64 scores of at most eight codes. Larger is nearer: minus the squared distance, the
+  // cosine or the logit.
   template <Metric metric>
-  void offer(int64_t first, int64_t step, int64_t count, Best& best) const {
-    const double* zr = z64();
+  void offer(const T* row, const int64_t* codes, int count, Best& best) const {
     Double8 sums[8], squares[8];
-    for (int j = 0; j < 8; ++j) {
-      const T* e = code(first + step * (j < count ? j : 0));
+    for (int j = 0; j < 8; ++j) sums[j] = squares[j] = Double8::zero();
+    for (int j = 0; j < count; ++j) {
+      const T* e = code(codes[j]);
       Double8 sum = Double8::zero(), square = Double8::zero();
       for (int64_t i = 0; i < plan.depth; i += 8) {
-        const Double8 b = widen8(e + i, args.d - i), a = Double8::load(zr + i);
+        const Double8 b = widen8(e + i, args.d - i), a = widen8(row + i, args.d - i);
         if constexpr (metric == Metric::l2) {
           const Double8 difference = a - b;
           sum = sum + difference * difference;
@@ -298,35 +507,96 @@ struct Search {
     if constexpr (metric == Metric::cosine) {
       score = score / max(Double8::broadcast(kNormFloor), sqrt(sum_pairs(squares)));
     }
-    unsigned nearer = not_less(score, Double8::broadcast(best.score)) & ((1u << count) - 1);
-    if (!nearer) return;
     double scores[8];
     score.store(scores);
-    for (; nearer; nearer &= nearer - 1) {
-      const int j = __builtin_ctz(nearer);
-      best.offer(scores[j], first + step * j);
+    for (int j = 0; j < count; ++j) best.offer(scores[j], codes[j]);
+  }
+
+  // The scores of codes first, first + step, ... in float32; `error` bounds their distance from
+  // those in float64, and is infinite where float32 cannot tell. `reach` bounds ||z|| ||e||.
+  template <Metric metric>
+  V estimate(const T* row, int64_t first, int64_t step, int64_t count, float reach,
+             V& error) const {
+    constexpr int kGroup = 4;
+    V sums[S::lanes];
+    for (int l = 0; l < S::lanes; l += kGroup) {
+      const T* e[kGroup];
+      V sum[kGroup];
+      for (int g = 0; g < kGroup; ++g) {
+        e[g] = code(first + step * (l + g < count ? l + g : 0));
+        sum[g] = S::broadcast(0.0f);
+      }
+      for (int64_t i = 0; i < args.d; i += S::lanes) {
+        const V a = simd::load_row(row + i, args.d - i);
+        for (int g = 0; g < kGroup; ++g) {
+          const V b = simd::load_row(e[g] + i, args.d - i);
+          const V x = metric == Metric::l2 ? S::sub(a, b) : b;
+          sum[g] = S::fmadd(metric == Metric::l2 ? x : a, x, sum[g]);
+        }
+      }
+      for (int g = 0; g < kGroup; ++g) sums[l + g] = sum[g];
+    }
+    S::transpose(sums);
+    V score = sums[0];
+    for (int l = 1; l < S::lanes; ++l) score = S::add(score, sums[l]);
+    const float flushed = static_cast<float>(args.d) * 0x1p-120f;
+    const float rounding = static_cast<float>((static_cast<double>(args.d) + 16.0) * 0x1.1p-23);
+    if constexpr (metric == Metric::l2) {
+      error = S::fmadd(score, S::broadcast(rounding), S::broadcast(flushed));
+      return S::sub(S::broadcast(0.0f), score);
+    }
+    error = S::broadcast(rounding * reach + flushed);
+    if constexpr (metric == Metric::cosine) {
+      float factors[S::lanes];
+      for (int l = 0; l < S::lanes; ++l) factors[l] = factor()[first + step * (l < count ? l : 0)];
+      score = S::mul(score, S::load(factors));
+      error = S::broadcast(rounding * reach + 0x1p40f * flushed);  // factors reach 1e12
+    }
+    return score;
+  }
+
+  // Codes first, first + step, ... below `end`.
+  template <Metric metric>
+  void offer_block(const T* row, int64_t first, int64_t end, int64_t step, float reach,
+                   Best& best) const {
+    const int64_t all = codes_between(first, end, step);
+    for (int64_t done = 0; done < all; done += S::lanes) {
+      const int64_t count = all - done < S::lanes ? all - done : S::lanes, k = first + done * step;
+      V error;
+      const V score = estimate<metric>(row, k, step, count, reach, error);
+      // Below the best so far, rounded down, or below another of these, a code has no chance.
+      float known = std::isnan(best.score) ? -kInfinity : static_cast<float>(best.score);
+      known -= std::fabs(known) * 0x1p-22f + 0x1p-120f;
+      const float limit = S::largest(S::max(S::sub(score, error), S::broadcast(known)));
+      unsigned left = S::not_less(S::add(score, error), S::broadcast(limit));
+      left &= (1u << count) - 1;
+      int64_t codes[S::lanes];
+      int found = 0;
+      for (; left; left &= left - 1) codes[found++] = k + step * __builtin_ctz(left);
+      for (int at = 0; at < found; at += 8) {
+        offer<metric>(row, codes + at, found - at < 8 ? found - at : 8, best);
+      }
+      best.offers += found;
     }
   }
 
-  // Codes first, first + step, ... below `end`; returns how many.
-  int64_t offer_all(int64_t first, int64_t end, int64_t step, Best& best) const {
-    if (end > args.k) end = args.k;
-    const int64_t all = first < end ? (end - first + step - 1) / step : 0;
-    for (int64_t done = 0; done < all; done += 8) {
-      const int64_t count = all - done < 8 ? all - done : 8, k = first + done * step;
-      switch (args.metric) {
-        case Metric::l2:
-          offer<Metric::l2>(k, step, count, best);
-          break;
-        case Metric::cosine:
-          offer<Metric::cosine>(k, step, count, best);
-          break;
-        case Metric::dot:
-          offer<Metric::dot>(k, step, count, best);
-          break;
-      }
+  void offer_block(int64_t r, const T* row, int64_t block, Best& best) const {
+    const int64_t super = block / S::lanes * plan.super_codes;
+    const int64_t first = super + block % S::lanes, end = super + plan.super_codes;
+    const float reach = z_norm()[r] * block_norm()[block];
+    switch (args.metric) {
+      case Metric::l2:
+        return offer_block<Metric::l2>(row, first, end, S::lanes, reach, best);
+      case Metric::cosine:
+        return offer_block<Metric::cosine>(row, first, end, S::lanes, reach, best);
+      default:
+        return offer_block<Metric::dot>(row, first, end, S::lanes, reach, best);
     }
-    return all;
+  }
+
+  int64_t codes_between(int64_t first, int64_t end, int64_t step) const {
+    if (end > args.k) end = args.k;
+    return first < end ? (end - first + step - 1) / step : 0;
   }
 
   double norm64(const T* row) const {
@@ -354,41 +624,40 @@ struct Search {
     return static_cast<float>(sum_pairs(sum));
   }
 
-  void rescore_row(int64_t row, int64_t table_row) const {
-    double* zr = z64();
-    bool has_nan = false;
-    for (int64_t i = 0; i < plan.depth; ++i) {
-      zr[i] = i < args.d ? simd::widen(z_row(row)[i]) : 0.0;
-      has_nan = has_nan || std::isnan(zr[i]);
-    }
-    Best best{std::numeric_limits<double>::quiet_NaN(), 0};
-    int64_t rescored = 0;
-    if (!has_nan) {
-      best.index = -1;
-      const float norm = z_norm()[table_row];
-      rescored = norm == kInfinity ? offer_all(0, args.k, 1, best)
-                                   : rescore_blocks(norm, table() + table_row * plan.blocks, best);
-    }
-    args.indices[row] = best.index;
-    args.distances[row] =
-        has_nan ? std::numeric_limits<float>::quiet_NaN() : distance(row, best.index, best.score);
-    if (args.rescored) args.rescored[row] = rescored;
+  bool has_nan(const T* row) const {
+    bool found = false;
+    for (int64_t i = 0; i < args.d; ++i) found = found || std::isnan(simd::widen(row[i]));
+    return found;
   }
 
-  int64_t rescore_blocks(double norm, const float* maxima, Best& best) const {
-    // error(M) = c0 + c1 M + c2 M^2 bounds |coarse - exact| for codes of norm up to M:
-    // float32 products, sums and norms, float64 rescoring, and flushed subnormals.
-    const double d = static_cast<double>(args.d);
+  // Marks the blocks that may hold the row's best code; returns how many codes they have.
+  int64_t mark(int64_t first, int64_t r) const {
+    const float length = z_norm()[r];
+    if (length == kInfinity) {
+      const bool none = has_nan(z_row(first + r));
+      for (int64_t super = 0; super < plan.blocks / S::lanes; ++super) {
+        hits()[super * plan.rows + r] = static_cast<uint16_t>(none ? 0 : (1u << S::lanes) - 1);
+      }
+      return none ? 0 : args.k;
+    }
+
+    // error(M, R) = c0 + c1 M + c2 M^2 + c3 R bounds |coarse - exact| for codes of norm up to M
+    // that rounding moved by up to R: what rounding lost, float32 products, sums and norms, float64
+    // rescoring, and flushed subnormals.
+    const double d = static_cast<double>(args.d), moved = z_residual()[r], norm = length;
     const double coarse = (2.0 * d + 16.0) * 0x1p-24 * 1.05, fine = (d + 8.0) * 0x1p-51;
-    const double tiny = 4.0 * d * 0x1p-126;
+    const double tiny = d * 0x1p-110;  // a product of scales may be flushed, times 127^2
     const bool l2 = args.metric == Metric::l2;
-    const V c0 =
-        S::broadcast(static_cast<float>((l2 ? fine * norm * norm : 0.0) + tiny * (1.0 + norm)));
-    const V c1 = S::broadcast(static_cast<float>((coarse + kRounding + 2.0 * fine) * norm + tiny));
-    const V c2 = S::broadcast(static_cast<float>(l2 ? 0.5 * coarse + fine : 0.0));
+    const auto vector = [](double x) { return S::broadcast(static_cast<float>(x)); };
+    const V c0 = vector((l2 ? fine * norm * norm : 0.0) + tiny * (1.0 + norm));
+    const V c1 = vector(1.0001 * (moved + coarse * (norm + moved) + 2.0 * fine * norm) + tiny);
+    const V c2 = vector(l2 ? 0.5 * coarse + fine : 0.0);
+    const V c3 = vector(1.0001 * (1.0 + coarse) * (norm + moved));
+    const float* maxima = table() + r * plan.blocks;
     const auto error = [&](int64_t b) {
       const V m = S::load(block_norm() + b);
-      return S::fmadd(m, S::fmadd(m, c2, c1), c0);
+      const V rounding = S::fmadd(S::load(block_residual() + b), c3, c0);
+      return S::fmadd(m, S::fmadd(m, c2, c1), rounding);
     };
 
     V lower = S::broadcast(-kInfinity);
@@ -396,48 +665,89 @@ struct Search {
       // A block with an infinite norm has a NaN or -inf bound; max keeps its second operand then.
       lower = S::max(S::sub(S::load(maxima + b), error(b)), lower);
     }
-    float bounds[S::lanes];
-    S::store(bounds, lower);
-    float threshold = bounds[0];
-    for (const float bound : bounds) threshold = bound > threshold ? bound : threshold;
-
-    const V limit = S::broadcast(threshold);
-    int64_t rescored = 0;
+    const V limit = S::broadcast(S::largest(lower));
+    int64_t codes = 0;
     for (int64_t b = 0; b < plan.blocks; b += S::lanes) {
-      unsigned hits = S::not_less(S::add(S::load(maxima + b), error(b)), limit);
-      for (; hits; hits &= hits - 1) {
-        const int64_t super = b / S::lanes * plan.super_codes;
-        rescored +=
-            offer_all(super + __builtin_ctz(hits), super + plan.super_codes, S::lanes, best);
-      }
+      const unsigned reached = S::not_less(S::add(S::load(maxima + b), error(b)), limit);
+      hits()[b / S::lanes * plan.rows + r] = static_cast<uint16_t>(reached);
+      codes += __builtin_popcount(reached) * plan.block_vectors;
     }
-    return rescored;
+    return codes;
   }
 
-  void run() const {
+  // Coarse scores of a chunk of rows and the blocks to rescore; whether those are worth it.
+  template <class C>
+  bool search(int64_t first, int64_t rows) const {
+    prepare_rows<C>(first, rows);
+    member.barrier();
+    score<C>(rows);
+    member.barrier();
+    const auto share = member.share(rows);
+    int64_t codes = 0;
+    for (int64_t r = share.begin; r < share.end; ++r) codes += mark(first, r);
+    hit_codes()[member.index] = codes;
+    member.barrier();
+    if (!C::scaled) return true;
+    codes = 0;
+    for (int i = 0; i < member.size; ++i) codes += hit_codes()[i];
+    member.barrier();
+    const int64_t few = args.k / kCoarsePass, some = 4 * plan.block_vectors;
+    return codes <= rows * (few > some ? few : some);
+  }
+
+  // By blocks, so that rows share the codes that they read.
+  void rescore(int64_t first, int64_t rows) const {
+    const auto supers = member.share(plan.blocks / plan.lanes);
+    Best* found = best(member.index);
+    for (int64_t r = 0; r < rows; ++r) found[r] = Best{};
+    for (int64_t super = supers.begin; super < supers.end; ++super) {
+      const uint16_t* marks = hits() + super * plan.rows;
+      for (int64_t r = 0; r < rows; ++r) {
+        for (unsigned left = marks[r]; left; left &= left - 1) {
+          offer_block(r, z_row(first + r), super * S::lanes + __builtin_ctz(left), found[r]);
+        }
+      }
+    }
+    member.barrier();
+    const auto share = member.share(rows);
+    for (int64_t r = share.begin; r < share.end; ++r) {
+      Best chosen = best(0)[r];
+      for (int i = 1; i < member.size; ++i) {
+        const Best& other = best(i)[r];
+        if (other.index >= 0) chosen.offer(other.score, other.index);
+        chosen.offers += other.offers;
+      }
+      const bool none = chosen.index < 0;  // a row with a NaN
+      args.indices[first + r] = none ? 0 : chosen.index;
+      args.distances[first + r] = none ? std::numeric_limits<float>::quiet_NaN()
+                                       : distance(first + r, chosen.index, chosen.score);
+      if (args.rescored) args.rescored[first + r] = chosen.offers;
+    }
+  }
+
+  void run(int64_t begin, int64_t end) const {
     if (member.index == 0) find_center();
     member.barrier();
-    for (int64_t first = 0; first < args.n; first += plan.rows) {
-      const int64_t rows = args.n - first < plan.rows ? args.n - first : plan.rows;
-      prepare_rows(first, rows);
-      member.barrier();
-      score(rows);
-      member.barrier();
-      const auto share = member.share(rows);
-      for (int64_t r = share.begin; r < share.end; ++r) rescore_row(first + r, r);
+    bool bytes = kHasBytes && args.d <= kMostByteTerms;
+    for (int64_t first = begin; first < end; first += plan.rows) {
+      const int64_t rows = end - first < plan.rows ? end - first : plan.rows;
+      if (bytes) bytes = search<Bytes>(first, rows);
+      if (!bytes) search<Floats>(first, rows);
+      rescore(first, rows);
       member.barrier();
     }
   }
 };
 
-void run(const NearestCodeArgs& args, const NearestCodePlan& plan, const Team::Member& member) {
+void run(const NearestCodeArgs& args, const NearestCodePlan& plan, const Team::Member& member,
+         Team::Member::Range rows, void* workspace) {
   switch (args.dtype) {
     case DType::float32:
-      return Search<float>{args, plan, member}.run();
+      return Search<float>{args, plan, member, workspace}.run(rows.begin, rows.end);
     case DType::float16:
-      return Search<simd::Half>{args, plan, member}.run();
+      return Search<simd::Half>{args, plan, member, workspace}.run(rows.begin, rows.end);
     case DType::bfloat16:
-      return Search<simd::BFloat16>{args, plan, member}.run();
+      return Search<simd::BFloat16>{args, plan, member, workspace}.run(rows.begin, rows.end);
   }
 }
 

@@ -14,6 +14,7 @@ SampleTokenRun kernel() {
 #if defined(__x86_64__)
   switch (active_isa()) {
     case Isa::avx512bf16:
+    case Isa::avx512vnni:
     case Isa::avx512:
       return sample_token_avx512;
     case Isa::avx2:

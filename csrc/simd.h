@@ -391,6 +391,7 @@ struct Avx512 {
   static V words(const Load& load) {
     return load(0);
   }
+  static V zip(V low, V) { return low; }
   static V dot(V a, V b, V c) { return fmadd(a, b, c); }
 };
 #if defined(__AVX512BF16__)
@@ -415,6 +416,56 @@ struct Avx512Bf16 : Avx512 {
 using Native = Avx512Bf16;
 #else
 using Native = Avx512;
+#endif
+#if defined(__AVX512VNNI__)
+// Words of four integers from -127 to 127, kept in vectors of floats as those of bfloat16 are. Of
+// the two words of a product one is "raised": 128 is added to each integer, as the instruction
+// wants it, and lower() takes the sum of 128 times the other word off beforehand.
+struct Bytes {
+  static constexpr bool scaled = true;
+  static constexpr int terms = 4;
+  using V = Avx512::V;
+  // Not __m512i, whose lanes of 64 bits make GCC 12 spill a tile of sums.
+  typedef int32_t Sum __attribute__((vector_size(64)));
+  static Sum zero() { return Sum{}; }
+  static Sum start(const float* p) { return reinterpret_cast<Sum>(_mm512_loadu_ps(p)); }
+  static void store(float* p, Sum sum) { _mm512_storeu_ps(p, reinterpret_cast<V>(sum)); }
+  static Sum dot(V raised, V word, Sum sum) {
+    return reinterpret_cast<Sum>(_mm512_dpbusd_epi32(
+        reinterpret_cast<__m512i>(sum), _mm512_castps_si512(raised), _mm512_castps_si512(word)));
+  }
+  static Sum lower(V word, Sum sum) {
+    const V raise = _mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(0x80808080u)));
+    return sum - dot(raise, word, zero());
+  }
+  static Sum max(Sum a, Sum b) { return a > b ? a : b; }
+  static V widen(Sum sum) { return _mm512_cvtepi32_ps(reinterpret_cast<__m512i>(sum)); }
+  // To the nearest integer.
+  static V round(V a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT); }
+  // Words of one integer each of four vectors.
+  template <class Load>
+  static V zip(const Load& load) {
+    const auto byte = [&](int part) {
+      return _mm512_and_si512(_mm512_cvtps_epi32(load(part)), _mm512_set1_epi32(0xff));
+    };
+    const __m512i low = _mm512_or_si512(byte(0), _mm512_slli_epi32(byte(1), 8));
+    const __m512i high = _mm512_or_si512(byte(2), _mm512_slli_epi32(byte(3), 8));
+    return _mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+  }
+  // Raised words of consecutive values, rounded; load(0) to load(3) give them.
+  template <class Load>
+  static V raised_words(const Load& load) {
+    const auto bytes = [&](int part) {
+      return _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(load(part)));
+    };
+    __m512i words = _mm512_castsi128_si512(bytes(0));
+    words = _mm512_inserti32x4(words, bytes(1), 1);
+    words = _mm512_inserti32x4(words, bytes(2), 2);
+    words = _mm512_inserti32x4(words, bytes(3), 3);
+    return _mm512_castsi512_ps(
+        _mm512_xor_si512(words, _mm512_set1_epi32(static_cast<int>(0x80808080u))));
+  }
+};
 #endif
 #elif defined(__AVX2__)
 struct Avx2 {
@@ -523,6 +574,7 @@ struct Avx2 {
   static V words(const Load& load) {
     return load(0);
   }
+  static V zip(V low, V) { return low; }
   static V dot(V a, V b, V c) { return fmadd(a, b, c); }
 };
 using Native = Avx2;
@@ -632,6 +684,7 @@ struct Portable {
   static V words(const Load& load) {
     return load(0);
   }
+  static V zip(V low, V) { return low; }
   static V dot(V a, V b, V c) { return fmadd(a, b, c); }
 };
 using Native = Portable;

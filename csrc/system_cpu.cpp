@@ -19,7 +19,8 @@ Isa probe() {
   const bool f16c = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
   if (f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
     if (!__builtin_cpu_supports("avx512f")) return Isa::avx2;
-    return __builtin_cpu_supports("avx512bf16") ? Isa::avx512bf16 : Isa::avx512;
+    if (!__builtin_cpu_supports("avx512vnni")) return Isa::avx512;
+    return __builtin_cpu_supports("avx512bf16") ? Isa::avx512bf16 : Isa::avx512vnni;
   }
 #endif
   return Isa::portable;
@@ -31,6 +32,8 @@ const char* isa_name(Isa isa) {
   switch (isa) {
     case Isa::avx512bf16:
       return "avx512bf16";
+    case Isa::avx512vnni:
+      return "avx512vnni";
     case Isa::avx512:
       return "avx512";
     case Isa::avx2:
@@ -55,7 +58,7 @@ void force_isa(const std::string& name) {
     forced = -1;
     return;
   }
-  for (const Isa isa : {Isa::portable, Isa::avx2, Isa::avx512, Isa::avx512bf16}) {
+  for (const Isa isa : {Isa::portable, Isa::avx2, Isa::avx512, Isa::avx512vnni, Isa::avx512bf16}) {
     if (name != isa_name(isa)) continue;
     if (isa > detected_isa()) {
       throw std::invalid_argument("isa: '" + name +
@@ -65,8 +68,8 @@ void force_isa(const std::string& name) {
     forced = static_cast<int>(isa);
     return;
   }
-  throw std::invalid_argument("isa: '" + name +
-                              "' is not one of 'portable', 'avx2', 'avx512', 'avx512bf16'");
+  throw std::invalid_argument(
+      "isa: '" + name + "' is not one of 'portable', 'avx2', 'avx512', 'avx512vnni', 'avx512bf16'");
 }
 
 }  // namespace titok

@@ -115,6 +115,12 @@ def _denormals(n, k, d):
     return rows, codes
 
 
+def _heavy_tailed(n, k, d):
+    """A few entries so large that a common scale leaves the others nothing."""
+    rows, codes = (torch.randn(m, d) / torch.rand(m, d).square() for m in (n, k))
+    return rows, codes
+
+
 def _constant_rows(n, k, d):
     rows, codes = (torch.randint(-20, 21, (m, 1)).float().expand(m, d) for m in (n, k))
     return rows, codes
@@ -141,6 +147,7 @@ HARD = {
         _small_spread,
         _scales,
         _denormals,
+        _heavy_tailed,
         _constant_rows,
         _not_finite,
     )
@@ -384,8 +391,9 @@ def test_works_in_a_forked_child():
 @pytest.mark.parametrize(
     ("n", "k", "d"), [(1024, 262144, 256), (8192, 4096, 12), (65536, 1024, 512), (3, 1, 1)]
 )
-def test_workspace_stays_small(n, k, d):
-    size = inspect.extension().nearest_code_cpu_workspace(n, k, d, 2)
+@pytest.mark.parametrize("metric", METRICS)
+def test_workspace_stays_small(n, k, d, metric):
+    size = inspect.extension().nearest_code_cpu_workspace(n, k, d, metric, 2)
     assert size <= min(n * k // 128 * 4, 256 << 20) + (16 << 20)
 
 

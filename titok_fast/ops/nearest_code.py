@@ -66,7 +66,7 @@ def _cpu(
     indices = torch.empty(n, dtype=torch.int64)
     distances = torch.empty(n, dtype=torch.float32)
     threads = torch.get_num_threads()
-    size = extension.nearest_code_cpu_workspace(n, k, d, threads)
+    size = extension.nearest_code_cpu_workspace(n, k, d, metric, threads)
     workspace = torch.empty(size, dtype=torch.uint8)
     extension.nearest_code_cpu(
         z=z.data_ptr(),

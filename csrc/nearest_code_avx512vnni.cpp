@@ -1,0 +1,5 @@
+#include "nearest_code_simd.h"
+
+namespace titok {
+const NearestCodeKernels nearest_code_avx512vnni = make_kernels();
+}
