@@ -242,7 +242,7 @@ def slow(case: Case, provider: Provider) -> bool:
         extra = provider.name in ("titok_fast-streaming", "compiled") and (rows or not half)
         return (not half and case.k != 262144) or extra
     return (
-        case.k == 1048576
+        (case.k == 1048576 and provider.name != "titok_fast-cpu")
         or (half and case.k != 65536)
         or "[" in provider.name
         or (provider.name in ("titok_fast-streaming", "compiled") and (half or rows))

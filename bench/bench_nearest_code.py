@@ -167,7 +167,10 @@ def prepare_flash_kmeans(case: Case, z: Tensor, codebook: Tensor) -> Call:
 
 def slower_isas() -> tuple[str, ...]:
     """The instruction sets below the one that this CPU uses unforced."""
-    return supported_isas()[:-1] if inspect.why_not("cpu", "cpu") is None else ()
+    if inspect.why_not("cpu", "cpu") is not None:
+        return ()
+    # What AVX-512 VNNI adds, BF16 has too.
+    return tuple(isa for isa in supported_isas()[:-1] if isa != "avx512vnni")
 
 
 def matrices(count: int, itemsize: int | None = None) -> Callable[[Case], str | None]:
@@ -184,7 +187,7 @@ def too_much_for_reference(case: Case) -> str | None:
 
 
 def slow(case: Case, provider: Provider) -> bool:
-    """The largest codebook; and what the series over K and N can do without."""
+    """The largest codebook but for the series; and what the series over K and N can do without."""
     series = (case.n, case.k, case.d, case.metric) in (*OVER_CODES, *OVER_ROWS)
     extra = series and provider.name in ("compiled", "vector-quantize-pytorch")
     if provider.name == "reference" or extra:
@@ -192,7 +195,7 @@ def slow(case: Case, provider: Provider) -> bool:
     if case.device == "cuda":
         return series and (case.dtype == torch.float32 or provider.name == "cdist")
     return (
-        case.k == 1048576
+        (case.k == 1048576 and provider.name != "titok_fast-cpu")
         or (series and "[" in provider.name)
         or (case.k == 262144 and "portable" in provider.name)
     )

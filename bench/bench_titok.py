@@ -126,7 +126,6 @@ BENCH = Bench(
     inputs=inputs,
     work=work,
     check=check,
-    slow=models.slow_batch,
     figures=figures,
 )
 

@@ -82,11 +82,6 @@ def outside(model: Generator, tokens: Tensor) -> tuple[int, int]:
     return int(((tokens < 0) | (tokens >= model.codebook_size)).sum()), tokens.numel()
 
 
-def slow_batch(case: Any, provider: Provider) -> bool:
-    """Eight images in our float32 on a CPU, left to a full run."""
-    return case.device == "cpu" and case.b == 8 and provider.name == "titok_fast-float32"
-
-
 def parameter_bytes(*models: nn.Module) -> int:
     return sum(p.numel() * p.itemsize for model in models for p in model.parameters())
 
