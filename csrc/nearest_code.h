@@ -39,13 +39,15 @@ struct NearestCodePlan {
   int64_t values;        // d rounded up to a word of any kind
   int threads;
   int teams;  // of threads that share the codes: one of all, or each thread alone with its rows
+  std::size_t panel_bytes, team_bytes;
+  // Byte offsets in a team's workspace.
   std::size_t center, z, z_norm, z_residual, z_scale, factor, block_norm, block_residual, table,
-      hits, best, hit_codes, panels, panel_bytes, team_bytes;  // byte offsets in a team's workspace
+      hits, best, hit_codes, panels;
 };
 
 // One set per instruction set; see nearest_code_simd.h.
 struct NearestCodeKernels {
-  int64_t tile_rows, tile_codes, lanes, terms;
+  int64_t tile_rows, tile_codes, lanes;
   void (*run)(const NearestCodeArgs&, const NearestCodePlan&, const Team::Member&,
               Team::Member::Range rows, void* workspace);
 };

@@ -66,18 +66,25 @@ NearestCodePlan make_plan(const NearestCodeKernels& kernels, int64_t n, int64_t 
   while (by_table < together && plan.block_vectors < 128) by_table = cut(2 * plan.block_vectors);
   const int64_t by_z = 2 * kMegabyte / (plan.depth * 4);
 
-  // Threads that share the codes pack each once, but wait for each other. A thread alone takes so
-  // many rows at a time that packing costs little, and no more: its table stays near.
-  const bool few_codes = plan.blocks / plan.lanes < 4 * plan.threads;
-  const bool many_rows = n >= 2048 * plan.threads && plan.blocks <= 1024;
-  const bool alone = few_codes || many_rows;
+  // Threads share the codes, pack each once and wait for each other; or each is alone with its rows
+  // and packs all codes, which costs as much as some 48 rows. The faster way, or the second for
+  // many rows, whose table then stays near; but only while what each keeps of the codes is small.
+  const int64_t supers = plan.blocks / plan.lanes;
+  const int64_t each = (n + plan.threads - 1) / plan.threads;
+  const int64_t share = (supers + plan.threads - 1) / plan.threads;
+  const bool faster = (each + 48) * supers < (n + 48) * share;
+  const bool many_rows = each >= 2048 && plan.blocks <= 1024;
+  plan.panel_bytes = static_cast<std::size_t>((plan.values + 2) * plan.tile_codes * 4);
+  const int64_t kept = factor_bytes + static_cast<int64_t>(plan.panel_bytes);
+  const int64_t most = std::min({by_table, by_z}) / plan.threads;
+  const bool alone = (faster || many_rows) && kept * plan.threads <= 4 * kMegabyte && most >= 128;
   plan.teams = alone ? plan.threads : 1;
   const int64_t near = std::max<int64_t>(1024, kMegabyte / (plan.blocks * 4));
-  const int64_t rows = std::max<int64_t>(1, (n + plan.teams - 1) / plan.teams);
-  const int64_t most = std::max<int64_t>(
-      1, std::min({by_table / plan.teams, by_z / plan.teams, alone ? near : rows}));
-  const int64_t passes = (rows + most - 1) / most;
-  plan.rows = round_up((rows + passes - 1) / passes, passes > 1 ? plan.tile_rows : 1);
+  const int64_t rows = std::max<int64_t>(1, alone ? each : n);
+  const int64_t at_once =
+      alone ? std::min(most, near) : std::max<int64_t>(1, std::min(by_table, by_z));
+  const int64_t passes = (rows + at_once - 1) / at_once;
+  plan.rows = round_up((rows + passes - 1) / passes, plan.tile_rows);
 
   std::size_t at = 0;
   const auto take = [&](int64_t bytes) {
@@ -85,21 +92,19 @@ NearestCodePlan make_plan(const NearestCodeKernels& kernels, int64_t n, int64_t 
     at += static_cast<std::size_t>(round_up(bytes, 64));
     return here;
   };
-  const int64_t padded_rows = round_up(plan.rows, plan.tile_rows);
   plan.center = take(plan.padded_depth * 4);
-  plan.z = take(padded_rows * plan.depth * 4);
-  plan.z_norm = take(padded_rows * 4);
-  plan.z_residual = take(padded_rows * 4);
-  plan.z_scale = take(padded_rows * 4);
+  plan.z = take(plan.rows * plan.depth * 4);
+  plan.z_norm = take(plan.rows * 4);
+  plan.z_residual = take(plan.rows * 4);
+  plan.z_scale = take(plan.rows * 4);
   plan.factor = take(factor_bytes);
   plan.block_norm = take(plan.blocks * 4);
   plan.block_residual = take(plan.blocks * 4);
-  plan.table = take(padded_rows * plan.blocks * 4);
+  plan.table = take(plan.rows * plan.blocks * 4);
   plan.hits = take(plan.rows * (plan.blocks / plan.lanes) * 2);
   const int members = plan.threads / plan.teams;
   plan.best = take(plan.rows * 24 * members);
   plan.hit_codes = take(members * 8);
-  plan.panel_bytes = (plan.values + 2) * plan.tile_codes * 4;
   plan.panels = take(plan.panel_bytes * members);
   plan.team_bytes = at;
   return plan;

@@ -33,9 +33,9 @@ constexpr double kSquareMargin = 1.0001;
 constexpr double kTinySquare = 1e-37;  // what float32 may flush of a smaller one
 // bfloat16 moves each factor by at most 2^-9 of itself.
 constexpr double kRounding = kTerms == 2 ? 0x1.01p-9 : 0.0;
-constexpr float kSmallestPeak = 1e-30f;      // of values that are worth a scale
+constexpr float kSmallestPeak = 1e-30f;      // of values that are worth a scale in bytes
 constexpr int64_t kMostByteTerms = 1 << 16;  // keeps the sums of products inside int32
-// A coarse pass costs what rescoring a row against one code in so many does.
+// A second coarse pass costs as much as rescoring one in so many codes.
 constexpr int64_t kCoarsePass = 8;
 
 // What the coarse pass multiplies: the set's own words of float32 or pairs of bfloat16 ...
@@ -129,7 +129,7 @@ struct Search {
   // l2 distances do not change when both sides move; near zero, the coarse pass keeps more of them.
   // The median of some codes is where most are, however many are dead or far away.
   void find_center() const {
-    constexpr int kSample = 63;
+    constexpr int kSample = 31;
     const int count = args.k < kSample ? static_cast<int>(args.k) : kSample;
     V sample[kSample];
     for (int64_t i = 0; i < plan.padded_depth; i += S::lanes) {
@@ -157,10 +157,7 @@ struct Search {
 
   // row[i..i + lanes) - center, zeros past the end.
   V centred(const T* row, int64_t i) const {
-    const int64_t left = args.d - i;
-    if (left <= 0) return S::broadcast(0.0f);
-    const V x = left >= S::lanes ? S::load(row + i) : S::load_part(row + i, left);
-    return S::sub(x, S::load(center() + i));
+    return S::sub(simd::load_row(row + i, args.d - i), S::load(center() + i));
   }
 
   float square(const T* row) const {
@@ -197,6 +194,16 @@ struct Search {
     }
   };
 
+  // Bounds the norm of what bytes lose of a vector; `sum` is its square in units of the scale,
+  // whose terms float32 may have flushed.
+  V residual(const Scale& scale, V sum) const {
+    const double root = std::sqrt(static_cast<double>(args.d));
+    if (scale.value == 0.0f) return S::broadcast(static_cast<float>(root * kSmallestPeak));
+    const auto factor = static_cast<float>(norm_margin() * scale.value);
+    const auto flushed = static_cast<float>(1e-5 * root * scale.value);
+    return S::fmadd(S::sqrt(sum), S::broadcast(factor), S::broadcast(flushed));
+  }
+
   // Scale and residual of a row in bytes.
   template <class C>
   Scale measure(const T* row, int64_t r) const {
@@ -209,11 +216,12 @@ struct Search {
     V sum = S::broadcast(0.0f);
     for (int64_t i = 0; i < args.d; i += S::lanes) {
       const V x = centred(row, i), q = C::round(S::mul(x, S::broadcast(scale.inverse)));
-      const V rest = S::fmadd(q, S::broadcast(-scale.value), x);
+      const V rest =
+          S::mul(S::fmadd(q, S::broadcast(-scale.value), x), S::broadcast(scale.inverse));
       sum = S::fmadd(rest, rest, sum);
     }
     z_scale()[r] = scale.value;
-    z_residual()[r] = static_cast<float>(std::sqrt(S::sum(sum) + kTinySquare) * norm_margin());
+    z_residual()[r] = S::largest(residual(scale, S::broadcast(S::sum(sum))));
     return scale;
   }
 
@@ -238,15 +246,15 @@ struct Search {
       V inverse{};
       if constexpr (C::scaled) inverse = S::broadcast(measure<C>(row, r).inverse);
       for (int64_t w = 0; w < all; w += S::lanes) {
-        S::store(buffer, [&] {
-          if constexpr (C::scaled) {
-            return C::raised_words([&](int part) {
-              return S::mul(centred(row, w * C::terms + part * S::lanes), inverse);
-            });
-          } else {
-            return S::words([&](int part) { return centred(row, w * C::terms + part * S::lanes); });
-          }
-        }());
+        const auto values_of = [&](int part) {
+          return centred(row, w * C::terms + part * S::lanes);
+        };
+        if constexpr (C::scaled) {
+          S::store(buffer,
+                   C::raised_words([&](int part) { return S::mul(values_of(part), inverse); }));
+        } else {
+          S::store(buffer, S::words(values_of));
+        }
         const int64_t count = all - w < S::lanes ? all - w : S::lanes;
         for (int64_t i = 0; i < count; ++i) out[(w + i) * kTileRows] = buffer[i];
       }
@@ -372,22 +380,23 @@ struct Search {
     const V step = S::broadcast(-scale.value), inverse = S::broadcast(scale.inverse);
     for (int j = 0; j < kTileCodes; j += S::lanes) {
       const V factor = S::load(tile.factor + j);
-      V residual = S::broadcast(0.0f);
+      V sum = S::broadcast(0.0f);
       typename C::Sum start = C::zero();
       for (int64_t w = 0; w < words<C>(); ++w) {
         const float* in = values() + w * C::terms * kTileCodes + j;
         const V word = C::zip([&](int part) {
           const V x = S::mul(S::load(in + part * kTileCodes), factor);
-          const V q = C::round(S::mul(x, inverse)), rest = S::fmadd(q, step, x);
-          residual = S::fmadd(rest, rest, residual);
+          const V q = C::round(S::mul(x, inverse));
+          const V rest = S::mul(S::fmadd(q, step, x), inverse);
+          sum = S::fmadd(rest, rest, sum);
           return q;
         });
         start = C::lower(word, start);
         S::store(values() + w * kTileCodes + j, word);
       }
       C::store(starts() + j, start);
-      S::store(residuals,
-               first_of_block && j == 0 ? residual : S::max(residual, S::load(residuals)));
+      const V lost = residual(scale, sum);
+      S::store(residuals, first_of_block && j == 0 ? lost : S::max(lost, S::load(residuals)));
     }
   }
 
@@ -456,17 +465,20 @@ struct Search {
         const int64_t first = (super * plan.block_vectors + v) * plan.lanes;
         if (first >= args.k && v > 0) break;
         const Tile tile = pack<C>(first, v == 0, norms, residuals);
-        const int64_t after = first + kTileCodes < args.k ? first + kTileCodes : args.k - 1;
-        const int64_t codes = args.k - after < kTileCodes ? args.k - after : kTileCodes;
-        Prefetch next(code(after), codes * args.codebook_stride * static_cast<int64_t>(sizeof(T)),
+        const int64_t left = args.k - first - kTileCodes;
+        const int64_t codes = args.codebook_stride > 2 * args.d || left < 0 ? 0 : left;
+        Prefetch next(code(codes > 0 ? first + kTileCodes : 0),
+                      (codes < kTileCodes ? codes : kTileCodes) * args.codebook_stride *
+                          static_cast<int64_t>(sizeof(T)),
                       rows / kTileRows);
         for (int64_t r = 0; r < rows; r += kTileRows) {
           next.step();
           float* maxima = table() + r * plan.blocks + super * plan.lanes;
-          if (tile.biased) {
+          // Floats start from their bias, whatever it is.
+          if (tile.biased || !C::scaled) {
             score_tile<C, true>(tile.scale, r, maxima, v == 0);
           } else {
-            score_tile<C, !C::scaled>(tile.scale, r, maxima, v == 0);
+            score_tile<C, false>(tile.scale, r, maxima, v == 0);
           }
         }
       }
@@ -475,7 +487,7 @@ struct Search {
       };
       for (int l = 0; l < S::lanes; ++l) {
         norms[l] = root(norms[l]);
-        residuals[l] = C::scaled ? root(residuals[l]) : static_cast<float>(kRounding * norms[l]);
+        if (!C::scaled) residuals[l] = static_cast<float>(kRounding * norms[l]);
       }
     }
   }
@@ -557,7 +569,7 @@ struct Search {
 
   // Codes first, first + step, ... below `end`.
   template <Metric metric>
-  void offer_block(const T* row, int64_t first, int64_t end, int64_t step, float reach,
+  void offer_codes(const T* row, int64_t first, int64_t end, int64_t step, float reach,
                    Best& best) const {
     const int64_t all = codes_between(first, end, step);
     for (int64_t done = 0; done < all; done += S::lanes) {
@@ -565,8 +577,12 @@ struct Search {
       V error;
       const V score = estimate<metric>(row, k, step, count, reach, error);
       // Below the best so far, rounded down, or below another of these, a code has no chance.
-      float known = std::isnan(best.score) ? -kInfinity : static_cast<float>(best.score);
-      known -= std::fabs(known) * 0x1p-22f + 0x1p-120f;
+      constexpr double kLargest = std::numeric_limits<float>::max();
+      float known = -kInfinity;
+      if (best.score >= -kLargest) {
+        known = static_cast<float>(best.score < kLargest ? best.score : kLargest);
+        known -= std::fabs(known) * 0x1p-22f + 0x1p-120f;
+      }
       const float limit = S::largest(S::max(S::sub(score, error), S::broadcast(known)));
       unsigned left = S::not_less(S::add(score, error), S::broadcast(limit));
       left &= (1u << count) - 1;
@@ -586,11 +602,11 @@ struct Search {
     const float reach = z_norm()[r] * block_norm()[block];
     switch (args.metric) {
       case Metric::l2:
-        return offer_block<Metric::l2>(row, first, end, S::lanes, reach, best);
+        return offer_codes<Metric::l2>(row, first, end, S::lanes, reach, best);
       case Metric::cosine:
-        return offer_block<Metric::cosine>(row, first, end, S::lanes, reach, best);
+        return offer_codes<Metric::cosine>(row, first, end, S::lanes, reach, best);
       default:
-        return offer_block<Metric::dot>(row, first, end, S::lanes, reach, best);
+        return offer_codes<Metric::dot>(row, first, end, S::lanes, reach, best);
     }
   }
 
@@ -751,9 +767,7 @@ void run(const NearestCodeArgs& args, const NearestCodePlan& plan, const Team::M
   }
 }
 
-constexpr NearestCodeKernels make_kernels() {
-  return {kTileRows, kTileCodes, S::lanes, kTerms, run};
-}
+constexpr NearestCodeKernels make_kernels() { return {kTileRows, kTileCodes, S::lanes, run}; }
 
 }  // namespace
 }  // namespace titok

@@ -133,7 +133,6 @@ inline Double8 operator/(Double8 a, Double8 b) { return {_mm512_div_pd(a.v, b.v)
 inline Double8 sqrt(Double8 x) { return {_mm512_sqrt_pd(x.v)}; }
 // A NaN in x stays.
 inline Double8 max(Double8 floor, Double8 x) { return {_mm512_max_pd(floor.v, x.v)}; }
-inline unsigned not_less(Double8 x, Double8 y) { return _mm512_cmp_pd_mask(x.v, y.v, _CMP_NLT_UQ); }
 
 #elif defined(__AVX2__)
 
@@ -168,10 +167,6 @@ inline Double8 operator/(Double8 x, Double8 y) {
 inline Double8 sqrt(Double8 x) { return {_mm256_sqrt_pd(x.a), _mm256_sqrt_pd(x.b)}; }
 inline Double8 max(Double8 floor, Double8 x) {
   return {_mm256_max_pd(floor.a, x.a), _mm256_max_pd(floor.b, x.b)};
-}
-inline unsigned not_less(Double8 x, Double8 y) {
-  return static_cast<unsigned>(_mm256_movemask_pd(_mm256_cmp_pd(x.a, y.a, _CMP_NLT_UQ)) |
-                               _mm256_movemask_pd(_mm256_cmp_pd(x.b, y.b, _CMP_NLT_UQ)) << 4);
 }
 
 #else
@@ -210,11 +205,6 @@ inline Double8 sqrt(Double8 a) {
 }
 inline Double8 max(Double8 floor, Double8 a) {
   return each(floor, a, [](double x, double y) { return x > y ? x : y; });
-}
-inline unsigned not_less(Double8 a, Double8 b) {
-  unsigned lanes = 0;
-  for (int i = 0; i < 8; ++i) lanes |= static_cast<unsigned>(!(a.v[i] < b.v[i])) << i;
-  return lanes;
 }
 
 #endif

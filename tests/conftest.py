@@ -49,7 +49,7 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=["portable", "avx2", "avx512", "avx512vnni", "avx512bf16", "triton"])
+@pytest.fixture(params=["portable", "avx2", "avx512", "avx512bf16", "triton"])
 def backend(request: pytest.FixtureRequest):
     """Each fused backend; on CPU the C++ one once for each instruction set."""
     if request.param == "triton":

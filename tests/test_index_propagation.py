@@ -706,6 +706,7 @@ def _rank(rank, folder, choice):
     loss.backward()
     grads = {name: parameter.grad for name, parameter in model.named_parameters()}
     torch.save((entropy.detach(), loss.detach(), grads), folder / f"out{rank}.pt")
+    torch.distributed.barrier()  # gloo aborts where a peer leaves early
     torch.distributed.destroy_process_group()
 
 

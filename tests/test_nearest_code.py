@@ -350,6 +350,20 @@ def test_leading_shapes(backend, device, shape):
     assert torch.equal(indices.flatten(), expected)
 
 
+def test_flushed_denormals():
+    """What the rounding of a row loses has squares below float32's smallest normal number."""
+    z, codebook = torch.full((1, 256), 1e-19), torch.zeros(32, 256)
+    z[0, 0], codebook[0], codebook[0, 0], codebook[1, 0] = 2.7e-17, 1.0, 0.5, 1.0
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this CPU does not flush denormals")
+    try:
+        for isa in supported_isas():
+            with cpu_isa(isa):
+                assert int(nearest_code(z, codebook, metric="dot")) == 0
+    finally:
+        torch.set_flush_denormal(False)
+
+
 @pytest.mark.parametrize("metric", METRICS)
 def test_same_bits_however_it_is_run(metric):
     """Batch split, stride, thread count and instruction set, on data full of ties."""
@@ -393,8 +407,10 @@ def test_works_in_a_forked_child():
 )
 @pytest.mark.parametrize("metric", METRICS)
 def test_workspace_stays_small(n, k, d, metric):
-    size = inspect.extension().nearest_code_cpu_workspace(n, k, d, metric, 2)
-    assert size <= min(n * k // 128 * 4, 256 << 20) + (16 << 20)
+    for threads in (1, 2, 16, 64):
+        size = inspect.extension().nearest_code_cpu_workspace(n, k, d, metric, threads)
+        tiles = 256 * d * max(0, threads - 2)
+        assert size <= min(n * k // 128 * 4, 256 << 20) + (16 << 20) + tiles
 
 
 @pytest.mark.parametrize("metric", METRICS)
