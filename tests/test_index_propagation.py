@@ -124,9 +124,10 @@ def assert_right(z, codebook, backend, *, temperature=0.01, slack=0.0):
 )
 @pytest.mark.parametrize("scale", [0.1, 1.0])
 def test_equals_float64(backend, device, small, n, k, d, scale):
-    if small and d == 512 and scale < 1:
-        pytest.skip("20 s in the interpreter, for tiles that D = 512 at scale 1 has shown")
-    n, k = (min(n, 17), min(k, 130)) if small else (n, k)
+    wide = small and d >= 256
+    if wide and scale < 1:
+        pytest.skip("10 s in the interpreter, for tiles that scale 1 has shown")
+    n, k = (min(n, 17), min(k, 70 if wide else 130)) if small else (n, k)
     z, codebook = rows_and_codes(n, k, d, device=device)
     assert_right(z * scale, codebook, backend, slack=1e-7)
 
@@ -136,7 +137,7 @@ def test_equals_float64(backend, device, small, n, k, d, scale):
 )
 def test_equals_float64_over_many_tiles(backend, device, small, n, k, d):
     if small:
-        n, k = 20, 700
+        n, k = 20, 300
     z, codebook = rows_and_codes(n, k, d, device=device)
     assert_right(z / math.sqrt(d), codebook, backend, slack=1e-7)
 
@@ -356,7 +357,9 @@ def test_nan_in_the_codebook(backend, device):
     assert bool(result.sample_entropy.isnan())
 
 
-def test_same_bits_from_run_to_run(backend, device):
+def test_same_bits_from_run_to_run(backend, device, small):
+    if small:
+        pytest.skip("the interpreter has one order")
     torch.manual_seed(1)
     codes = torch.randn(20, 16, device=device)
     z = codes[torch.randint(20, (40,), device=device)]  # many rows to a code
