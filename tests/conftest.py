@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import sys
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +16,7 @@ with torch.device("meta"):
     torch.empty(0)  # torch caches its constructors here, before a test replaces torch.empty
 
 from titok_fast.ops import inspect
-from titok_fast.testing import cpu_isa, supported_isas
+from titok_fast.testing import cpu_isa, peak_extra_bytes, supported_isas
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -82,6 +83,19 @@ def ibq_backend(request: pytest.FixtureRequest):
 @pytest.fixture
 def device(backend: str) -> str:
     return "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def peak() -> Callable[[Callable[[], object]], int]:
+    """`peak(call)`: its extra bytes on the CPU; skips the test where the system does not tell."""
+
+    def peak(call: Callable[[], object]) -> int:
+        extra = peak_extra_bytes(call)
+        if extra is None:
+            pytest.skip("this system does not count peak memory")
+        return extra
+
+    return peak
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ from titok_fast.ops import inspect
 from titok_fast.ops.index_propagation import propagate
 from titok_fast.testing import (
     cpu_isa,
-    peak_extra_bytes,
     relative_error,
     rows_and_codes,
     supported_isas,
@@ -430,7 +429,7 @@ def test_more_than_2_to_the_31_scores():
 
 
 @pytest.mark.parametrize("backend", ["streaming", "cpu"])
-def test_never_holds_the_scores(backend):
+def test_never_holds_the_scores(backend, peak):
     if backend == "cpu" and default_backend() == "streaming":
         pytest.skip("the extension is built without the op")
     z, codebook = (x.requires_grad_() for x in rows_and_codes(2048, 16_384, 8))
@@ -445,16 +444,14 @@ def test_never_holds_the_scores(backend):
     torch.set_num_threads(1)  # a busy machine makes the many small steps of streaming wait
     try:
         step()
-        peak = peak_extra_bytes(step)
+        extra = peak(step)
     finally:
         torch.set_num_threads(threads)
-    if peak is None:
-        pytest.skip("this system does not count peak memory")
-    assert peak <= 32 << 20, f"{peak / 2**20:.1f} MiB, where one N x K matrix is 128 MiB"
+    assert extra <= 32 << 20, f"{extra / 2**20:.1f} MiB, where one N x K matrix is 128 MiB"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_sums_the_gradient_of_a_few_codes_at_a_time(dtype):
+def test_sums_the_gradient_of_a_few_codes_at_a_time(dtype, peak):
     if default_backend() == "streaming":
         pytest.skip("the extension is built without the op")
     z, codebook = (x.requires_grad_() for x in rows_and_codes(64, 32_768, 128, dtype=dtype))
@@ -465,10 +462,8 @@ def test_sums_the_gradient_of_a_few_codes_at_a_time(dtype):
         return torch.autograd.grad(loss, codebook)[0]
 
     step()
-    peak = peak_extra_bytes(step)
-    if peak is None:
-        pytest.skip("this system does not count peak memory")
-    assert peak <= 8 << 20, f"{peak / 2**20:.1f} MiB, where its float32 gradient is 16 MiB"
+    extra = peak(step)
+    assert extra <= 8 << 20, f"{extra / 2**20:.1f} MiB, where its float32 gradient is 16 MiB"
 
 
 @pytest.mark.parametrize("dtype", HALVES)
