@@ -92,20 +92,10 @@ struct RowState {
 };
 static_assert(sizeof(RowState) <= 96, "the plan's row_state");
 
-// bfloat16 inputs multiply as pairs where the CPU does; all others in float32.
-struct Single {
-  static constexpr int terms = 1;
-  static V dot(V a, V b, V c) { return S::fmadd(a, b, c); }
-  template <class Load>
-  static V words(const Load& load) {
-    return load(0);
-  }
-  static V zip(V low, V) { return low; }
-};
-
 template <class T>
 struct Propagation {
-  using Words = std::conditional_t<S::terms == 2 && std::is_same_v<T, simd::BFloat16>, S, Single>;
+  // bfloat16 inputs multiply as pairs where the CPU does; all others in float32.
+  using Words = std::conditional_t<std::is_same_v<T, simd::BFloat16>, simd::Words, simd::Single>;
   static constexpr int kTerms = Words::terms;
 
   const IndexPropagationArgs& args;

@@ -18,7 +18,7 @@ using simd::Double8;
 using simd::sum_pairs;
 using simd::widen8;
 
-constexpr int kTerms = S::terms;
+constexpr int kTerms = simd::Words::terms;
 constexpr int kTileRows = S::tile_rows;
 constexpr int kTileVectors = S::tile_vectors;
 constexpr int kTileCodes = kTileVectors * S::lanes;
@@ -44,7 +44,7 @@ struct Floats {
   static constexpr int terms = kTerms;
   using Sum = V;
   static Sum start(const float* p) { return S::load(p); }
-  static Sum dot(V row, V code, Sum sum) { return S::dot(row, code, sum); }
+  static Sum dot(V row, V code, Sum sum) { return simd::Words::dot(row, code, sum); }
 };
 // ... or bytes, at twice the rate of bfloat16 and a tenth of its accuracy: where few blocks need
 // rescoring even so, this is the faster way.
@@ -253,7 +253,7 @@ struct Search {
           S::store(buffer,
                    C::raised_words([&](int part) { return S::mul(values_of(part), inverse); }));
         } else {
-          S::store(buffer, S::words(values_of));
+          S::store(buffer, simd::Words::words(values_of));
         }
         const int64_t count = all - w < S::lanes ? all - w : S::lanes;
         for (int64_t i = 0; i < count; ++i) out[(w + i) * kTileRows] = buffer[i];
@@ -363,7 +363,7 @@ struct Search {
         const float* in = values() + w * kTerms * kTileCodes + j;
         const V low = S::mul(S::load(in), factor);
         const V high = S::mul(S::load(in + (kTerms - 1) * kTileCodes), factor);
-        S::store(values() + w * kTileCodes + j, S::zip(low, high));
+        S::store(values() + w * kTileCodes + j, simd::Words::zip(low, high));
       }
     }
   }

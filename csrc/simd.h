@@ -262,9 +262,7 @@ Double8 widen8(const T* p, int64_t count) {
 #endif
 }
 
-// A Native set: `lanes` floats a vector; a register tile of tile_rows x tile_vectors accumulators;
-// `terms` products that one dot() adds per lane, so that a packed word holds `terms` values and
-// words() packs load(0), load(1), ...: `terms` vectors of consecutive values.
+// A Native set: `lanes` floats a vector; a register tile of tile_rows x tile_vectors accumulators.
 #if defined(__AVX512F__)
 struct Avx512 {
   static constexpr int lanes = 16;
@@ -376,37 +374,8 @@ struct Avx512 {
     }
     for (int i = 0; i < lanes; ++i) rows[i] = t[i];
   }
-  static constexpr int terms = 1;
-  template <class Load>
-  static V words(const Load& load) {
-    return load(0);
-  }
-  static V zip(V low, V) { return low; }
-  static V dot(V a, V b, V c) { return fmadd(a, b, c); }
 };
-#if defined(__AVX512BF16__)
-// Products of pairs of bfloat16, summed in float32: half the steps.
-struct Avx512Bf16 : Avx512 {
-  static constexpr int terms = 2;
-  static V dot(V a, V b, V c) {
-    return _mm512_dpbf16_ps(c, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
-  }
-  template <class Load>
-  static V words(const Load& load) {
-    const V low = load(0), high = load(1);
-    return reinterpret_cast<V>(_mm512_cvtne2ps_pbh(high, low));
-  }
-  // Words of one value each of two vectors.
-  static V zip(V low, V high) {
-    const __m512i a = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(low)));
-    const __m512i b = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(high)));
-    return _mm512_castsi512_ps(_mm512_or_si512(a, _mm512_slli_epi32(b, 16)));
-  }
-};
-using Native = Avx512Bf16;
-#else
 using Native = Avx512;
-#endif
 #if defined(__AVX512VNNI__)
 // Words of four integers from -127 to 127, kept in vectors of floats as those of bfloat16 are. Of
 // the two words of a product one is "raised": 128 is added to each integer, as the instruction
@@ -559,13 +528,6 @@ struct Avx2 {
     }
     for (int i = 0; i < lanes; ++i) rows[i] = t[i];
   }
-  static constexpr int terms = 1;
-  template <class Load>
-  static V words(const Load& load) {
-    return load(0);
-  }
-  static V zip(V low, V) { return low; }
-  static V dot(V a, V b, V c) { return fmadd(a, b, c); }
 };
 using Native = Avx2;
 #else
@@ -669,15 +631,45 @@ struct Portable {
       }
     }
   }
+};
+using Native = Portable;
+#endif
+
+// What a register tile multiplies: words of `terms` values, whose products one dot() adds per lane.
+// words() packs load(0), load(1), ...: `terms` vectors of consecutive values; zip() one value each
+// of two vectors.
+struct Single {
   static constexpr int terms = 1;
+  using V = Native::V;
+  static V dot(V a, V b, V c) { return Native::fmadd(a, b, c); }
   template <class Load>
   static V words(const Load& load) {
     return load(0);
   }
   static V zip(V low, V) { return low; }
-  static V dot(V a, V b, V c) { return fmadd(a, b, c); }
 };
-using Native = Portable;
+#if defined(__AVX512BF16__)
+// Pairs of bfloat16, summed in float32: half the steps.
+struct Pairs {
+  static constexpr int terms = 2;
+  using V = Native::V;
+  static V dot(V a, V b, V c) {
+    return _mm512_dpbf16_ps(c, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
+  }
+  template <class Load>
+  static V words(const Load& load) {
+    const V low = load(0), high = load(1);
+    return reinterpret_cast<V>(_mm512_cvtne2ps_pbh(high, low));
+  }
+  static V zip(V low, V high) {
+    const __m512i a = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(low)));
+    const __m512i b = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(high)));
+    return _mm512_castsi512_ps(_mm512_or_si512(a, _mm512_slli_epi32(b, 16)));
+  }
+};
+using Words = Pairs;
+#else
+using Words = Single;
 #endif
 
 // row[0..lanes) where `left` values remain, zeros past them.
