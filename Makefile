@@ -9,7 +9,7 @@ demo: venv
 	$(BIN)/python examples/digits.py
 
 test: venv
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 venv: $(VENV)/.installed
 

@@ -7,6 +7,11 @@ from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
+
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # before the first import of torch
+    threads = max(1, (os.cpu_count() or 1) // int(workers))
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+
 import torch
 
 if not torch.cuda.is_available():

@@ -247,7 +247,8 @@ def test_a_record_outlives_the_process(tmp_path):
     command = [sys.executable, "-m", "bench.run", "--into", tmp_path / "new", "--bench-quick",
                "--bench-device=cpu", "-k", "maskgit_step and not compiled", "-p", "faults",
                "--bench-commit=0123"]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    environment["PYTHONPATH"] = str(tmp_path)
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     (path,) = (tmp_path / "new").iterdir()
     found = json.loads(path.read_text())
