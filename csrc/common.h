@@ -1,12 +1,10 @@
 // Shared by every op's host code: element types and a thread team. No torch, no Python.
 #pragma once
 
+#include <atomic>
 #include <condition_variable>
 #include <cstdint>
-#include <exception>
 #include <mutex>
-#include <thread>
-#include <vector>
 
 namespace titok {
 
@@ -18,8 +16,9 @@ static constexpr int64_t round_up(int64_t value, int64_t multiple) {
 }
 
 // The threads of one parallel region: `fn(Team::Member)` runs once per thread, the caller's
-// included, and every thread is joined before `run` returns. Nothing outlives a call, so the
-// process may fork between calls and no pool spins beside torch's.
+// included. They are those of torch's own OpenMP pool, which after every op of torch still spin for
+// milliseconds: threads beside them would share their cores. In a forked child, where OpenMP would
+// wait forever, and where torch has no OpenMP, they start and end with the region.
 class Team {
  public:
   struct Member {
@@ -28,7 +27,7 @@ class Team {
     int size;
 
     // Inlined into files that are compiled for one instruction set, never linked across them.
-    __attribute__((always_inline)) void barrier() const { team.wait(); }
+    __attribute__((always_inline)) void barrier() const { team.wait(size); }
 
     // This member's share of [0, count), in multiples of `grain`.
     struct Range {
@@ -44,40 +43,33 @@ class Team {
     }
   };
 
+  // `threads` or fewer of torch's `pool`. Asked for another number than torch does, OpenMP would
+  // end and start threads again and again: all of them come, and some leave at once.
   template <class Fn>
-  static void run(int threads, const Fn& fn) {
+  static void run(int threads, int pool, const Fn& fn) {
     Team team;
-    std::vector<std::thread> others;
-    others.reserve(threads > 1 ? threads - 1 : 0);
-    {
-      // Members start only once the size is known: a machine out of threads gets a smaller team.
-      std::unique_lock<std::mutex> hold(team.mutex_);
-      for (int i = 1; i < threads; ++i) {
-        try {
-          others.emplace_back([&team, &fn, i] {
-            {
-              std::unique_lock<std::mutex> started(team.mutex_);
-            }
-            fn(Member{team, i, team.size_});
-          });
-        } catch (const std::exception&) {
-          break;
-        }
-      }
-      team.size_ = static_cast<int>(others.size()) + 1;
-    }
-    fn(Member{team, 0, team.size_});
-    for (auto& thread : others) thread.join();
+    if (threads <= 1) return fn(Member{team, 0, 1});
+    const auto member = [&](int index, int size) {
+      if (size > threads) size = threads;
+      if (index < size) fn(Member{team, index, size});
+    };
+    using Each = decltype(member);
+    start(pool, threads, &member, [](const void* each, int index, int size) {
+      (*static_cast<const Each*>(each))(index, size);
+    });
   }
 
  private:
-  void wait();  // out of line: files compiled for one instruction set must not define it
+  using Call = void (*)(const void* member, int index, int size);
+
+  // Out of line: files that are compiled for one instruction set must not define them.
+  static void start(int pool, int threads, const void* member, Call call);
+  void wait(int size);
 
   std::mutex mutex_;
   std::condition_variable released_;
-  int size_ = 1;
-  int arrived_ = 0;
-  int64_t generation_ = 0;
+  std::atomic<int> arrived_{0};
+  std::atomic<int64_t> generation_{0};
 };
 
 }  // namespace titok

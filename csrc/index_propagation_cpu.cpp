@@ -36,7 +36,7 @@ IndexPropagationPlan make_plan(const IndexPropagationKernels& set, int64_t n, in
   plan.rows = round_up(std::min<int64_t>(std::max<int64_t>(n, 1), kRows), set.tile_rows);
   plan.panel = kIndexPropagationChunk * (n <= plan.rows ? 1 : kPanelChunks);
   const int64_t state_rows = backward ? round_up(n, set.tile_rows) : plan.rows;
-  // A thread costs some 20 us to start: give each at least 4 MFLOP.
+  // A thread that sleeps takes some 20 us to wake: give each at least 4 MFLOP.
   const double work = 4.0 * n * k * d;
   plan.threads = static_cast<int>(std::max(1.0, std::min<double>(threads, work / 4e6)));
 
@@ -90,13 +90,15 @@ std::size_t index_propagation_cpu_workspace(int64_t n, int64_t k, int64_t d, int
 void index_propagation_fwd_cpu(const IndexPropagationArgs& args) {
   const IndexPropagationKernels& set = kernels();
   const auto plan = make_plan(set, args.n, args.k, args.d, args.threads, false);
-  Team::run(plan.threads, [&](const Team::Member& member) { set.forward(args, plan, member); });
+  Team::run(plan.threads, args.threads,
+            [&](const Team::Member& member) { set.forward(args, plan, member); });
 }
 
 void index_propagation_bwd_cpu(const IndexPropagationArgs& args) {
   const IndexPropagationKernels& set = kernels();
   const auto plan = make_plan(set, args.n, args.k, args.d, args.threads, true);
-  Team::run(plan.threads, [&](const Team::Member& member) { set.backward(args, plan, member); });
+  Team::run(plan.threads, args.threads,
+            [&](const Team::Member& member) { set.backward(args, plan, member); });
 }
 
 }  // namespace titok

@@ -45,7 +45,7 @@ NearestCodePlan make_plan(const NearestCodeKernels& kernels, int64_t n, int64_t 
   }
   plan.block_vectors = std::max(plan.block_vectors, tile_vectors);
 
-  // A thread costs some 20 us to start: give each at least 4 MFLOP of coarse search.
+  // A thread that sleeps takes some 20 us to wake: give each at least 4 MFLOP of coarse search.
   const double work = 2.0 * n * k * d;
   plan.threads = static_cast<int>(std::max(1.0, std::min<double>(threads, work / 4e6)));
 
@@ -122,7 +122,7 @@ void nearest_code_cpu(const NearestCodeArgs& args) {
   if (args.n == 0) return;
   const NearestCodeKernels& set = kernels();
   const NearestCodePlan plan = make_plan(set, args.n, args.k, args.d, args.metric, args.threads);
-  Team::run(plan.threads, [&](const Team::Member& member) {
+  Team::run(plan.threads, args.threads, [&](const Team::Member& member) {
     if (plan.teams == 1) return set.run(args, plan, member, {0, args.n}, args.workspace);
     Team own;
     set.run(args, plan, Team::Member{own, 0, 1}, member.share(args.n, plan.tile_rows),

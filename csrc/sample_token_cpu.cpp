@@ -27,7 +27,7 @@ SampleTokenRun kernel() {
 }
 
 SampleTokenPlan make_plan(int64_t batch, int64_t vocabulary, int threads) {
-  // A thread costs some 20 us to start: give each at least 64 thousand logits.
+  // A thread that sleeps takes some 20 us to wake: give each at least 64 thousand logits.
   const double work = static_cast<double>(batch) * static_cast<double>(vocabulary);
   const double most = vocabulary >= kShared ? threads : std::min<double>(threads, batch);
   SampleTokenPlan plan{};
@@ -63,7 +63,8 @@ void sample_token_cpu(const SampleTokenArgs& args) {
   plan.alone = shared ? args.batch / plan.threads * plan.threads : args.batch;
   if (!shared) plan.threads = static_cast<int>(std::min<int64_t>(plan.threads, args.batch));
   const SampleTokenRun sample = kernel();
-  Team::run(plan.threads, [&](const Team::Member& member) { sample(args, plan, member); });
+  Team::run(plan.threads, args.threads,
+            [&](const Team::Member& member) { sample(args, plan, member); });
 }
 
 }  // namespace titok

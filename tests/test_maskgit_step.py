@@ -1,7 +1,6 @@
 """maskgit_step against its reference, to the bit, and against the official arithmetic."""
 
 import math
-import os
 
 import pytest
 import torch
@@ -438,16 +437,6 @@ def test_same_bits_with_any_number_of_threads():
             assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
     finally:
         torch.set_num_threads(threads)
-
-
-def test_works_in_a_forked_child():
-    cond, uncond, ids = inputs(5, 40, 1000)
-    expected = maskgit_step(cond, ids, uncond_logits=uncond, **EVERYTHING)
-    child = os.fork()
-    if child == 0:
-        actual = maskgit_step(cond, ids, uncond_logits=uncond, **EVERYTHING)
-        os._exit(0 if all(map(torch.equal, actual, expected)) else 1)
-    assert os.waitpid(child, 0)[1] == 0
 
 
 @pytest.mark.parametrize("as_tensors", [False, True])

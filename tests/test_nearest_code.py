@@ -1,6 +1,5 @@
 """nearest_code against its float64 reference, to the bit."""
 
-import os
 import time
 
 import pytest
@@ -391,15 +390,6 @@ def test_same_bits_however_it_is_run(metric):
                     assert torch.equal(search(), expected)
             finally:
                 torch.set_num_threads(threads)
-
-
-def test_works_in_a_forked_child():
-    z, codebook = rows_and_codes(500, 3000, 20)
-    expected = nearest_code(z, codebook)
-    child = os.fork()
-    if child == 0:
-        os._exit(0 if torch.equal(nearest_code(z, codebook), expected) else 1)
-    assert os.waitpid(child, 0)[1] == 0
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """sample_token against its reference, to the bit, and against the official arithmetic."""
 
 import math
-import os
 
 import pytest
 import torch
@@ -354,16 +353,6 @@ def test_same_tokens_with_any_number_of_threads(shape, spread):
                 assert torch.equal(sample_token(cond, **options), expected)
     finally:
         torch.set_num_threads(threads)
-
-
-def test_works_in_a_forked_child():
-    cond, uncond = inputs(1, 2**18)
-    expected = sample_token(cond, uncond_logits=uncond, **EVERYTHING)
-    child = os.fork()
-    if child == 0:
-        actual = sample_token(cond, uncond_logits=uncond, **EVERYTHING)
-        os._exit(0 if torch.equal(actual, expected) else 1)
-    assert os.waitpid(child, 0)[1] == 0
 
 
 @pytest.mark.parametrize("as_tensors", [False, True])
