@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from titok_fast.layers import IndexPropagationQuantize
 from titok_fast.models.checks import check_floating, check_tokens
-from titok_fast.models.maskgit_vqgan import group_norm
+from titok_fast.models.maskgit_vqgan import activated, added, group_norm, image_by_image
 from titok_fast.models.pretrained import PretrainedModel, Release
 from titok_fast.ops import nearest_code
 
@@ -54,9 +54,9 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps [B, in_channels, H, W] to [B, out_channels, H, W]."""
-        h: Tensor = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
-        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+        h: Tensor = self.conv1(activated(self.norm1, x))
+        h = self.conv2(self.dropout(activated(self.norm2, h)))
+        return added(h, self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
 
 
 class SpatialAttention(nn.Module):
@@ -73,7 +73,7 @@ class SpatialAttention(nn.Module):
         rows = (part(hidden).flatten(2).transpose(1, 2) for part in (self.q, self.k, self.v))
         out = F.scaled_dot_product_attention(*rows).transpose(1, 2).reshape(x.shape)
         projected: Tensor = self.proj_out(out)
-        return x + projected
+        return added(projected, x)
 
 
 class Resample(nn.Module):
@@ -168,7 +168,7 @@ class IBQEncoder(nn.Module):
             x = level(x)
         for block in self.mid.values():
             x = block(x)
-        out: Tensor = self.conv_out(F.silu(self.norm_out(x)))
+        out: Tensor = self.conv_out(activated(self.norm_out, x))
         return out
 
 
@@ -205,7 +205,7 @@ class IBQDecoder(nn.Module):
             x = block(x)
         for level in reversed(self.up):
             x = level(x)
-        out: Tensor = self.conv_out(F.silu(self.norm_out(x)))
+        out: Tensor = self.conv_out(activated(self.norm_out, x))
         return out
 
 
@@ -287,7 +287,8 @@ class IBQTokenizer(PretrainedModel):
                 f"images: got shape {list(images.shape)}, allowed is [B, {channels}, H, W] with H "
                 f"and W multiples of {stride}"
             )
-        hidden = self.encoder(2 * images.to(self.encoder.conv_in.weight.dtype) - 1)
+        pixels = 2 * images.to(self.encoder.conv_in.weight.dtype) - 1
+        hidden = image_by_image(self.encoder, pixels)
         out: Tensor = self.quant_conv(hidden.to(self.quant_conv.weight.dtype))
         return out
 
@@ -327,5 +328,5 @@ class IBQTokenizer(PretrainedModel):
         check_tokens("tokens", tokens, self.codebook_size, "B, h, w")
         z = self.quantize.embedding.weight[tokens].permute(0, 3, 1, 2)  # [B, D, h, w]
         z = self.post_quant_conv(z.to(self.post_quant_conv.weight.dtype))
-        images: Tensor = (self.decoder(z) + 1) / 2
+        images = (image_by_image(self.decoder, z) + 1) / 2
         return images.clamp(0, 1) if clamp else images

@@ -34,6 +34,28 @@ def group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(32, channels, eps=1e-6)
 
 
+def activated(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    """SiLU of the normalised x, in one new tensor where no gradient is asked for."""
+    return F.silu(norm(x), inplace=not torch.is_grad_enabled())
+
+
+def added(h: Tensor, x: Tensor) -> Tensor:
+    """h + x, in h's memory where no gradient is asked for."""
+    return h + x if torch.is_grad_enabled() else h.add_(x)
+
+
+def image_by_image(network: nn.Module, x: Tensor) -> Tensor:
+    """network(x) for a network that treats every image alike.
+
+    On a CPU one at a time, where no gradient is asked for: each op's result then fits into memory
+    that the one before has freed, and a batch's would be fetched from the system, page by page.
+    """
+    if x.device.type != "cpu" or len(x) < 2 or torch.is_grad_enabled():
+        whole: Tensor = network(x)
+        return whole
+    return torch.cat([network(image) for image in x.split(1)])
+
+
 def _conv(in_channels: int, out_channels: int, kernel_size: int, bias: bool = True) -> nn.Conv2d:
     return nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=bias)
 
@@ -52,10 +74,10 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps [B, in_channels, H, W] to [B, out_channels, H, W]."""
-        h: Tensor = self.conv1(F.silu(self.norm1(x)))  # [B, out, H, W]
-        h = self.conv2(F.silu(self.norm2(h)))  # [B, out, H, W]
+        h: Tensor = self.conv1(activated(self.norm1, x))  # [B, out, H, W]
+        h = self.conv2(activated(self.norm2, h))  # [B, out, H, W]
         # The released weights expect the shortcut of the block's output, not of its input.
-        return h + (self.nin_shortcut(h) if hasattr(self, "nin_shortcut") else x)
+        return added(h, self.nin_shortcut(h) if hasattr(self, "nin_shortcut") else x)
 
 
 class Level(nn.Module):
@@ -107,7 +129,7 @@ class PixelEncoder(nn.Module):
         x = self.conv_in(images.contiguous(memory_format=torch.channels_last))
         for i, level in enumerate(self.down):
             x = level(x if i == 0 else F.avg_pool2d(x, 2))
-        x = F.silu(self.norm_out(self.mid(x)))
+        x = activated(self.norm_out, self.mid(x))
         out: Tensor = self.conv_out(x.to(self.conv_out.weight.dtype))  # [B, D, h, w]
         return out
 
@@ -137,7 +159,7 @@ class PixelDecoder(nn.Module):
         x = self.mid(self.conv_in(z.contiguous(memory_format=torch.channels_last)))
         for level in reversed(self.up):
             x = level(x)
-        out: Tensor = self.conv_out(F.silu(self.norm_out(x)))  # [B, 3, H, W]
+        out: Tensor = self.conv_out(activated(self.norm_out, x))  # [B, 3, H, W]
         return out
 
 
@@ -205,7 +227,9 @@ class MaskGITVQGAN(PretrainedModel):
                 f"images: got shape {list(images.shape)}, allowed is [B, {channels}, S, S] "
                 f"with S a multiple of {self.stride}"
             )
-        hidden = self.encoder(images.to(self.encoder.conv_in.weight.dtype))  # [B, D, h, w]
+        hidden = image_by_image(
+            self.encoder, images.to(self.encoder.conv_in.weight.dtype)
+        )  # [B, D, h, w]
         tokens: Tensor = self.quantize(hidden)[1]["min_encoding_indices"]  # [B, h, w]
         return tokens.flatten(1)
 
@@ -233,5 +257,4 @@ class MaskGITVQGAN(PretrainedModel):
         codes = self.quantize.embedding(tokens)  # [B, h h, D]
         z = rearrange(codes, "b (h w) d -> b d h w", h=side)  # [B, D, h, h]
         z = z.to(self.decoder.conv_in.weight.dtype)
-        images: Tensor = self.decoder(z).clamp(0, 1)  # [B, 3, H, W]
-        return images
+        return image_by_image(self.decoder, z).clamp(0, 1)  # [B, 3, H, W]

@@ -15,7 +15,12 @@ from titok_fast.layers import VectorQuantizer
 from titok_fast.models.accelerated import capture
 from titok_fast.models.blocks import ResidualAttentionBlock
 from titok_fast.models.checks import check_floating, check_tokens
-from titok_fast.models.maskgit_vqgan import VQGAN_CODEBOOK_SIZE, VQGAN_CONFIG, PixelDecoder
+from titok_fast.models.maskgit_vqgan import (
+    VQGAN_CODEBOOK_SIZE,
+    VQGAN_CONFIG,
+    PixelDecoder,
+    image_by_image,
+)
 from titok_fast.models.pretrained import PretrainedModel, Release
 
 _SIZES: Mapping[str, Mapping[str, int]] = {
@@ -513,8 +518,7 @@ class TiTok(PretrainedModel):
         codes = self.pixel_quantize.embedding.weight  # [1024, D]
         weights = decoded.permute(0, 2, 3, 1).softmax(-1)  # [B, G, G, 1024]
         z = (weights @ codes).permute(0, 3, 1, 2)  # [B, D, G, G], channels last
-        images: Tensor = self.pixel_decoder(z)  # [B, 3, 16 G, 16 G]
-        return images
+        return image_by_image(self.pixel_decoder, z)  # [B, 3, 16 G, 16 G]
 
 
 def _init_weights(module: nn.Module) -> None:
