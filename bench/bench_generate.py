@@ -56,8 +56,7 @@ def prepare_official(dtype: torch.dtype) -> Callable[[Case, Tensor], Call]:
 
 def prepare_ours(dtype: torch.dtype) -> Callable[[Case, Tensor], Call]:
     def prepare(case: Case, labels: Tensor) -> Call:
-        tokenizer, generator = (copy.deepcopy(model).cast(dtype) for model in pair(case))
-        tokenizer.to(memory_format=torch.channels_last)
+        tokenizer, generator = (models.prepared(model, dtype) for model in pair(case))
         generate = models.generating(generator, labels)
         decode = tokenizer.capture(case.b)[1] if case.device == "cuda" else tokenizer.decode
         return lambda: decode(generate())

@@ -42,7 +42,7 @@ def prepare_official(dtype: torch.dtype) -> Callable[[Case, Tensor], Call]:
 
 def prepare_ours(dtype: torch.dtype) -> Callable[[Case, Tensor], Call]:
     def prepare(case: Case, labels: Tensor) -> Call:
-        model = copy.deepcopy(models.generator(case.model, case.device)).cast(dtype)
+        model = models.prepared(models.generator(case.model, case.device), dtype)
         return models.generating(model, labels)
 
     return prepare

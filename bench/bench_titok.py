@@ -1,6 +1,5 @@
 """TiTok's encode and decode, whole models, against the official arithmetic in float32."""
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -71,8 +70,7 @@ def prepare_official(dtype: torch.dtype) -> Callable[[Case, Tensor], Call]:
 
 def prepare_ours(dtype: torch.dtype) -> Callable[[Case, Tensor], Call]:
     def prepare(case: Case, x: Tensor) -> Call:
-        model = copy.deepcopy(models.tokenizer(case.model, case.device)).cast(dtype)
-        model.to(memory_format=torch.channels_last)
+        model = models.prepared(models.tokenizer(case.model, case.device), dtype)
         if case.device == "cuda":
             encode, decode = model.capture(case.b)
             run = encode if case.task == "encode" else decode

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.harness import Call, Case, Provider
-from titok_fast.models import MaskGIT, TiTok
+from titok_fast.models import MaskGIT, TiTok, pack_weights
 from titok_fast.models.blocks import ResidualAttentionBlock
 from titok_fast.models.generate import PAIRS, Generator
 from titok_fast.models.pretrained import PretrainedModel
@@ -51,6 +51,15 @@ def tokenizer(name: str, device: str) -> TiTok:
 def generator(name: str, device: str) -> MaskGIT:
     """Generated weights, as of `tokenizer`."""
     return generated(MaskGIT, name, device)
+
+
+def prepared(model: Model, dtype: torch.dtype) -> Model:
+    """A copy as our providers run it: its networks in `dtype`, on a CPU with packed weights."""
+    model = copy.deepcopy(model).cast(dtype)
+    model.to(memory_format=torch.channels_last)
+    if next(model.parameters()).device.type == "cpu":
+        pack_weights(model)
+    return model
 
 
 def labels_of(model: Generator, count: int, device: str) -> Tensor:

@@ -10,7 +10,6 @@ import titok_fast
 from tests.conformance import expected, manifest, uniform, weights
 from titok_fast.models import ARTransformer
 from titok_fast.models.autoregressive import ARSampling, Decoding
-from titok_fast.models.blocks import PackableLinear, packed
 from titok_fast.testing import relative_error
 
 LABELS = torch.tensor([3, 7])
@@ -170,20 +169,6 @@ def test_reads_its_part_of_a_checkpoint(tiny, tmp_path):
     torch.save({"state_dict": state}, tmp_path / "any.ckpt")
     with pytest.raises(ValueError, match=r"missing head\.weight"):
         ARTransformer.from_pretrained(tmp_path / "any.ckpt", config=tiny.config)
-
-
-def test_packed_layers_are_packed_only_within(tiny):
-    layers = [layer for layer in tiny.modules() if isinstance(layer, PackableLinear)]
-    x = torch.randn(3, 64)
-    with torch.no_grad():
-        plain = [layer(x) for layer in layers if layer.in_features == 64]
-        with pytest.raises(KeyError), packed(tiny, 3):
-            assert torch.backends.mkldnn.is_available() == (layers[0]._packed is not None)
-            within = [layer(x) for layer in layers if layer.in_features == 64]
-            raise KeyError
-    assert all(layer._packed is None for layer in layers)
-    for a, b in zip(plain, within, strict=True):
-        assert relative_error(a, b) < 1e-6
 
 
 def test_trains():

@@ -14,7 +14,7 @@ from PIL import Image
 from titok_fast import profiling
 from titok_fast.cli.profile_chart import COLORS, OURS, draw_profile
 from titok_fast.models import MaskGIT, TiTok
-from titok_fast.models.generate import PAIRS
+from titok_fast.models.generate import PAIRS, pack_pair
 from titok_fast.profiling import (
     DE_TOKENIZER,
     GRAPH,
@@ -135,9 +135,10 @@ def test_models_and_their_generators_fit():
 
 def test_the_timed_sampler_gives_the_images_of_the_plain_one():
     sampler = profiling._TiTokSampler("titok-digits", 3, None, CPU, torch.float32, True)
+    tokenizer = TiTok.from_pretrained("titok-digits")
     generator = MaskGIT.from_pretrained("maskgit-digits")
-    tokens = generator.generate([0, 1, 2])
-    expected = TiTok.from_pretrained("titok-digits").decode(tokens)
+    pack_pair(tokenizer, generator)
+    expected = tokenizer.decode(generator.generate([0, 1, 2]))
     actual = []
     seconds = sampler.watch.time(lambda: actual.append(sampler(8)))
     assert torch.equal(actual[0], expected) and sampler.steps == 8

@@ -12,6 +12,7 @@ from titok_fast.models import (
     compile,
     generate,
     load_tokenizer,
+    pack_weights,
 )
 from titok_fast.ops import attention, index_propagation, maskgit_step, nearest_code, sample_token
 
@@ -33,5 +34,6 @@ __all__ = [
     "load_tokenizer",
     "maskgit_step",
     "nearest_code",
+    "pack_weights",
     "sample_token",
 ]

@@ -23,7 +23,7 @@ from titok_fast._files import replacing
 from titok_fast.models import MaskGIT, TiTok, compile
 from titok_fast.models.accelerated import capture
 from titok_fast.models.checks import replaced
-from titok_fast.models.generate import PAIRS
+from titok_fast.models.generate import PAIRS, pack_pair
 from titok_fast.ops import inspect
 
 TRANSFORMER, STEP_OP, DE_TOKENIZER, OTHER = "transformer", "step op", "de-tokenizer", "other"
@@ -242,6 +242,7 @@ class _TiTokSampler:
         self.name = name
         self.tokenizer: TiTok = _built(TiTok, name, device, dtype, pretrained)
         self.generator: MaskGIT = _built(MaskGIT, PAIRS[name].generator, device, dtype, pretrained)
+        pack_pair(self.tokenizer, self.generator)
         self.steps = replaced(self.generator.sampling, "MaskGIT", steps=steps).steps
         self.labels = torch.arange(batch_size, device=device) % self.generator.num_classes
         self.watch = Stopwatch(device)

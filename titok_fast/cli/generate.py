@@ -31,7 +31,7 @@ from titok_fast.cli.common import (
 from titok_fast.images import grid, read_pixels, to_float, write_png
 from titok_fast.models import MaskGIT
 from titok_fast.models.checks import Options, replaced
-from titok_fast.models.generate import PAIRS, Generator, arranged, image_size
+from titok_fast.models.generate import PAIRS, Generator, arranged, image_size, pack_pair
 from titok_fast.models.maskgit import GUIDANCE_DECAYS, RULES, SCHEDULES
 from titok_fast.tokens import Parts, Setting, TokenFile, check_settings, write_settings
 
@@ -118,6 +118,7 @@ def generate(
     transformer = names.generator_class.from_pretrained(
         generator or names.generator, dtype=network.dtype, device=network.device
     )
+    pack_pair(network.model, transformer)
     sampling = _sampling(
         transformer.sampling,
         model,

@@ -1,6 +1,6 @@
 """Models with the official parameter names: from images to tokens and back."""
 
-from titok_fast.models.accelerated import compile
+from titok_fast.models.accelerated import compile, pack_weights
 from titok_fast.models.auto import Tokenizer, load_tokenizer
 from titok_fast.models.autoregressive import ARSampling, ARTransformer
 from titok_fast.models.generate import generate
@@ -25,4 +25,5 @@ __all__ = [
     "compile",
     "generate",
     "load_tokenizer",
+    "pack_weights",
 ]

@@ -1,4 +1,4 @@
-"""Two ways to run a model faster: `torch.compile` of its blocks, and CUDA graphs."""
+"""Ways to run a model faster: `torch.compile` of its blocks, CUDA graphs, packed weights."""
 
 from __future__ import annotations
 
@@ -8,7 +8,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from titok_fast.models.blocks import BertBlock, LlamaBlock, ResidualAttentionBlock, UViTBlock
+from titok_fast.models.blocks import (
+    BertBlock,
+    LlamaBlock,
+    Packable,
+    ResidualAttentionBlock,
+    UViTBlock,
+)
 from titok_fast.models.ibq import ResidualBlock
 from titok_fast.models.maskgit_vqgan import ResnetBlock
 
@@ -36,6 +42,36 @@ def compile(model: Model) -> Model:
         raise ValueError(f"model: {type(model).__name__} has no block of a model of titok_fast")
     for block in blocks:
         block.compile()
+    return model
+
+
+def pack_weights(model: Model) -> Model:
+    """Lets the linear layers of a model on the CPU keep copies of their weights in oneDNN's order.
+
+    Inference without gradients then takes less time, most for small batches, and twice the memory
+    for weights. A weight that changes afterwards is used in its own order until it is packed again;
+    a change through `weight.data` is not seen, and must be followed by another call. Nothing is
+    packed where PyTorch has no oneDNN, or oneDNN no product of the weight's dtype on this CPU:
+    float32 always, bfloat16 with AVX-512.
+
+    Args:
+        model: any model of this package, or a module that holds its blocks, on the CPU.
+
+    Returns:
+        The model; its state_dict is unchanged, and a copy or a file of it is not packed.
+
+    Raises:
+        RuntimeError: the model is not on the CPU.
+        ValueError: when the module has no layer to pack.
+    """
+    layers = [module for module in model.modules() if isinstance(module, Packable)]
+    if not layers:
+        raise ValueError(f"model: {type(model).__name__} has no linear layer of titok_fast")
+    for parameter in model.parameters():
+        if parameter.device.type != "cpu":
+            raise RuntimeError(f"pack_weights: the model is on {parameter.device}, allowed is cpu")
+    for layer in layers:
+        layer.pack()
     return model
 
 

@@ -264,7 +264,7 @@ class ARTransformer(PretrainedModel):
         if prefix.shape[1] == count:
             return prefix.to(device, copy=True)
         decoding = Decoding(self, len(labels), sampling, backend)
-        with packed(self, decoding.rows):
+        with packed(self):
             decoding.start(labels, prefix.to(device), seed, image_ids)
             for position in range(prefix.shape[1], count):
                 decoding.step(position)
@@ -375,8 +375,8 @@ class Decoding:
         weight = model.tok_emb.weight
         self._model, self._options = model, {**asdict(sampling), "backend": backend}
         self._guided = sampling.guidance_scale != 1
-        self.rows = 2 * batch if self._guided else batch
-        self._caches = [KVCache((self.rows, *model.kv_shape), weight) for _ in model.blocks]
+        rows = 2 * batch if self._guided else batch
+        self._caches = [KVCache((rows, *model.kv_shape), weight) for _ in model.blocks]
         length = model.kv_shape[1]
         self.tokens = torch.zeros(batch, length, dtype=torch.int64, device=weight.device)
         self._positions = torch.arange(length, device=weight.device)

@@ -21,39 +21,94 @@ def attend(qkv: Tensor, num_heads: int, dropout: float = 0.0) -> Tensor:
     return attention(qkv, dropout_p=dropout).flatten(2)
 
 
-class PackableLinear(nn.Linear):
-    """`nn.Linear` that `packed` can speed up, but not in compiled code."""
+class _Packed:
+    """A weight in oneDNN's order; a copy or a pickle of a model leaves it out."""
 
-    _packed: Tensor | None = None
+    def __init__(self, weight: Tensor) -> None:
+        self.weight: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+        self.of = self._state(weight)
+
+    def is_of(self, weight: Tensor) -> bool:
+        return self.of == self._state(weight)
+
+    @staticmethod
+    def _state(weight: Tensor) -> tuple[int, int]:
+        return weight.data_ptr(), 0 if weight.is_inference() else weight._version
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+
+class Packable(nn.Module):
+    """A layer that multiplies by one matrix, of which `pack_weights` makes it keep a copy."""
+
+    _matrix = "weight"
+    _packed: _Packed | None = None
+
+    def pack(self) -> None:
+        """Keeps a copy of the matrix in oneDNN's order, if oneDNN multiplies its dtype."""
+        weight = getattr(self, self._matrix)
+        self._packed = _Packed(weight) if _can_pack(weight.dtype) else None
+
+    def unpack(self) -> None:
+        """Frees the copy."""
+        self._packed = None
+
+    def product(self, x: Tensor, bias: Tensor | None, *, gelu: bool = False) -> Tensor:
+        """x W^T + b, or GELU of it, for x [..., in], W [out, in] and b [out]; [..., out]."""
+        weight: Tensor = getattr(self, self._matrix)
+        copy = self._copy_for(x, weight)
+        if copy is None:
+            out = F.linear(x, weight, bias)
+            return F.gelu(out) if gelu else out
+        activation: tuple[Any, ...] = ("gelu", [], "none") if gelu else ("none", [], "")
+        product = torch.ops.mkldnn._linear_pointwise
+        result: Tensor = product(x, copy, bias, *activation)
+        return result
+
+    def _copy_for(self, x: Tensor, weight: Tensor) -> Tensor | None:
+        if self._packed is None or torch.compiler.is_compiling():
+            return None
+        if not self._packed.is_of(weight):
+            self.unpack()
+            return None
+        graph = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+        plain = x.numel() == 0 or x.dtype != weight.dtype or torch.is_autocast_enabled("cpu")
+        if graph or plain:
+            return None
+        return self._packed.weight
+
+
+class PackableLinear(Packable, nn.Linear):
+    """`nn.Linear`, followed by GELU if `gelu`."""
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, *, gelu: bool = False
+    ) -> None:
+        super().__init__(in_features, out_features, bias)
+        self.gelu = gelu
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps [..., in_features] to [..., out_features]."""
-        if self._packed is None or torch.compiler.is_compiling():
-            return super().forward(x)
-        product = torch.ops.mkldnn._linear_pointwise
-        out: Tensor = product(x, self._packed, self.bias, "none", [], "")
-        return out
+        return self.product(x, self.bias, gelu=self.gelu)
 
 
 @contextmanager
-def packed(model: nn.Module, rows: int) -> Iterator[None]:
-    """Within it, layers of a model on the CPU keep a copy of their weight as oneDNN wants it.
-
-    Products of few rows otherwise spend most of their time on that order. Without gradient.
-
-    Args:
-        model: its `PackableLinear` layers are meant; a change of their weight is not seen.
-        rows: of their input, for which the order is chosen.
-    """
-    layers = [module for module in model.modules() if isinstance(module, PackableLinear)]
+def packed(model: nn.Module) -> Iterator[None]:
+    """Within it, the weights of a model on the CPU are packed."""
+    on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
+    layers = [
+        module
+        for module in model.modules()
+        if on_cpu and isinstance(module, Packable) and module._packed is None
+    ]
     try:
         for layer in layers:
-            if layer.weight.device.type == "cpu" and _can_pack(layer.weight.dtype):
-                layer._packed = torch.ops.mkldnn._reorder_linear_weight(layer.weight, rows)
+            layer.pack()
         yield
     finally:
         for layer in layers:
-            layer._packed = None
+            layer.unpack()
 
 
 def _can_pack(dtype: torch.dtype) -> bool:
@@ -69,14 +124,13 @@ def mlp(width: int, hidden_width: int) -> nn.Sequential:
     """Linear, GELU, linear, under the names c_fc and c_proj."""
     return nn.Sequential(
         OrderedDict(
-            c_fc=nn.Linear(width, hidden_width),
-            gelu=nn.GELU(),
-            c_proj=nn.Linear(hidden_width, width),
+            c_fc=PackableLinear(width, hidden_width, gelu=True),
+            c_proj=PackableLinear(hidden_width, width),
         )
     )
 
 
-class PackedSelfAttention(nn.Module):
+class PackedSelfAttention(Packable):
     """Self-attention with the parameters of `torch.nn.MultiheadAttention`, batch first.
 
     Args:
@@ -84,18 +138,20 @@ class PackedSelfAttention(nn.Module):
         num_heads: number of heads.
     """
 
+    _matrix = "in_proj_weight"
+
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
-        self.out_proj = nn.Linear(width, width)
+        self.out_proj = PackableLinear(width, width)
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps [B, L, W] to [B, L, W]."""
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # [B, L, 3 W]
+        qkv = self.product(x, self.in_proj_bias)  # [B, L, 3 W]
         out: Tensor = self.out_proj(attend(qkv, self.num_heads))  # [B, L, W]
         return out
 
@@ -125,7 +181,7 @@ class ResidualAttentionBlock(nn.Module):
 _PARTS = ("query", "key", "value")
 
 
-class SeparateSelfAttention(nn.Module):
+class SeparateSelfAttention(Packable):
     """Self-attention whose state_dict holds query, key and value apart, as BERT's does.
 
     Here they are one matrix, so that one product makes the packed input of `attention`.
@@ -135,6 +191,8 @@ class SeparateSelfAttention(nn.Module):
         num_heads: number of heads.
         dropout: probability that an attention weight is dropped in training.
     """
+
+    _matrix = "in_proj_weight"
 
     def __init__(self, width: int, num_heads: int, dropout: float = 0.0) -> None:
         super().__init__()
@@ -147,7 +205,7 @@ class SeparateSelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps [B, L, W] to [B, L, W], before the output projection."""
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)  # [B, L, 3 W]
+        qkv = self.product(x, self.in_proj_bias)  # [B, L, 3 W]
         return attend(qkv, self.num_heads, self.dropout if self.training else 0.0)
 
     @staticmethod
@@ -168,7 +226,7 @@ class SeparateSelfAttention(nn.Module):
 class _DenseAndNorm(nn.Module):
     def __init__(self, in_width: int, width: int) -> None:
         super().__init__()
-        self.dense = nn.Linear(in_width, width)
+        self.dense = PackableLinear(in_width, width)
         self.LayerNorm = nn.LayerNorm(width, eps=1e-12)
 
 
@@ -198,7 +256,7 @@ class BertBlock(nn.Module):
                 "output": _DenseAndNorm(width, width),
             }
         )
-        self.intermediate = nn.ModuleDict({"dense": nn.Linear(width, hidden_width)})
+        self.intermediate = nn.ModuleDict({"dense": PackableLinear(width, hidden_width, gelu=True)})
         self.output = _DenseAndNorm(hidden_width, width)
         self.dropout = nn.Dropout(dropout)
 
@@ -206,7 +264,7 @@ class BertBlock(nn.Module):
         """Maps [B, L, W] to [B, L, W]."""
         attention: Any = self.attention
         x = self._residual(attention["output"], attention["self"](x), x)
-        return self._residual(self.output, F.gelu(self.intermediate["dense"](x)), x)
+        return self._residual(self.output, self.intermediate["dense"](x), x)
 
     def _residual(self, half: _DenseAndNorm, hidden: Tensor, x: Tensor) -> Tensor:
         out: Tensor = half.LayerNorm(x + self.dropout(half.dense(hidden)))
@@ -224,8 +282,8 @@ class FusedSelfAttention(nn.Module):
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.proj = nn.Linear(width, width)
+        self.qkv = PackableLinear(width, 3 * width, bias=False)
+        self.proj = PackableLinear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps [B, L, W] to [B, L, W]."""
@@ -252,13 +310,12 @@ class UViTBlock(nn.Module):
         self.norm2 = nn.LayerNorm(width)
         self.mlp = nn.Sequential(
             OrderedDict(
-                fc1=nn.Linear(width, hidden_width),
-                gelu=nn.GELU(),
-                fc2=nn.Linear(hidden_width, width),
+                fc1=PackableLinear(width, hidden_width, gelu=True),
+                fc2=PackableLinear(hidden_width, width),
             )
         )
         if skip:
-            self.skip_linear = nn.Linear(2 * width, width)
+            self.skip_linear = PackableLinear(2 * width, width)
 
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
         """Maps [B, L, W], and another with `skip`, to [B, L, W]."""

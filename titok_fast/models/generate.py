@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from titok_fast.models.accelerated import pack_weights
 from titok_fast.models.auto import Tokenizer, load_tokenizer
 from titok_fast.models.autoregressive import ARTransformer
 from titok_fast.models.maskgit import MaskGIT
@@ -52,7 +53,7 @@ def generate(
     device: str | torch.device | None = None,
     **options: Any,
 ) -> Tensor:
-    """One image for each label. The pair of models is loaded once and kept.
+    """One image for each label. The pair of models is loaded once and kept, on a CPU packed.
 
     Image i is the same for a seed whatever the labels around it and the batch size, up to rounding
     in the networks' matrix products.
@@ -128,7 +129,16 @@ def load_pair(
     if model not in PAIRS:
         raise ValueError(f"model: {model!r} is not one of {', '.join(map(repr, PAIRS))}")
     pair = PAIRS[model]
-    return (
-        load_tokenizer(pair.tokenizer, dtype=dtype, device=device),
-        pair.generator_class.from_pretrained(pair.generator, dtype=dtype, device=device),
-    )
+    tokenizer = load_tokenizer(pair.tokenizer, dtype=dtype, device=device)
+    generator = pair.generator_class.from_pretrained(pair.generator, dtype=dtype, device=device)
+    pack_pair(tokenizer, generator)
+    return tokenizer, generator
+
+
+def pack_pair(tokenizer: Tokenizer, generator: Generator) -> None:
+    """`pack_weights` of what generates images on a CPU."""
+    if next(generator.parameters()).device.type != "cpu":
+        return
+    pack_weights(generator)
+    if isinstance(tokenizer, TiTok):
+        pack_weights(tokenizer.decoder)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from titok_fast.models.accelerated import capture
-from titok_fast.models.blocks import BertBlock, UViTBlock
+from titok_fast.models.blocks import BertBlock, PackableLinear, UViTBlock
 from titok_fast.models.checks import check_labels, check_number, check_tokens, replaced
 from titok_fast.models.pretrained import PretrainedModel, Release
 from titok_fast.ops import maskgit_step
@@ -243,7 +243,7 @@ class MaskGIT(PretrainedModel):
             randomize_temperature=generator.get("randomize_temperature", 4.5),
         )
         sizes = (width, generator["intermediate_size"], generator["num_attention_heads"])
-        head = nn.Linear(width, self.codebook_size)
+        head = PackableLinear(width, self.codebook_size)
         if self.model_type == "ViT":
             dropout = generator.get("dropout", 0.0), generator.get("attn_drop", 0.0)
             blocks = (BertBlock(*sizes, *dropout) for _ in range(depth))

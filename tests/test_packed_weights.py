@@ -1,0 +1,141 @@
+"""Linear layers that keep a copy of their weight in oneDNN's order."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import titok_fast
+from titok_fast import MaskGIT, TiTok, pack_weights
+from titok_fast.models.blocks import Packable, PackableLinear, _can_pack, packed
+from titok_fast.testing import relative_error
+from titok_fast.training.data import digits
+
+# oneDNN and MKL add in different orders.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.02}
+pytestmark = pytest.mark.skipif(not _can_pack(torch.float32), reason="this torch has no oneDNN")
+
+
+def layers(model):
+    return [module for module in model.modules() if isinstance(module, Packable)]
+
+
+def count(model):
+    return sum(layer._packed is not None for layer in layers(model))
+
+
+@pytest.fixture
+def tokenizer():
+    return TiTok.from_pretrained("titok-digits")
+
+
+@pytest.fixture(params=["ViT", "UViT"])
+def generator(request):
+    sizes = {"hidden_size": 64, "num_hidden_layers": 5, "num_attention_heads": 4}
+    vq_model = {"codebook_size": 50, "num_latent_tokens": 7}
+    generator = {"model_type": request.param, "intermediate_size": 96, **sizes}
+    condition = {"condition_num_classes": 10, "image_seq_len": 7}
+    return MaskGIT.from_config(
+        {"model": {"vq_model": vq_model, "generator": {**generator, **condition}}}
+    ).eval()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_a_tokenizer_computes_the_same(tokenizer, dtype):
+    images = digits("test")[0][:64]
+    tokenizer.cast(dtype)
+    with torch.no_grad():
+        latents, tokens = tokenizer.latents(images), tokenizer.encode(images)
+        decoded = tokenizer.decode(tokens)
+        assert pack_weights(tokenizer) is tokenizer
+        assert count(tokenizer) == (len(layers(tokenizer)) if _can_pack(dtype) else 0)
+        assert relative_error(tokenizer.latents(images), latents) < TOLERANCE[dtype]
+        assert (tokenizer.encode(images) == tokens).double().mean() >= 0.99
+        assert relative_error(tokenizer.decode(tokens), decoded) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_a_generator_computes_the_same(generator, dtype):
+    generator.cast(dtype)
+    ids, labels = torch.randint(0, 51, (3, 7)), torch.tensor([3, 0, 10])
+    with torch.no_grad():
+        logits = generator.logits(ids, labels)
+        pack_weights(generator)
+        assert relative_error(generator.logits(ids, labels), logits) < TOLERANCE[dtype]
+    assert len(layers(generator)) >= 4 * 5 + 1
+
+
+def test_an_image_does_not_depend_on_the_batch(tokenizer):
+    generator = pack_weights(MaskGIT.from_pretrained("maskgit-digits"))
+    labels, ids = torch.arange(10), torch.arange(10)
+    tokens = generator.generate(labels, seed=5, image_ids=ids)
+    for some in (slice(0, 1), slice(3, 7)):
+        assert torch.equal(
+            generator.generate(labels[some], seed=5, image_ids=ids[some]), tokens[some]
+        )
+    pack_weights(tokenizer)
+    images = digits("test")[0][:32]
+    tokens = tokenizer.encode(images)
+    assert torch.equal(torch.cat([tokenizer.encode(x) for x in images.split(5)]), tokens)
+
+
+def test_a_changed_weight_is_used():
+    layer, x = PackableLinear(32, 48, gelu=True), torch.randn(5, 32)
+    with torch.no_grad():
+        for change in (
+            lambda: layer.weight.mul_(2),
+            lambda: layer.load_state_dict(PackableLinear(32, 48).state_dict()),
+            lambda: layer.bias.mul_(3),
+            lambda: layer.double().float(),
+        ):
+            layer.pack()
+            layer(x)
+            change()
+            expected = F.gelu(F.linear(x, layer.weight, layer.bias))
+            assert relative_error(layer(x), expected) < 1e-6
+
+
+def test_gradients_autocast_and_nothing():
+    layer, x = PackableLinear(32, 48, gelu=True), torch.randn(2, 5, 32)
+    layer.pack()
+    layer(x).sum().backward()
+    assert layer.weight.grad is not None and layer._packed is not None
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+    with torch.no_grad():
+        assert layer(x[:0]).shape == (0, 5, 48)
+        assert layer(x.transpose(0, 1)).transpose(0, 1).equal(layer(x))
+        with pytest.raises(RuntimeError, match="dtype"):
+            layer(x.double())
+
+
+def test_a_copy_and_a_file_are_not_packed(tokenizer):
+    names = list(tokenizer.state_dict())
+    pack_weights(tokenizer)
+    assert list(tokenizer.state_dict()) == names
+    assert count(copy.deepcopy(tokenizer)) == 0
+    assert count(pickle.loads(pickle.dumps(tokenizer))) == 0
+    assert count(tokenizer) == len(layers(tokenizer))
+
+
+def test_packed_layers_are_packed_only_within(tokenizer):
+    first = layers(tokenizer)[0]
+    first.pack()
+    with pytest.raises(KeyError), packed(tokenizer):
+        assert count(tokenizer) == len(layers(tokenizer))
+        raise KeyError
+    assert count(tokenizer) == 1 and first._packed is not None
+
+
+def test_half_precision_stays_as_it_is(tokenizer):
+    assert count(pack_weights(tokenizer.cast(torch.float16))) < len(layers(tokenizer))
+
+
+def test_says_what_it_takes():
+    with pytest.raises(ValueError, match="model: Linear has no linear layer of titok_fast"):
+        pack_weights(torch.nn.Linear(2, 2))
+    with pytest.raises(RuntimeError, match="the model is on meta, allowed is cpu"):
+        pack_weights(PackableLinear(2, 2).to("meta"))
+    assert titok_fast.pack_weights is pack_weights
