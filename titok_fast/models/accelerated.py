@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from titok_fast.models.blocks import (
     BertBlock,
     LlamaBlock,
-    Packable,
     ResidualAttentionBlock,
     UViTBlock,
+    packable,
 )
 from titok_fast.models.ibq import ResidualBlock
 from titok_fast.models.maskgit_vqgan import ResnetBlock
@@ -64,7 +64,7 @@ def pack_weights(model: Model) -> Model:
         RuntimeError: the model is not on the CPU.
         ValueError: when the module has no layer to pack.
     """
-    layers = [module for module in model.modules() if isinstance(module, Packable)]
+    layers = packable(model)
     if not layers:
         raise ValueError(f"model: {type(model).__name__} has no linear layer of titok_fast")
     for parameter in model.parameters():

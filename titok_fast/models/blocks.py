@@ -93,15 +93,16 @@ class PackableLinear(Packable, nn.Linear):
         return self.product(x, self.bias, gelu=self.gelu)
 
 
+def packable(model: nn.Module) -> list[Packable]:
+    """The layers of a model whose weights can be packed."""
+    return [module for module in model.modules() if isinstance(module, Packable)]
+
+
 @contextmanager
 def packed(model: nn.Module) -> Iterator[None]:
     """Within it, the weights of a model on the CPU are packed."""
     on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
-    layers = [
-        module
-        for module in model.modules()
-        if on_cpu and isinstance(module, Packable) and module._packed is None
-    ]
+    layers = [layer for layer in packable(model) if on_cpu and layer._packed is None]
     try:
         for layer in layers:
             layer.pack()
