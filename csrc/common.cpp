@@ -10,7 +10,7 @@
 namespace titok {
 namespace {
 
-constexpr int kSpins = 4000;  // some 50 us; to sleep and be woken takes as long
+constexpr int kSpins = 4000;  // some 100 us; without, sample_token at V = 262,144 takes 0.50 ms for 0.39
 
 void pause() {
 #if defined(__x86_64__)

@@ -36,7 +36,7 @@ IndexPropagationPlan make_plan(const IndexPropagationKernels& set, int64_t n, in
   plan.rows = round_up(std::min<int64_t>(std::max<int64_t>(n, 1), kRows), set.tile_rows);
   plan.panel = kIndexPropagationChunk * (n <= plan.rows ? 1 : kPanelChunks);
   const int64_t state_rows = backward ? round_up(n, set.tile_rows) : plan.rows;
-  // A thread that sleeps takes some 20 us to wake: give each at least 4 MFLOP.
+  // A thread may have to be woken: give each at least 4 MFLOP.
   const double work = 4.0 * n * k * d;
   plan.threads = static_cast<int>(std::max(1.0, std::min<double>(threads, work / 4e6)));
 

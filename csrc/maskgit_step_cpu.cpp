@@ -61,7 +61,7 @@ std::size_t maskgit_step_cpu_workspace(int64_t length, int64_t vocabulary, int t
 
 void maskgit_step_cpu(const MaskgitStepArgs& args) {
   if (args.batch * args.length == 0) return;
-  // A thread that sleeps takes some 20 us to wake: give each at least 64 thousand logits.
+  // A thread may have to be woken: give each at least 64 thousand logits.
   const double work = static_cast<double>(args.batch * args.length) * args.vocabulary;
   const int threads = static_cast<int>(std::max(1.0, std::min<double>(args.threads, work / 65536)));
   const MaskgitStepPlan plan = make_plan(args.length, args.vocabulary, threads);

@@ -45,7 +45,7 @@ NearestCodePlan make_plan(const NearestCodeKernels& kernels, int64_t n, int64_t 
   }
   plan.block_vectors = std::max(plan.block_vectors, tile_vectors);
 
-  // A thread that sleeps takes some 20 us to wake: give each at least 4 MFLOP of coarse search.
+  // A thread may have to be woken: give each at least 4 MFLOP of coarse search.
   const double work = 2.0 * n * k * d;
   plan.threads = static_cast<int>(std::max(1.0, std::min<double>(threads, work / 4e6)));
 

@@ -7,7 +7,7 @@ namespace titok {
 namespace {
 
 // From this size on, threads share the rows that do not come out even among them, if there is more
-// to do than to draw: each wait for the others takes some 20 us.
+// to do than to draw: they wait for each other between passes.
 constexpr int64_t kShared = int64_t{1} << 17;
 
 SampleTokenRun kernel() {
@@ -27,7 +27,7 @@ SampleTokenRun kernel() {
 }
 
 SampleTokenPlan make_plan(int64_t batch, int64_t vocabulary, int threads) {
-  // A thread that sleeps takes some 20 us to wake: give each at least 64 thousand logits.
+  // A thread may have to be woken: give each at least 64 thousand logits.
   const double work = static_cast<double>(batch) * static_cast<double>(vocabulary);
   const double most = vocabulary >= kShared ? threads : std::min<double>(threads, batch);
   SampleTokenPlan plan{};
