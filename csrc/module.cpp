@@ -7,6 +7,8 @@ void bind_nearest_code(py::module_& m);
 void bind_index_propagation(py::module_& m);
 void bind_maskgit_step(py::module_& m);
 void bind_sample_token(py::module_& m);
+void bind_decode_attention(py::module_& m);
+void bind_decode_linear(py::module_& m);
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled ops of titok_fast; call them through titok_fast.ops.";
@@ -15,4 +17,6 @@ PYBIND11_MODULE(_C, m) {
   bind_index_propagation(m);
   bind_maskgit_step(m);
   bind_sample_token(m);
+  bind_decode_attention(m);
+  bind_decode_linear(m);
 }

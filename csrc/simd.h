@@ -287,6 +287,20 @@ struct Avx512 {
     return load(part);
   }
   static void store(float* p, V v) { _mm512_storeu_ps(p, v); }
+  // Rounded as rounded() does.
+  static void store(Half* p, V v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  }
+  static void store(BFloat16* p, V v) {
+    const __m512i bits = _mm512_castps_si512(v);
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i nearest = _mm512_srli_epi32(
+        _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd), 16);
+    const __m512i result = _mm512_mask_mov_epi32(nearest, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q),
+                                                 _mm512_set1_epi32(0x7fc0));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(result));
+  }
   static V broadcast(float x) { return _mm512_set1_ps(x); }
   static V fmadd(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
   static V add(V a, V b) { return _mm512_add_ps(a, b); }
@@ -331,6 +345,25 @@ struct Avx512 {
   }
   static void store_truncated(int32_t* p, V x) { _mm512_storeu_si512(p, _mm512_cvttps_epi32(x)); }
   static float sum(V a) { return _mm512_reduce_add_ps(a); }
+  // sum() of each, to the bit.
+  static constexpr int sums_at_once = 8;
+  static void sums(const V (&a)[sums_at_once], float* out) {
+    V halves[4], quarters[2];
+    for (int i = 0; i < 4; ++i) {
+      const V x = a[2 * i], y = a[2 * i + 1];
+      halves[i] = add(_mm512_shuffle_f32x4(x, y, 0x44), _mm512_shuffle_f32x4(x, y, 0xee));
+    }
+    for (int i = 0; i < 2; ++i) {
+      const V x = halves[2 * i], y = halves[2 * i + 1];
+      quarters[i] = add(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xdd));
+    }
+    const __m512d x = _mm512_castps_pd(quarters[0]), y = _mm512_castps_pd(quarters[1]);
+    const V pairs =
+        add(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+    const V sums = add(pairs, _mm512_permute_ps(pairs, 0xb1));
+    const __m512i order = _mm512_castsi256_si512(_mm256_setr_epi32(0, 4, 8, 12, 2, 6, 10, 14));
+    _mm256_storeu_ps(out, _mm512_castps512_ps256(_mm512_permutexvar_ps(order, sums)));
+  }
   static float largest(V a) { return _mm512_reduce_max_ps(a); }
   // p * 2^n for the n that sits in the low bits of `shifted`.
   static V scale(V p, V shifted) {
@@ -440,6 +473,21 @@ struct Avx2 {
     return load8_part(p, count);
   }
   static void store(float* p, V v) { _mm256_storeu_ps(p, v); }
+  static void store(Half* p, V v) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  }
+  static void store(BFloat16* p, V v) {
+    const __m256i bits = _mm256_castps_si256(v);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i nearest = _mm256_srli_epi32(
+        _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd), 16);
+    const __m256 nan = _mm256_cmp_ps(v, v, _CMP_UNORD_Q);
+    const __m256i result =
+        _mm256_blendv_epi8(nearest, _mm256_set1_epi32(0x7fc0), _mm256_castps_si256(nan));
+    _mm_storeu_si128(
+        reinterpret_cast<__m128i*>(p),
+        _mm_packus_epi32(_mm256_castsi256_si128(result), _mm256_extracti128_si256(result, 1)));
+  }
   static V broadcast(float x) { return _mm256_set1_ps(x); }
   static V fmadd(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
   static V add(V a, V b) { return _mm256_add_ps(a, b); }
@@ -489,6 +537,18 @@ struct Avx2 {
     __m128 half = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
     half = _mm_add_ps(half, _mm_movehl_ps(half, half));
     return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+  }
+  static constexpr int sums_at_once = 4;
+  static void sums(const V (&a)[sums_at_once], float* out) {
+    __m128 halves[4], quarters[2];
+    for (int i = 0; i < 4; ++i) {
+      halves[i] = _mm_add_ps(_mm256_castps256_ps128(a[i]), _mm256_extractf128_ps(a[i], 1));
+    }
+    for (int i = 0; i < 2; ++i) {
+      const __m128 x = halves[2 * i], y = halves[2 * i + 1];
+      quarters[i] = _mm_add_ps(_mm_movelh_ps(x, y), _mm_movehl_ps(y, x));
+    }
+    _mm_storeu_ps(out, _mm_hadd_ps(quarters[0], quarters[1]));
   }
   static float largest(V a) {
     __m128 half = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
@@ -551,6 +611,10 @@ struct Portable {
     return v;
   }
   static void store(float* p, V v) { std::memcpy(p, &v, sizeof v); }
+  template <class T>
+  static void store(T* p, V v) {
+    for (int i = 0; i < lanes; ++i) p[i] = rounded<T>(v[i]);
+  }
   static V broadcast(float x) { return V{x, x, x, x}; }
   static V fmadd(V a, V b, V c) { return a * b + c; }
   static V add(V a, V b) { return a + b; }
@@ -600,6 +664,10 @@ struct Portable {
     for (int i = 0; i < lanes; ++i) p[i] = static_cast<int32_t>(x[i]);
   }
   static float sum(V a) { return (a[0] + a[1]) + (a[2] + a[3]); }
+  static constexpr int sums_at_once = 4;
+  static void sums(const V (&a)[sums_at_once], float* out) {
+    for (int i = 0; i < sums_at_once; ++i) out[i] = sum(a[i]);
+  }
   static float largest(V a) {
     const float low = a[0] > a[1] ? a[0] : a[1], high = a[2] > a[3] ? a[2] : a[3];
     return low > high ? low : high;

@@ -14,7 +14,15 @@ from titok_fast.models import (
     load_tokenizer,
     pack_weights,
 )
-from titok_fast.ops import attention, index_propagation, maskgit_step, nearest_code, sample_token
+from titok_fast.ops import (
+    attention,
+    decode_attention,
+    decode_linear,
+    index_propagation,
+    maskgit_step,
+    nearest_code,
+    sample_token,
+)
 
 __all__ = [
     "ARTransformer",
@@ -28,6 +36,8 @@ __all__ = [
     "accelerate",
     "attention",
     "compile",
+    "decode_attention",
+    "decode_linear",
     "generate",
     "ibq_quantize",
     "index_propagation",

@@ -27,7 +27,13 @@ OPS = tuple(
         if module.name != "inspect"
     )
 )
-TRITON_OPS = ("nearest_code", "index_propagation", "attention")
+TRITON_OPS = (
+    "nearest_code",
+    "index_propagation",
+    "attention",
+    "decode_attention",
+    "decode_linear",
+)
 CAPABILITIES = (80, 90, 100, 120)
 _PACKAGE = Path(__file__).resolve().parent.parent
 # Bytes a block can have; sm_86 and sm_89 run what is configured for sm_80 and have the least.

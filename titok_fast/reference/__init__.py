@@ -1,6 +1,8 @@
 """Eager PyTorch truth for every op; imports torch alone."""
 
 from titok_fast.reference.attention import attention
+from titok_fast.reference.decode_attention import decode_attention
+from titok_fast.reference.decode_linear import decode_linear
 from titok_fast.reference.index_propagation import index_propagation
 from titok_fast.reference.index_propagation_streaming import (
     index_propagation_bwd,
@@ -12,6 +14,8 @@ from titok_fast.reference.sample_token import sample_token
 
 __all__ = [
     "attention",
+    "decode_attention",
+    "decode_linear",
     "index_propagation",
     "index_propagation_bwd",
     "index_propagation_fwd",
