@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -17,11 +18,13 @@ from titok_fast.models.blocks import (
     LlamaBlock,
     PackableLinear,
     SwiGLU,
+    decode_layer,
     packed,
 )
 from titok_fast.models.checks import check_labels, check_number, check_tokens, replaced
 from titok_fast.models.pretrained import PretrainedModel, Release
 from titok_fast.ops import sample_token
+from titok_fast.ops.decode_linear import MAX_ROWS
 
 CLASS_DROPOUT = 0.1  # share of labels that training replaces by no class, for guidance
 
@@ -198,7 +201,10 @@ class ARTransformer(PretrainedModel):
         condition = self.condition(labels)
         x = self.token_drop(torch.cat([condition, self.tok_emb(tokens)], dim=1))
         rotation = self.rotation()[: length + 1]
-        return self.network(x, self.modulations(condition), rotation)
+        modulations = self.modulations(condition)
+        x = self.network(x, modulations, rotation)
+        logits: Tensor = self.head(self.head_nm(x, modulations[-1]))
+        return logits
 
     @torch.no_grad()
     def generate(
@@ -264,9 +270,10 @@ class ARTransformer(PretrainedModel):
         if prefix.shape[1] == count:
             return prefix.to(device, copy=True)
         decoding = Decoding(self, len(labels), sampling, backend)
-        with packed(self):
+        positions = torch.arange(prefix.shape[1], count, device=device)
+        with packed(self) if decoding.rows > MAX_ROWS else nullcontext():
             decoding.start(labels, prefix.to(device), seed, image_ids)
-            for position in range(prefix.shape[1], count):
+            for position in positions.split(1):
                 decoding.step(position)
         return decoding.tokens[:, 1 : count + 1]
 
@@ -325,15 +332,26 @@ class ARTransformer(PretrainedModel):
         modulations: Sequence[Tensor],
         rotation: Tensor,
         caches: Sequence[KVCache] | None = None,
-        **options: Any,
     ) -> Tensor:
-        """Embeddings [B, T, W] to logits; with caches only those of the last, [B, 1, V]."""
+        """Embeddings [B, T, W] of the first T positions through the blocks, which fill caches."""
         for i, block in enumerate(self.blocks):
-            cache = None if caches is None else caches[i]
-            x = block(x, modulations[i], rotation, cache=cache, **options)
-        x = self.head_nm(x if caches is None else x[:, -1:], modulations[-1])
-        logits: Tensor = self.head(x)
-        return logits
+            x = block(x, modulations[i], rotation, None if caches is None else caches[i])
+        return x
+
+    def decode(
+        self,
+        x: Tensor,
+        modulations: Sequence[Sequence[Tensor]],
+        rotation: Tensor,
+        caches: Sequence[KVCache],
+        position: Tensor,
+    ) -> Tensor:
+        """Embeddings [B, W] of one position [1] int64 to its logits [B, V], by the caches."""
+        for i, block in enumerate(self.blocks):
+            layer: Any = block
+            x = layer.decode(x, modulations[i], rotation, caches[i], position)
+        scale, shift = modulations[-1]
+        return decode_layer(x, self.head, norm=self.head_nm.rmsnorm, scale=scale, shift=shift)
 
     def _init_weights(self, std: float, gate: float) -> None:
         """The official initialisation: gates almost closed, all logits zero."""
@@ -375,11 +393,10 @@ class Decoding:
         weight = model.tok_emb.weight
         self._model, self._options = model, {**asdict(sampling), "backend": backend}
         self._guided = sampling.guidance_scale != 1
-        rows = 2 * batch if self._guided else batch
-        self._caches = [KVCache((rows, *model.kv_shape), weight) for _ in model.blocks]
+        self.rows = 2 * batch if self._guided else batch
+        self._caches = [KVCache((self.rows, *model.kv_shape), weight) for _ in model.blocks]
         length = model.kv_shape[1]
         self.tokens = torch.zeros(batch, length, dtype=torch.int64, device=weight.device)
-        self._positions = torch.arange(length, device=weight.device)
         self._rotation = model.rotation()
         self._state: list[Tensor] = []
 
@@ -404,41 +421,30 @@ class Decoding:
         else:
             self._state = state
         self._seed = self._state[-1] if isinstance(seed, Tensor) else seed
-        self._image_ids, self._condition, *self._modulations = self._state[: 2 + len(modulations)]
+        self._image_ids, self._condition, *modulations = self._state[: 2 + len(modulations)]
+        self._parts = [of_layer[:, :, 0].unbind() for of_layer in modulations]
         count = prefix.shape[1]
         if count:
             self.tokens[:, 1 : count + 1] = prefix
             x = torch.cat([self._condition, self._embedded(prefix[:, :-1])], dim=1)
-            model.network(x, self._modulations, self._rotation[:count], self._caches, start=0)
+            model.network(x, modulations, self._rotation[:count], self._caches)
 
-    def step(self, position: int | Tensor) -> Tensor:
-        """Draws the token at a position, an int or [1] int64; returns `tokens`."""
-        model, mask = self._model, None
-        if isinstance(position, Tensor):
-            last = self._embedded(self.tokens.index_select(1, position))
-            x = torch.where(position == 0, self._condition, last)
-            rotation = self._rotation.index_select(0, position)
-            mask = (self._positions <= position)[None]  # [1, 1 + L]
-        else:
-            last = self._embedded(self.tokens[:, position : position + 1])
-            x = last if position else self._condition
-            rotation = self._rotation[position : position + 1]
-        logits = model.network(
-            x, self._modulations, rotation, self._caches, start=position, mask=mask
-        )
-        cond, uncond = logits[:, 0].chunk(2) if self._guided else (logits[:, 0], None)
+    def step(self, position: Tensor) -> Tensor:
+        """Draws the token at a position [1] int64; returns `tokens`."""
+        model = self._model
+        last = self._embedded(self.tokens.index_select(1, position))
+        x = torch.where(position == 0, self._condition, last)[:, 0]  # [rows, W]
+        logits = model.decode(x, self._parts, self._rotation, self._caches, position)
+        cond, uncond = logits.chunk(2) if self._guided else (logits, None)
         drawn = sample_token(
             cond,
             uncond_logits=uncond,
             seed=self._seed,
-            step=position.view(()) if isinstance(position, Tensor) else position,
+            step=position.view(()),
             image_ids=self._image_ids,
             **self._options,
         )
-        if isinstance(position, Tensor):
-            self.tokens.index_copy_(1, position + 1, drawn[:, None])
-        else:
-            self.tokens[:, position + 1] = drawn
+        self.tokens.index_copy_(1, position + 1, drawn[:, None])
         return self.tokens
 
     def _embedded(self, tokens: Tensor) -> Tensor:

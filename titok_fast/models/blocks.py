@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from titok_fast.ops.attention import attention
+from titok_fast.ops import attention, decode_attention, decode_linear
+from titok_fast.ops.decode_linear import MAX_ROWS, chosen_backend
 
 
 def attend(qkv: Tensor, num_heads: int, dropout: float = 0.0) -> Tensor:
@@ -330,32 +331,63 @@ class UViTBlock(nn.Module):
 class KVCache:
     """Keys and values of the positions so far, in memory for all of them.
 
-    On the CPU they are float32, for whose single rows PyTorch's attention is six times faster.
-
     Args:
         shape: [B, H, S, Dh], S the largest number of positions.
-        like: gives device and, on a GPU, dtype.
+        like: gives device and dtype.
     """
 
     def __init__(self, shape: Sequence[int], like: Tensor) -> None:
-        dtype = torch.float32 if like.device.type == "cpu" else like.dtype
-        self.keys, self.values = (
-            torch.zeros(*shape, dtype=dtype, device=like.device) for _ in "kv"
+        self.keys, self.values = (like.new_zeros(*shape) for _ in "kv")
+
+    def begin(self, k: Tensor, v: Tensor) -> None:
+        """Stores those of the first T positions, [B, H, T, Dh] each."""
+        self.keys[:, :, : k.shape[2]] = k
+        self.values[:, :, : v.shape[2]] = v
+
+
+def decode_layer(
+    x: Tensor,
+    layer: PackableLinear,
+    *,
+    norm: nn.RMSNorm | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    up: PackableLinear | None = None,
+    residual: Tensor | None = None,
+    residual_scale: Tensor | None = None,
+) -> Tensor:
+    """`decode_linear` of layers without a bias, and for more rows than it takes the same in parts.
+
+    Args:
+        x: [B, W].
+        layer: of `weight`.
+        norm: RMSNorm before it, with `scale` and `shift`.
+        scale: [B, W].
+        shift: [B, W].
+        up: of `up_weight`.
+        residual: [B, N], with `residual_scale`.
+        residual_scale: [B, N].
+    """
+    if len(x) <= MAX_ROWS and chosen_backend("auto", x.device.type) != "reference":
+        normed: dict[str, Any] = {} if norm is None else {"norm": norm.weight, "norm_eps": norm.eps}
+        return decode_linear(
+            x,
+            layer.weight,
+            **normed,
+            scale=scale,
+            shift=shift,
+            up_weight=None if up is None else up.weight,
+            residual=residual,
+            residual_scale=residual_scale,
         )
-
-    def update(self, k: Tensor, v: Tensor, start: int | Tensor) -> tuple[Tensor, Tensor]:
-        """Stores k and v [B, H, T, Dh] from a position on, and returns what to attend to.
-
-        With `start` a tensor, T is 1 and all positions come back, for a mask to choose from.
-        """
-        if isinstance(start, Tensor):
-            self.keys.index_copy_(2, start, k.to(self.keys.dtype))
-            self.values.index_copy_(2, start, v.to(self.values.dtype))
-            return self.keys, self.values
-        end = start + k.shape[2]
-        self.keys[:, :, start:end] = k
-        self.values[:, :, start:end] = v
-        return self.keys[:, :, :end], self.values[:, :, :end]
+    if norm is not None and scale is not None and shift is not None:
+        x = torch.addcmul(shift, norm(x), scale)
+    out: Tensor = layer(x)
+    if up is not None:
+        out = F.silu(out) * up(x)
+    if residual is not None and residual_scale is not None:
+        out = torch.addcmul(residual, out, residual_scale)
+    return out
 
 
 class CausalSelfAttention(nn.Module):
@@ -385,24 +417,22 @@ class CausalSelfAttention(nn.Module):
         x: Tensor,
         rotation: Tensor,
         cache: KVCache | None = None,
-        start: int | Tensor = 0,
-        mask: Tensor | None = None,
     ) -> Tensor:
-        """Maps [B, T, W] to [B, T, W]; with a cache, x follows the `start` positions in it."""
+        """Maps [B, T, W] to [B, T, W], the first T positions; a cache takes their keys and values.
+
+        `rotation` is [T, Dh / 2, 2].
+        """
         qkv = self.wqkv(x).unflatten(2, (-1, self.head_dim)).transpose(1, 2)  # [B, heads, T, Dh]
         queries, keys, values = self.heads
         qk, v = qkv.split([queries + keys, values], dim=1)
-        q, k = _rotated(qk, rotation).split([queries, keys], dim=1)
-        if cache is None:
-            k = k.to(v.dtype)
-        else:
-            k, v = cache.update(k, v, start)
+        q, k = _rotated(qk, rotation).to(v.dtype).split([queries, keys], dim=1)
+        if cache is not None:
+            cache.begin(k, v)
         out = F.scaled_dot_product_attention(
-            q.to(k.dtype),
+            q,
             k,
             v,
-            attn_mask=mask,
-            is_causal=mask is None and x.shape[1] > 1,
+            is_causal=x.shape[1] > 1,
             dropout_p=self.dropout if self.training else 0.0,
             enable_gqa=self.heads[0] != self.heads[1],
         )
@@ -468,13 +498,36 @@ class LlamaBlock(nn.Module):
         parts = self.ada_lin(condition).unflatten(-1, (6, -1)).movedim(-2, 0)  # [6, B, 1, W]
         return torch.cat([parts[:2], parts[2:4] + 1, parts[4:]])
 
-    def forward(self, x: Tensor, modulation: Tensor, rotation: Tensor, **options: Any) -> Tensor:
-        """Maps [B, T, W] to [B, T, W]; the options are of `CausalSelfAttention`."""
+    def forward(
+        self, x: Tensor, modulation: Tensor, rotation: Tensor, cache: KVCache | None = None
+    ) -> Tensor:
+        """Maps [B, T, W] to [B, T, W]; rotation and cache as in `CausalSelfAttention`."""
         gate1, gate2, scale1, scale2, shift1, shift2 = modulation
         h = torch.addcmul(shift1, self.attention_norm(x), scale1)
-        x = torch.addcmul(x, self._kept(self.attention(h, rotation, **options)), gate1)
+        x = torch.addcmul(x, self._kept(self.attention(h, rotation, cache)), gate1)
         h = torch.addcmul(shift2, self.ffn_norm(x), scale2)
         return torch.addcmul(x, self._kept(self.feed_forward(h)), gate2)
+
+    def decode(
+        self,
+        x: Tensor,
+        modulation: Sequence[Tensor],
+        rotation: Tensor,
+        cache: KVCache,
+        position: Tensor,
+    ) -> Tensor:
+        """`forward` in evaluation mode of one position [1] int64, whose x is [B, W].
+
+        The cache holds the positions before it and takes its key and value; the parts of
+        `modulation` are [B, W], `rotation` is of all positions, [S, Dh / 2, 2].
+        """
+        gate1, gate2, scale1, scale2, shift1, shift2 = modulation
+        attention, ffn = self.attention, self.feed_forward
+        qkv = decode_layer(x, attention.wqkv, norm=self.attention_norm, scale=scale1, shift=shift1)
+        out = decode_attention(qkv, cache.keys, cache.values, rotation, position)
+        x = decode_layer(out, attention.wo, residual=x, residual_scale=gate1)
+        h = decode_layer(x, ffn.w1, up=ffn.w3, norm=self.ffn_norm, scale=scale2, shift=shift2)
+        return decode_layer(h, ffn.w2, residual=x, residual_scale=gate2)
 
     def _kept(self, h: Tensor) -> Tensor:
         if not self.training or self.drop_path == 0:

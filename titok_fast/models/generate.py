@@ -139,6 +139,7 @@ def pack_pair(tokenizer: Tokenizer, generator: Generator) -> None:
     """`pack_weights` of what generates images on a CPU."""
     if next(generator.parameters()).device.type != "cpu":
         return
-    pack_weights(generator)
+    if isinstance(generator, MaskGIT):  # a decoding step reads weights as they are
+        pack_weights(generator)
     if isinstance(tokenizer, TiTok):
         pack_weights(tokenizer.decoder)
