@@ -235,7 +235,28 @@ def test_compiled():
     model = ARTransformer.from_config(CONFIG | {"n_layer": 1}).eval()
     nn.init.normal_(model.head.weight)
     tokens = model.generate([1, 2], guidance_scale=2.0)
-    assert torch.equal(titok_fast.compile(model).generate([1, 2], guidance_scale=2.0), tokens)
+    logits = model.logits(tokens, LABELS[:2] % 2).detach()
+    titok_fast.compile(model)
+    assert torch.equal(model.generate([1, 2], guidance_scale=2.0, prefix=tokens[:, :4]), tokens)
+    assert relative_error(model.logits(tokens, LABELS[:2] % 2), logits) < 1e-6
+
+
+@pytest.mark.parametrize("count", [2, 20])
+def test_neither_autocast_nor_training_mode_changes_tokens(count):
+    torch.manual_seed(0)
+    model = ARTransformer.from_config(CONFIG | {"ffn_dropout_p": 0.5, "drop_path_rate": 0.5}).eval()
+    nn.init.normal_(model.head.weight)
+    for block in model.blocks:
+        nn.init.normal_(block.ada_lin[1].bias)  # open gates
+    labels = torch.arange(count)
+    tokens = model.generate(labels, seed=3)
+    model.train()
+    model.blocks[0].eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model.generate(labels, seed=3), tokens)
+        assert torch.equal(model.generate(labels, seed=3, prefix=tokens[:, :5]), tokens)
+    assert model.training and model.blocks[1].ffn_norm.training
+    assert not model.blocks[0].training
 
 
 def test_no_images(tiny):

@@ -452,13 +452,13 @@ BAD = [
     ({"position": 5}, ValueError, "position: 5 is not in [0, 5)"),
     (
         {"position": torch.tensor(1.0)},
-        ValueError,
-        "position: expected one int64, got torch.float32",
+        TypeError,
+        "position: dtype torch.float32 is not int64",
     ),
     (
         {"position": torch.tensor([1, 2])},
         ValueError,
-        "position: expected one int64, got torch.int64 of shape [2]",
+        "position: expected one int64, got shape [2]",
     ),
     (
         {"position": torch.tensor(1, device="meta")},

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 
 import pytest
 import torch
@@ -368,6 +369,9 @@ def like(*shape, **options):
 
 
 BAD = [
+    ({"norm_eps": None}, TypeError, "norm_eps: expected a float, got NoneType"),
+    ({"norm_eps": -1e-5}, ValueError, "norm_eps: -1e-05 is not in [0, inf)"),
+    ({"norm_eps": math.nan}, ValueError, "norm_eps: nan is not in [0, inf)"),
     ({"x": [1.0]}, TypeError, "x: expected a Tensor, got list"),
     ({"weight": None}, TypeError, "weight: expected a Tensor, got NoneType"),
     (

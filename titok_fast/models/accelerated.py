@@ -25,7 +25,8 @@ def compile(model: Model) -> Model:
     """Applies `torch.compile` to each block of a model, in place.
 
     The blocks of one kind share their compiled code, so that this takes seconds, not minutes; what
-    lies between them is not worth compiling. The first call for a new shape compiles.
+    lies between them is not worth compiling. The first call for a new shape compiles. Of
+    `ARTransformer` that is `logits` and a prefix; decoding steps are ops of their own.
 
     Args:
         model: any model of this package, or a module that holds its blocks.
@@ -52,7 +53,8 @@ def pack_weights(model: Model) -> Model:
     for weights. A weight that changes afterwards is used in its own order until it is packed again;
     a change through `weight.data` is not seen, and must be followed by another call. Nothing is
     packed where PyTorch has no oneDNN, or oneDNN no product of the weight's dtype on this CPU:
-    float32 always, bfloat16 with AVX-512.
+    float32 always, bfloat16 with AVX-512. `ARTransformer.generate` has no use for it: it reads
+    weights as they are for up to 16 rows, and packs them by itself for more.
 
     Args:
         model: any model of this package, or a module that holds its blocks, on the CPU.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -24,6 +24,7 @@ from titok_fast.models.blocks import (
 from titok_fast.models.checks import check_labels, check_number, check_tokens, replaced
 from titok_fast.models.pretrained import PretrainedModel, Release
 from titok_fast.ops import sample_token
+from titok_fast.ops.decode_attention import MAX_HEAD_WIDTH
 from titok_fast.ops.decode_linear import MAX_ROWS
 
 CLASS_DROPOUT = 0.1  # share of labels that training replaces by no class, for guidance
@@ -225,6 +226,8 @@ class ARTransformer(PretrainedModel):
 
         An image depends on the seed, its id, its label and the model alone, not on the images
         around it (up to rounding in the network's matrix products, which may depend on the batch).
+        The network runs in evaluation mode and in the dtype of its parameters, whatever the mode of
+        the model and autocast.
 
         Args:
             labels: [B] int64 in [0, num_classes], or a sequence of them; num_classes is no class.
@@ -236,7 +239,7 @@ class ARTransformer(PretrainedModel):
             prefix: [B, P] int64, the first tokens of each image, to go on from.
             seed: in [0, 2**63).
             image_ids: [B] int64, the number of each image in the whole run; None counts from 0.
-            backend: of `sample_token`.
+            backend: of `sample_token`; the network's ops take their "auto".
 
         Returns:
             [B, num_tokens] int64 in [0, V), row by row, on the model's device.
@@ -271,7 +274,8 @@ class ARTransformer(PretrainedModel):
             return prefix.to(device, copy=True)
         decoding = Decoding(self, len(labels), sampling, backend)
         positions = torch.arange(prefix.shape[1], count, device=device)
-        with packed(self) if decoding.rows > MAX_ROWS else nullcontext():
+        packing = packed(self) if decoding.rows > MAX_ROWS else nullcontext()
+        with packing, torch.autocast(device.type, enabled=False):
             decoding.start(labels, prefix.to(device), seed, image_ids)
             for position in positions.split(1):
                 decoding.step(position)
@@ -304,7 +308,8 @@ class ARTransformer(PretrainedModel):
         @torch.no_grad()
         def run(labels: Tensor, seed: Tensor, image_ids: Tensor) -> Tensor:
             check_labels(labels, batch_size, self.num_classes)
-            decoding.start(labels, nothing, seed, image_ids)
+            with torch.autocast(labels.device.type, enabled=False):
+                decoding.start(labels, nothing, seed, image_ids)
             for position in positions.split(1):
                 tokens = step(position)
             return tokens[:, 1:]
@@ -351,7 +356,7 @@ class ARTransformer(PretrainedModel):
             layer: Any = block
             x = layer.decode(x, modulations[i], rotation, caches[i], position)
         scale, shift = modulations[-1]
-        return decode_layer(x, self.head, norm=self.head_nm.rmsnorm, scale=scale, shift=shift)
+        return decode_layer(x, self.head, norm=(self.head_nm.rmsnorm, scale, shift))
 
     def _init_weights(self, std: float, gate: float) -> None:
         """The official initialisation: gates almost closed, all logits zero."""
@@ -427,7 +432,8 @@ class Decoding:
         if count:
             self.tokens[:, 1 : count + 1] = prefix
             x = torch.cat([self._condition, self._embedded(prefix[:, :-1])], dim=1)
-            model.network(x, modulations, self._rotation[:count], self._caches)
+            with _evaluating(model):
+                model.network(x, modulations, self._rotation[:count], self._caches)
 
     def step(self, position: Tensor) -> Tensor:
         """Draws the token at a position [1] int64; returns `tokens`."""
@@ -451,6 +457,18 @@ class Decoding:
         """Of tokens [B, T], for both branches of guidance."""
         x: Tensor = self._model.tok_emb(tokens)
         return torch.cat([x, x]) if self._guided else x
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Within it, all modules are in evaluation mode."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 _DEFAULTS: Mapping[str, Any] = {
@@ -491,6 +509,10 @@ def _check_config(config: Mapping[str, Any]) -> None:
             raise ValueError(f"config: {key} is {config[key]!r}, allowed is {allowed}")
     if width % (4 * heads):
         raise ValueError(f"config: n_embd is {width}, allowed is a multiple of 4 n_head {heads}")
+    if width // heads > MAX_HEAD_WIDTH:
+        raise ValueError(
+            f"config: n_embd / n_head is {width // heads}, allowed is up to {MAX_HEAD_WIDTH}"
+        )
     if heads % kv_heads:
         raise ValueError(f"config: n_kv_head is {kv_heads}, allowed is a divisor of n_head {heads}")
 

@@ -349,45 +349,37 @@ def decode_layer(
     x: Tensor,
     layer: PackableLinear,
     *,
-    norm: nn.RMSNorm | None = None,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
+    norm: tuple[nn.RMSNorm, Tensor, Tensor] | None = None,
     up: PackableLinear | None = None,
-    residual: Tensor | None = None,
-    residual_scale: Tensor | None = None,
+    residual: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """`decode_linear` of layers without a bias, and for more rows than it takes the same in parts.
 
     Args:
         x: [B, W].
         layer: of `weight`.
-        norm: RMSNorm before it, with `scale` and `shift`.
-        scale: [B, W].
-        shift: [B, W].
+        norm: before it, with scale and shift, [B, W] each.
         up: of `up_weight`.
-        residual: [B, N], with `residual_scale`.
-        residual_scale: [B, N].
+        residual: what the output is added to, and the factor that it has then, [B, N] each.
     """
     if len(x) <= MAX_ROWS and chosen_backend("auto", x.device.type) != "reference":
-        normed: dict[str, Any] = {} if norm is None else {"norm": norm.weight, "norm_eps": norm.eps}
-        return decode_linear(
-            x,
-            layer.weight,
-            **normed,
-            scale=scale,
-            shift=shift,
-            up_weight=None if up is None else up.weight,
-            residual=residual,
-            residual_scale=residual_scale,
-        )
-    if norm is not None and scale is not None and shift is not None:
-        x = torch.addcmul(shift, norm(x), scale)
+        options: dict[str, Any] = {}
+        if norm is not None:
+            module, scale, shift = norm
+            options |= {"norm": module.weight, "norm_eps": module.eps}
+            options |= {"scale": scale, "shift": shift}
+        if up is not None:
+            options["up_weight"] = up.weight
+        if residual is not None:
+            options["residual"], options["residual_scale"] = residual
+        return decode_linear(x, layer.weight, **options)
+    if norm is not None:
+        module, scale, shift = norm
+        x = torch.addcmul(shift, module(x), scale)
     out: Tensor = layer(x)
     if up is not None:
         out = F.silu(out) * up(x)
-    if residual is not None and residual_scale is not None:
-        out = torch.addcmul(residual, out, residual_scale)
-    return out
+    return out if residual is None else torch.addcmul(residual[0], out, residual[1])
 
 
 class CausalSelfAttention(nn.Module):
@@ -523,11 +515,11 @@ class LlamaBlock(nn.Module):
         """
         gate1, gate2, scale1, scale2, shift1, shift2 = modulation
         attention, ffn = self.attention, self.feed_forward
-        qkv = decode_layer(x, attention.wqkv, norm=self.attention_norm, scale=scale1, shift=shift1)
+        qkv = decode_layer(x, attention.wqkv, norm=(self.attention_norm, scale1, shift1))
         out = decode_attention(qkv, cache.keys, cache.values, rotation, position)
-        x = decode_layer(out, attention.wo, residual=x, residual_scale=gate1)
-        h = decode_layer(x, ffn.w1, up=ffn.w3, norm=self.ffn_norm, scale=scale2, shift=shift2)
-        return decode_layer(h, ffn.w2, residual=x, residual_scale=gate2)
+        x = decode_layer(out, attention.wo, residual=(x, gate1))
+        h = decode_layer(x, ffn.w1, up=ffn.w3, norm=(self.ffn_norm, scale2, shift2))
+        return decode_layer(h, ffn.w2, residual=(x, gate2))
 
     def _kept(self, h: Tensor) -> Tensor:
         if not self.training or self.drop_path == 0:

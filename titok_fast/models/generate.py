@@ -139,7 +139,7 @@ def pack_pair(tokenizer: Tokenizer, generator: Generator) -> None:
     """`pack_weights` of what generates images on a CPU."""
     if next(generator.parameters()).device.type != "cpu":
         return
-    if isinstance(generator, MaskGIT):  # a decoding step reads weights as they are
+    if isinstance(generator, MaskGIT):  # ARTransformer packs its own where it gains by it
         pack_weights(generator)
     if isinstance(tokenizer, TiTok):
         pack_weights(tokenizer.decoder)

@@ -47,11 +47,10 @@ def _check(
         )
     check_tensor("rotation", rotation, [length, width // 2, 2], (torch.float32,), qkv, "qkv")
     if isinstance(position, Tensor):
-        if position.dtype != torch.int64 or position.numel() != 1:
-            raise ValueError(
-                f"position: expected one int64, got {position.dtype} of shape "
-                f"{list(position.shape)}"
-            )
+        if position.dtype != torch.int64:
+            raise TypeError(f"position: dtype {position.dtype} is not int64")
+        if position.numel() != 1:
+            raise ValueError(f"position: expected one int64, got shape {list(position.shape)}")
         if position.device != qkv.device:
             raise ValueError(f"position: on {position.device}, but qkv is on {qkv.device}")
     elif not isinstance(position, int):
@@ -138,7 +137,7 @@ def decode_attention(
     rotation, as do scores, softmax and sums; the key is rounded to the cache's dtype. Grouped
     queries: consecutive H / Hkv query heads share a key and value head. The same bits for any
     number of threads and from run to run; a sequence does not depend on the others. Only
-    "reference" is differentiable.
+    "reference" is differentiable, until the next call writes to the same cache.
 
     Args:
         qkv: [B, (H + 2 Hkv) Dh], H query heads, then Hkv key heads, then Hkv value heads; float32,
@@ -152,7 +151,7 @@ def decode_attention(
             graph can change between replays. Out of range a CPU tensor raises and a GPU's is
             clamped.
         backend: "cpu" (C++), "triton" (GPU, or CPU tensors in Triton's interpreter), "reference"
-            or "auto": "cpu" or, if Triton is installed, "triton", by the device.
+            or "auto": "cpu" or "triton" by the device, "reference" where it has neither.
 
     Returns:
         [B, H Dh] in the dtype of `qkv`.

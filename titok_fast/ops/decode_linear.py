@@ -1,5 +1,6 @@
 """A linear layer of a decoding step, with its neighbours: schema, checks, public function."""
 
+import math
 from contextlib import nullcontext
 
 import torch
@@ -19,7 +20,9 @@ MAX_ROWS = 16  # beyond, a product of matrices is no longer bound by reading the
 NO_GRADIENT = "has no gradient here; call it under torch.no_grad(), or with backend='reference'"
 
 
-def _check(x: Tensor, weight: Tensor, others: dict[str, Tensor | None], backend: str) -> None:
+def _check(
+    x: Tensor, weight: Tensor, norm_eps: float, others: dict[str, Tensor | None], backend: str
+) -> None:
     for name, tensor in (("x", x), ("weight", weight)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
@@ -42,6 +45,10 @@ def _check(x: Tensor, weight: Tensor, others: dict[str, Tensor | None], backend:
         "residual": [batch, size],
         "residual_scale": [batch, size],
     }
+    if not isinstance(norm_eps, int | float):
+        raise TypeError(f"norm_eps: expected a float, got {type(norm_eps).__name__}")
+    if not 0 <= norm_eps < math.inf:
+        raise ValueError(f"norm_eps: {norm_eps} is not in [0, inf)")
     check_tensor("weight", weight, [size, width], (x.dtype,), x, "x")
     for name, other in others.items():
         if other is not None:
@@ -121,8 +128,9 @@ _op = _library.register(
 
 
 def chosen_backend(backend: str, device_type: str) -> str:
-    """As `inspect.choose_backend`; "auto" is the reference where a GPU's Triton is missing."""
-    if backend == "auto" and device_type == "cuda" and inspect.why_not("triton", "cuda"):
+    """As `inspect.choose_backend`; "auto" is the reference on a device that has no other."""
+    bare = device_type == "cuda" and inspect.why_not("triton", "cuda") is not None
+    if backend == "auto" and (device_type not in BACKENDS or bare):
         return "reference"
     return inspect.choose_backend(backend, device_type, BACKENDS)
 
@@ -151,28 +159,29 @@ def decode_linear(
 
     h is rounded to the dtype of `x`; products and what follows are in float32, rounded once at the
     end. The same bits for any number of threads and from run to run, and on a CPU for a row
-    whatever the others are; on a GPU the order of sums changes from four rows to five. Only
-    "reference" is differentiable.
+    whatever the others are; on a GPU the order of sums may depend on the number of rows and
+    on strides. Only "reference" is differentiable.
 
     Args:
         x: [B, W], float32, float16 or bfloat16; B is 0 to 16 ("reference": any, also float64).
         weight: [N, W], as is everything here in the dtype and on the device of `x`.
         norm: [W], the weight of RMSNorm.
-        norm_eps: of RMSNorm.
+        norm_eps: of RMSNorm, 0 or more.
         scale: [B, W], AdaLN's factor of the normalised input.
         shift: [B, W], added to it.
         up_weight: [N, W], of SwiGLU.
         residual: [B, N].
         residual_scale: [B, N], AdaLN's gate.
         backend: "cpu" (C++), "triton" (GPU, or CPU tensors in Triton's interpreter), "reference"
-            or "auto": "cpu" or, if Triton is installed, "triton", by the device.
+            or "auto": "cpu" or "triton" by the device, "reference" where it has neither.
 
     Returns:
         [B, N] in the dtype of `x`.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        ValueError: a wrong shape or device, more than 16 rows, an unknown backend.
+        ValueError: a wrong shape or device, more than 16 rows, a negative norm_eps, an unknown
+            backend.
         RuntimeError: the backend is not available, the message says what is missing; or a gradient
             would be needed.
 
@@ -187,7 +196,7 @@ def decode_linear(
         "residual": residual,
         "residual_scale": residual_scale,
     }
-    _check(x, weight, others, backend)
+    _check(x, weight, norm_eps, others, backend)
     chosen = chosen_backend(backend, x.device.type)
     if chosen == "reference":
         return reference.decode_linear(x, weight, norm_eps=norm_eps, **others)
