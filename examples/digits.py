@@ -5,6 +5,7 @@ demo.png (originals over reconstructions, then generated digits, a row for each 
 the fused search with its reference.
 """
 
+import statistics
 import time
 from collections.abc import Callable
 from functools import partial
@@ -24,15 +25,19 @@ SHOWN = 16
 console = Console()
 
 
-def measure(run: Callable[[], object]) -> tuple[float, int | None]:
-    """Median seconds of several runs, and the peak of extra memory in one where it is known."""
-    run()
-    seconds = []
-    while len(seconds) < 3 or (sum(seconds) < 1 and len(seconds) < 50):
-        begin = time.perf_counter()
+def measure(*runs: Callable[[], object]) -> list[tuple[float, int | None]]:
+    """Of each, median seconds of several runs in turn with the others, and peak of extra memory."""
+    for run in runs:
         run()
-        seconds.append(time.perf_counter() - begin)
-    return sorted(seconds)[len(seconds) // 2], peak_extra_bytes(run)
+    rounds: list[list[float]] = []
+    while len(rounds) < 3 or (sum(map(sum, rounds)) < 2 and len(rounds) < 50):
+        rounds.append([])
+        for run in runs:
+            begin = time.perf_counter()
+            run()
+            rounds[-1].append(time.perf_counter() - begin)
+    medians = map(statistics.median, zip(*rounds, strict=True))
+    return [(median, peak_extra_bytes(run)) for median, run in zip(medians, runs, strict=True)]
 
 
 def megabytes(size: int | None) -> str:
@@ -67,8 +72,9 @@ def main() -> None:
 
     table = Table("", "fused", "reference", "speed-up", "extra memory", "reference")
     for name, count, run in comparisons(model, images):
-        fused, fused_bytes = measure(partial(run, "auto"))
-        reference, reference_bytes = measure(partial(run, "reference"))
+        (fused, fused_bytes), (reference, reference_bytes) = measure(
+            partial(run, "auto"), partial(run, "reference")
+        )
         table.add_row(
             name,
             f"{count / fused:,.0f}/s",
