@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import harness
-from bench.bench_decode_linear import copies, in_turn, own_providers, slow, too_far
-from bench.bench_nearest_code import slower_isas
+from bench.bench_decode_linear import copies, in_turn, slow, too_far
+from bench.bench_maskgit_step import own_providers
 from bench.harness import Bench, Call, Provider
 from titok_fast import decode_attention
 from titok_fast.reference.decode_attention import rotate
@@ -122,8 +122,7 @@ BENCH = Bench(
     op="decode_attention",
     cases=cases,
     providers=(
-        # BF16 adds nothing to AVX-512F here.
-        *own_providers(prepare_ours, tuple(isa for isa in slower_isas() if isa != "avx512")),
+        *own_providers(prepare_ours, gpu="triton"),
         Provider("official", prepare_official),
         Provider("sdpa", prepare_sdpa),
     ),

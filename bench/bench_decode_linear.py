@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench import harness
-from bench.bench_nearest_code import slower_isas
+from bench.bench_maskgit_step import own_providers
 from bench.harness import Bench, Call, Provider
 from titok_fast import decode_linear
 from titok_fast.models.blocks import PackableLinear, _can_pack
-from titok_fast.testing import cpu_isa, relative_error
+from titok_fast.testing import relative_error
 
 MODELS = {1024: 2816, 1920: 5120}  # width of ibq-ar-b and -xxl: channels inside SwiGLU
 MODULATED = ("norm", "scale", "shift")
@@ -169,27 +169,6 @@ def prepare_packed(case: Case, layers: list[Layer]) -> Call:
     return in_turn(official, both, linear=lambda x, layer: layer(x))
 
 
-def own_providers(
-    prepare: Callable[[str], Callable[..., Call]], isas: tuple[str, ...]
-) -> tuple[Provider, ...]:
-    """Each backend of a decoding op, the CPU's also with slower instruction sets."""
-    return (
-        Provider("titok_fast-cpu", prepare("cpu"), devices=("cpu",), ours=True),
-        *(
-            Provider(
-                f"titok_fast-cpu[{isa}]",
-                prepare("cpu"),
-                devices=("cpu",),
-                ours=True,
-                setting=partial(cpu_isa, isa),
-            )
-            for isa in isas
-        ),
-        Provider("titok_fast-triton", prepare("triton"), devices=("cuda",), ours=True),
-        Provider("reference", prepare("reference"), ours=True),
-    )
-
-
 def slow(case: harness.Case, provider: Provider) -> bool:
     return provider.name in ("reference", "compiled") or "[" in provider.name
 
@@ -198,7 +177,7 @@ BENCH = Bench(
     op="decode_linear",
     cases=cases,
     providers=(
-        *own_providers(prepare_ours, slower_isas()),
+        *own_providers(prepare_ours, gpu="triton", bf16=True),
         Provider("official", prepare_official),
         Provider("compiled", prepare_compiled),
         Provider(

@@ -150,8 +150,16 @@ def prepare_compiled(case: Case, cond: Tensor, uncond: Tensor, ids: Tensor) -> C
     return lambda: compiled(cond, uncond, ids, case.v, case.kept)
 
 
-def own_providers(prepare: Callable[[str], Callable[..., Any]]) -> tuple[Provider, ...]:
-    """Each backend of an op that draws tokens, the CPU's also with slower instruction sets."""
+def own_providers(
+    prepare: Callable[[str], Callable[..., Any]], *, gpu: str = "cuda", bf16: bool = False
+) -> tuple[Provider, ...]:
+    """Each backend of an op, the CPU's also with slower instruction sets.
+
+    Args:
+        prepare: of a backend.
+        gpu: the backend of CUDA tensors.
+        bf16: whether AVX-512 BF16 runs other code than AVX-512F.
+    """
     return (
         Provider("titok_fast-cpu", prepare("cpu"), devices=("cpu",), ours=True),
         *(
@@ -163,9 +171,9 @@ def own_providers(prepare: Callable[[str], Callable[..., Any]]) -> tuple[Provide
                 setting=partial(cpu_isa, isa),
             )
             for isa in slower_isas()
-            if isa != "avx512"  # the same code as with BF16
+            if bf16 or isa != "avx512"
         ),
-        Provider("titok_fast-cuda", prepare("cuda"), devices=("cuda",), ours=True),
+        Provider(f"titok_fast-{gpu}", prepare(gpu), devices=("cuda",), ours=True),
         Provider("reference", prepare("reference"), ours=True),
     )
 

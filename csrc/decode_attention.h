@@ -26,7 +26,7 @@ std::size_t decode_attention_cpu_workspace(int64_t length, int64_t width, int th
 void decode_attention_cpu(const DecodeAttentionArgs& args);
 
 struct DecodeAttentionPlan {
-  int64_t padded_width, padded_length;
+  int64_t padded_width;
   std::size_t thread_bytes;  // a query and the scores of one head
   int threads;
 };

@@ -25,9 +25,8 @@ DecodeAttentionRun kernel() {
 DecodeAttentionPlan make_plan(int64_t length, int64_t width, int threads) {
   DecodeAttentionPlan plan{};
   plan.padded_width = round_up(width, 16);
-  plan.padded_length = round_up(length, 16);
   plan.thread_bytes =
-      static_cast<std::size_t>(plan.padded_width + plan.padded_length) * sizeof(float);
+      static_cast<std::size_t>(plan.padded_width + round_up(length, 16)) * sizeof(float);
   plan.threads = threads;
   return plan;
 }

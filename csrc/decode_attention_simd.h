@@ -51,9 +51,9 @@ void weigh(const float* weights, const T* values, int64_t rows, int64_t width, i
       sums[j] = S::fmadd(weight, value, sums[j]);
     }
   }
-  float lanes[vectors * S::lanes];
-  for (int j = 0; j < vectors; ++j) S::store(lanes + j * S::lanes, sums[j]);
-  for (int64_t i = 0; i < count; ++i) out[i] = simd::rounded<T>(lanes[i]);
+  for (int j = 0; j < vectors && j * S::lanes < count; ++j) {
+    simd::store_row(out + j * S::lanes, sums[j], count - j * S::lanes);
+  }
 }
 
 // Scores to probabilities, in place; `padded` of them may be written.

@@ -25,6 +25,8 @@ struct Widened {
   static V load_row(const Row* p) { return S::load(p); }
   static V dot(V a, V b, V sum) { return S::fmadd(a, b, sum); }
 };
+template <class T>
+struct Factors : Widened<T> {};
 #if defined(__AVX512BF16__)
 // Pairs of bfloat16 as they lie, against rows in bfloat16.
 struct AsTheyLie {
@@ -39,13 +41,8 @@ struct AsTheyLie {
   static V load_row(const Row* p) { return load(p); }
   static V dot(V a, V b, V sum) { return simd::Pairs::dot(a, b, sum); }
 };
-template <class T>
-struct Factors : Widened<T> {};
 template <>
 struct Factors<simd::BFloat16> : AsTheyLie {};
-#else
-template <class T>
-struct Factors : Widened<T> {};
 #endif
 
 // Accumulators fill the registers: rows of weights by rows of x.
@@ -176,13 +173,7 @@ void finish(const DecodeLinearArgs& args, int64_t b, int64_t n, int64_t count, c
     if (args.residual.data) {
       v = S::add(v, simd::load_row(row<T>(args.residual, b) + n + i, left));
     }
-    if (left >= S::lanes) {
-      S::store(out + i, v);
-    } else {
-      T part[S::lanes];
-      S::store(part, v);
-      std::memcpy(out + i, part, static_cast<std::size_t>(left) * sizeof(T));
-    }
+    simd::store_row(out + i, v, left);
   }
 }
 

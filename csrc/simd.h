@@ -747,6 +747,15 @@ Native::V load_row(const T* row, int64_t left) {
   return left > 0 ? Native::load_part(row, left) : Native::broadcast(0.0f);
 }
 
+// row[0..lanes), rounded, where `left` values have room, at least one.
+template <class T>
+void store_row(T* row, Native::V v, int64_t left) {
+  if (left >= Native::lanes) return Native::store(row, v);
+  T part[Native::lanes];
+  Native::store(part, v);
+  std::memcpy(row, part, static_cast<std::size_t>(left) * sizeof(T));
+}
+
 // e^x for x <= 88, to 2 ulp; 0 below -60, so that products with it are not slow denormals; NaN
 // stays.
 inline Native::V exp(Native::V x) {

@@ -11,23 +11,14 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from titok_fast.kernels.attention import _LOG2E, _interpreted, _round
 from torch import Tensor
 
-_LOG2E = tl.constexpr(1.4426950408889634)
 _LOWEST = tl.constexpr(-3e38)
 _ELEMENTS = 4096  # of a block of keys, for all queries of a group together
 
 # Integers of which no value is compiled into the kernel.
 _SIZES = ("kv_heads", "length", "qkv_stride")
-
-
-@triton.jit
-def _round(x, dtype: tl.constexpr, WIDENED: tl.constexpr):
-    if WIDENED:  # the interpreter's conversion to bfloat16 truncates
-        bits = x.to(tl.int32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
-        x = bits.to(tl.float32, bitcast=True)
-    return x.to(dtype)
 
 
 @triton.jit
@@ -66,7 +57,7 @@ def decode_attention_kernel(
     QUERIES: tl.constexpr,
     KEYS: tl.constexpr,
     STAGES: tl.constexpr,
-    WIDENED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     item = tl.program_id(0).to(tl.int64)
     batch, kv_head = item // kv_heads, item % kv_heads
@@ -84,7 +75,7 @@ def decode_attention_kernel(
     qkv += batch * qkv_stride
     turn = rotation + last * D
     q = _rotated(qkv, query_head, turn, channel, D)
-    k = _round(_rotated(qkv, key_head, turn, channel, D), dtype, WIDENED)
+    k = _round(_rotated(qkv, key_head, turn, channel, D), dtype, PRECISION)
     v = tl.load(qkv + (key_head + kv_heads) * D + channel, inside, 0.0)
     keys += item * length * D
     values += item * length * D
@@ -117,7 +108,7 @@ def decode_attention_kernel(
     acc = tl.sum(acc * shrink, axis=1, keep_dims=True) / total
     out += batch * kv_heads * (GROUP * D)
     where = query_head * D + channel
-    tl.store(out + where, _round(acc, dtype, WIDENED), inside & (group < GROUP))
+    tl.store(out + where, _round(acc, dtype, PRECISION), inside & (group < GROUP))
 
 
 def _options(d: int, group: int, dtype: torch.dtype) -> dict[str, Any]:
@@ -129,7 +120,7 @@ def _options(d: int, group: int, dtype: torch.dtype) -> dict[str, Any]:
         "QUERIES": queries,
         "KEYS": max(1, min(128, _ELEMENTS // (queries * dim))),
         "STAGES": 2 if dtype == torch.float32 else 3,
-        "WIDENED": False,
+        "PRECISION": "ieee",
         "num_warps": 8,
     }
 
@@ -156,11 +147,9 @@ def launch_decode_attention(
     if batch == 0:
         return
     options = _options(d, out.shape[1] // (kv_heads * d), qkv.dtype)
-    if qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16:
-        options["WIDENED"] = True
     decode_attention_kernel[(batch * kv_heads,)](
         qkv, keys, values, rotation, position, out, kv_heads, length, qkv.stride(0), d**-0.5,
-        **options,
+        **_interpreted(qkv, options),
     )  # fmt: skip
 
 

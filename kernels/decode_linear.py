@@ -12,20 +12,12 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from titok_fast.kernels.attention import _dot, _interpreted, _round
 from torch import Tensor
 
 # Integers of which no value is compiled into the kernel; with ALIGNED in units of 8 elements.
 _UNITS = ("width", "x_stride", "weight_stride", "scale_stride", "shift_stride", "up_stride")
 _SIZES = (*_UNITS, "batch", "size", "residual_stride", "residual_scale_stride", "out_stride")
-
-
-@triton.jit
-def _round(x, dtype: tl.constexpr, PRECISION: tl.constexpr):
-    if PRECISION == "widened":  # the interpreter's conversion to bfloat16 truncates
-        bits = x.to(tl.int32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
-        x = bits.to(tl.float32, bitcast=True)
-    return x.to(dtype)
 
 
 @triton.jit
@@ -51,19 +43,6 @@ def _load(
     column = start + within
     first = row.to(tl.int64)[None, :, None] * _elements(tl.cast(stride, tl.int64), ALIGNED)
     return tl.load(base + first + column, mask=column < width, other=0.0, eviction_policy=EVICT)
-
-
-@triton.jit
-def _dot(
-    h,  # [SLICES, ROWS, DEPTH]
-    weight,  # [SLICES, BLOCK_N, DEPTH]
-    acc,  # [SLICES, ROWS, BLOCK_N]
-    PRECISION: tl.constexpr,
-):
-    weight = tl.permute(weight, [0, 2, 1])
-    if PRECISION == "widened":  # nor can it multiply bfloat16
-        return tl.dot(h.to(tl.float32), weight.to(tl.float32), acc)
-    return tl.dot(h, weight, acc, input_precision=PRECISION)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -132,10 +111,10 @@ def decode_linear_kernel(
         if shift is not None:
             h += _load(shift, row, shift_stride, start, width, "", ALIGNED, SLICES, DEPTH)
         h = _round(h, x.dtype.element_ty, PRECISION)
-        acc = _dot(h, w, acc, PRECISION)
+        acc = _dot(h, tl.permute(w, [0, 2, 1]), acc, PRECISION)
         w = next_w
         if up_weight is not None:
-            up_acc = _dot(h, up, up_acc, PRECISION)
+            up_acc = _dot(h, tl.permute(up, [0, 2, 1]), up_acc, PRECISION)
             up = next_up
 
     y = tl.sum(acc, axis=0)  # [ROWS, BLOCK_N]
@@ -213,11 +192,9 @@ def launch_decode_linear(
     if aligned:
         units = [unit // 8 for unit in units]
     options = _options(batch, size, x.dtype, aligned, up_weight is not None)
-    if x.device.type == "cpu" and x.dtype == torch.bfloat16:
-        options["PRECISION"] = "widened"
     decode_linear_kernel[(triton.cdiv(size, options["BLOCK_N"]),)](
         x, weight, norm, scale, shift, up_weight, residual, residual_scale, out, norm_eps,
-        batch, size, *units, *strides[5:], **options,
+        batch, size, *units, *strides[5:], **_interpreted(x, options),
     )  # fmt: skip
 
 

@@ -59,10 +59,12 @@ def _check(
         raise ValueError(f"position: {position} is not in [0, {length})")
 
 
-def _check_range(position: Tensor, length: int) -> None:
-    """What can be known without waiting for a device."""
-    if position.device.type == "cpu" and not 0 <= int(position) < length:
-        raise ValueError(f"position: {int(position)} is not in [0, {length})")
+def _known(position: Tensor, length: int) -> int:
+    """The position, checked; 0 on a device, for which nothing waits."""
+    known = int(position) if position.device.type == "cpu" else 0
+    if not 0 <= known < length:
+        raise ValueError(f"position: {known} is not in [0, {length})")
+    return known
 
 
 def _fake(
@@ -79,7 +81,7 @@ def _run(
     heads = qkv.shape[1] // width - 2 * kv_heads
     qkv, rotation = dense_rows(qkv), rotation.contiguous()
     out = torch.empty((batch, heads * width), dtype=qkv.dtype, device=qkv.device)
-    _check_range(position, length)
+    known = _known(position, length)
     if backend == "triton":
         launch = inspect.kernels("decode_attention").launch_decode_attention
         # Triton launches on the current device, which need not be that of the tensors.
@@ -95,7 +97,7 @@ def _run(
         keys=keys.data_ptr(),
         values=values.data_ptr(),
         rotation=rotation.data_ptr(),
-        position=int(position),
+        position=known,
         out=out.data_ptr(),
         batch=batch,
         heads=heads,
@@ -171,7 +173,7 @@ def decode_attention(
     chosen = chosen_backend(backend, qkv.device.type)
     if chosen == "reference":
         if not torch.compiler.is_compiling():
-            _check_range(position, keys.shape[2])
+            _known(position, keys.shape[2])
         position = position.reshape(1).clamp(0, keys.shape[2] - 1)
         return reference.decode_attention(qkv, keys, values, rotation, position)
     given = {"qkv": qkv, "keys": keys, "values": values, "rotation": rotation}
