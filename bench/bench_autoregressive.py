@@ -153,7 +153,7 @@ def step_of(model: ARTransformer, labels: Tensor, sampling: ARSampling) -> Call:
 
 def prepare_ours(dtype: torch.dtype) -> Callable[[Case, Tensor], Call]:
     def prepare(case: Case, labels: Tensor) -> Call:
-        model = models.prepared(model_of(case.model, case.device), dtype)
+        model = copy.deepcopy(model_of(case.model, case.device)).cast(dtype)
         options = {"guidance_scale": GUIDANCE, "temperature": TEMPERATURE}
         if case.task == "step":
             return step_of(model, labels, ARSampling(**options))

@@ -14,7 +14,7 @@ from bench import harness
 from bench.bench_maskgit_step import own_providers
 from bench.harness import Bench, Call, Provider
 from titok_fast import decode_linear
-from titok_fast.models.blocks import PackableLinear, _can_pack
+from titok_fast.models.packed import PackableLinear, _can_pack
 from titok_fast.testing import relative_error
 
 MODELS = {1024: 2816, 1920: 5120}  # width of ibq-ar-b and -xxl: channels inside SwiGLU

@@ -90,6 +90,7 @@ def official_model(case: Case, dtype: torch.dtype) -> IBQTokenizer:
         for name, child in parent.named_children():
             if isinstance(child, SpatialAttention):
                 parent.add_module(name, OfficialAttention(child))
+    models.official_convolutions(model)
     return model
 
 
@@ -127,8 +128,7 @@ def prepare_official(dtype: torch.dtype) -> Callable[[Case, Tensor], Call]:
 
 def prepare_ours(dtype: torch.dtype) -> Callable[[Case, Tensor], Call]:
     def prepare(case: Case, x: Tensor) -> Call:
-        model = copy.deepcopy(model_of(case.model, case.device)).cast(dtype)
-        model.to(memory_format=torch.channels_last)
+        model = models.prepared(model_of(case.model, case.device), dtype)
         return lambda: (model.encode if case.task == "encode" else model.decode)(x)
 
     return prepare

@@ -16,6 +16,7 @@ from bench.harness import Call, Case, Provider
 from titok_fast.models import MaskGIT, TiTok, pack_weights
 from titok_fast.models.blocks import ResidualAttentionBlock
 from titok_fast.models.generate import PAIRS, Generator
+from titok_fast.models.maskgit_vqgan import PackableConv, activated, added
 from titok_fast.models.pretrained import PretrainedModel
 
 # A TiTok's generator.
@@ -144,11 +145,40 @@ class OfficialStack(nn.Module):
         return x.permute(1, 0, 2)
 
 
+class OfficialConv(PackableConv):
+    """A convolution and its neighbours as the official networks run them, one after the other."""
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        norm: nn.GroupNorm | None = None,
+        upsample: bool = False,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        x = x if norm is None else activated(norm, x)
+        x = F.interpolate(x, scale_factor=2.0) if upsample else x
+        out = nn.Conv2d.forward(self, x)
+        return out if residual is None else added(out, residual)
+
+
+def official_convolutions(model: nn.Module) -> None:
+    """Replaces the convolutions of a model's pixel networks by the official ones."""
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, PackableConv):
+                with torch.device("meta"):
+                    layer = OfficialConv(child.in_channels, child.out_channels)
+                layer.weight, layer.bias = child.weight, child.bias
+                parent.add_module(name, layer)
+
+
 @lru_cache(maxsize=1)
 def official_tokenizer(name: str, device: str, dtype: torch.dtype) -> TiTok:
     model = copy.deepcopy(tokenizer(name, device))
     for part in (model.encoder, model.decoder):
         part.transformer = nn.ModuleList([OfficialStack(part.transformer)])
+    official_convolutions(model)
     return model.to(dtype, memory_format=torch.contiguous_format)
 
 

@@ -7,7 +7,7 @@
 #include <type_traits>
 
 #include "index_propagation.h"
-#include "simd.h"
+#include "tile.h"
 
 namespace titok {
 namespace {
@@ -16,9 +16,14 @@ using S = simd::Native;
 using V = S::V;
 using simd::Double8;
 
-constexpr int kTileRows = S::tile_rows, kPairs = kTileRows / 2;
-constexpr int kTileVectors = S::tile_vectors;
-constexpr int kTileCodes = kTileVectors * S::lanes;
+using simd::clear;
+using simd::kTileRows;
+using simd::kTileVectors;
+using simd::load_tile;
+using simd::multiply;
+using simd::store_tile;
+constexpr int kPairs = kTileRows / 2;
+constexpr int kTileCodes = simd::kTileColumns;
 constexpr int64_t kChunk = kIndexPropagationChunk, kBlock = kIndexPropagationBlock;
 constexpr int64_t kScoreRow = kChunk + 16;
 constexpr int64_t kGradRows = 256;  // rows whose scores and columns stay in the first cache
@@ -36,42 +41,6 @@ constexpr double kFixedPoint = 0x1p40;  // sums of integers do not depend on the
 
 inline int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
-}
-
-// acc += A B: A[r][i] at a[r * row_stride + i * step], B[i] a row of kTileCodes; a value is a word
-// of `Set::terms` products.
-template <class Set, class Stride>
-inline void multiply(V (&acc)[kTileRows][kTileVectors], const float* a, Stride row_stride,
-                     int64_t step, const float* b, int64_t steps) {
-  for (int64_t i = 0; i < steps; ++i, a += step, b += kTileCodes) {
-    V columns[kTileVectors];
-#pragma GCC unroll 8
-    for (int v = 0; v < kTileVectors; ++v) columns[v] = S::load(b + v * S::lanes);
-#pragma GCC unroll 8
-    for (int r = 0; r < kTileRows; ++r) {
-      const V value = S::broadcast(a[r * row_stride]);
-#pragma GCC unroll 8
-      for (int v = 0; v < kTileVectors; ++v) acc[r][v] = Set::dot(value, columns[v], acc[r][v]);
-    }
-  }
-}
-
-inline void clear(V (&acc)[kTileRows][kTileVectors]) {
-  for (auto& row : acc) {
-    for (V& v : row) v = S::broadcast(0.0f);
-  }
-}
-
-// To and from `out`, rows `stride` apart.
-inline void load_tile(V (&acc)[kTileRows][kTileVectors], const float* out, int64_t stride) {
-  for (int r = 0; r < kTileRows; ++r) {
-    for (int v = 0; v < kTileVectors; ++v) acc[r][v] = S::load(out + r * stride + v * S::lanes);
-  }
-}
-inline void store_tile(const V (&acc)[kTileRows][kTileVectors], float* out, int64_t stride) {
-  for (int r = 0; r < kTileRows; ++r) {
-    for (int v = 0; v < kTileVectors; ++v) S::store(out + r * stride + v * S::lanes, acc[r][v]);
-  }
 }
 
 using One = std::integral_constant<int64_t, 1>;
@@ -247,7 +216,7 @@ struct Propagation {
   void score_rows(int64_t begin, int64_t end, int64_t c0, float* out) const {
     for (int64_t c = 0; c < kChunk; c += kTileCodes) {
       for (int64_t r = begin; r < end; r += kTileRows) {
-        V acc[kTileRows][kTileVectors];
+        simd::Tile acc;
         clear(acc);
         multiply<Words>(acc, rows_a() + r * d(), One{}, kTileRows, columns_t() + c * d(), words());
         store_tile(acc, out + (r - begin) * kScoreRow + c, kScoreRow);
@@ -311,7 +280,7 @@ struct Propagation {
   void average_codes(int64_t begin, int64_t end, const float* p, const float* factors) const {
     for (int64_t i = 0; i < plan.padded_depth; i += kTileCodes) {
       for (int64_t r = begin; r < end; r += kTileRows) {
-        V acc[kTileRows][kTileVectors];
+        simd::Tile acc;
         float* out = accumulator() + r * plan.padded_depth + i;
         load_tile(acc, out, plan.padded_depth);
         for (int j = 0; j < kTileRows; ++j) {
@@ -456,7 +425,7 @@ struct Propagation {
         for (V& sum : sums) sum = S::broadcast(0.0f);
         const int64_t end = begin + kGradRows < rows ? begin + kGradRows : rows;
         for (int64_t r = begin / kTileRows * kTileRows; r < end; r += kTileRows) {
-          V acc[kTileRows][kTileVectors];
+          simd::Tile acc;
           clear(acc);
           multiply<Words>(acc, rows_a() + r * d(), One{}, kTileRows, columns, words());
           for (int j = 0; j < kTileRows; ++j) {
@@ -700,7 +669,7 @@ struct Propagation {
       for (int64_t r = mine.begin; r < mine.end; r += kTileRows) {
         double totals[kTileRows] = {};
         for (int64_t c = 0; c < kChunk && c0 + c < args.k; c += kTileCodes) {
-          V acc[kTileRows][kTileVectors];
+          simd::Tile acc;
           clear(acc);
           multiply<Words>(acc, rows_a() + r * d(), One{}, kTileRows, columns_t() + c * d(),
                           words());
@@ -723,7 +692,7 @@ struct Propagation {
 
   // dL/ds of kPairs rows and kTileCodes codes: S and g E^T from one tile.
   void logit_gradients(const Group& group, int64_t r, int64_t c0, int64_t c, float* out) const {
-    V acc[kTileRows][kTileVectors];
+    simd::Tile acc;
     clear(acc);
     multiply<Words>(acc, pairs_a() + 2 * r * d(), One{}, kTileRows, columns_t() + c * d(), words());
     const float weight = 1.0f / (args.temperature * static_cast<float>(args.n));
@@ -797,7 +766,7 @@ struct Propagation {
       if constexpr (kTerms == 2) narrow_pairs(begin, end, s);
       for (int64_t i = 0; i < plan.padded_depth; i += kTileCodes) {
         for (int64_t r = begin; r < end; r += kTileRows) {
-          V acc[kTileRows][kTileVectors];
+          simd::Tile acc;
           float* out = accumulator() + (group.first + r) * plan.padded_depth + i;
           load_tile(acc, out, plan.padded_depth);
           multiply<Words>(acc, s + r * kScoreRow, kScoreRow, 1, columns_n() + i * (kChunk / kTerms),
@@ -815,7 +784,7 @@ struct Propagation {
       for (int64_t i = 0; i < plan.padded_depth; i += kTileCodes) {
         const float* panel = rows_n() + (i * plan.rows + r * kTileCodes) / kTerms;
         for (int64_t c = codes.begin; c < codes.end; c += kTileRows) {
-          V acc[kTileRows][kTileVectors];
+          simd::Tile acc;
           float* out = sums + c * plan.padded_depth + i;
           if (group.first + r == 0) {
             clear(acc);

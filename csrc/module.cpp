@@ -9,6 +9,7 @@ void bind_maskgit_step(py::module_& m);
 void bind_sample_token(py::module_& m);
 void bind_decode_attention(py::module_& m);
 void bind_decode_linear(py::module_& m);
+void bind_conv3x3(py::module_& m);
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled ops of titok_fast; call them through titok_fast.ops.";
@@ -19,4 +20,5 @@ PYBIND11_MODULE(_C, m) {
   bind_sample_token(m);
   bind_decode_attention(m);
   bind_decode_linear(m);
+  bind_conv3x3(m);
 }

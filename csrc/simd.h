@@ -703,13 +703,16 @@ struct Portable {
 using Native = Portable;
 #endif
 
-// What a register tile multiplies: words of `terms` values, whose products one dot() adds per lane.
+// What a register tile multiplies: words of `terms` values, whose products one dot() adds per lane;
+// store() rounds a vector of them.
 // words() packs load(0), load(1), ...: `terms` vectors of consecutive values; zip() one value each
 // of two vectors.
 struct Single {
   static constexpr int terms = 1;
   using V = Native::V;
+  using Value = float;
   static V dot(V a, V b, V c) { return Native::fmadd(a, b, c); }
+  static void store(Value* p, V v) { Native::store(p, v); }
   template <class Load>
   static V words(const Load& load) {
     return load(0);
@@ -721,6 +724,12 @@ struct Single {
 struct Pairs {
   static constexpr int terms = 2;
   using V = Native::V;
+  using Value = BFloat16;
+  // Subnormals become zeros, as the product takes them.
+  static void store(Value* p, V v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v)));
+  }
   static V dot(V a, V b, V c) {
     return _mm512_dpbf16_ps(c, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
   }

@@ -7,7 +7,7 @@ import torch
 
 import titok_fast
 from tests.conformance import expected, image, manifest, weights
-from titok_fast.models import IBQTokenizer, TiTok
+from titok_fast.models import IBQTokenizer, TiTok, pack_weights
 from titok_fast.testing import relative_error
 
 
@@ -19,7 +19,10 @@ def tiny():
     return model
 
 
-def test_conforms(tiny):
+@pytest.mark.parametrize("packed", [False, True])
+def test_conforms(tiny, packed):
+    if packed:
+        tiny = pack_weights(copy.deepcopy(tiny))
     wanted, images = expected("ibq_tokenizer_tiny"), image(64)[None]
     with torch.no_grad():
         hidden = tiny.latents(images)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.conformance import expected, image, manifest, weights
-from titok_fast.models import MaskGITVQGAN
+from titok_fast.models import MaskGITVQGAN, pack_weights
 from titok_fast.testing import relative_error
 
 CASE = "maskgit_vqgan"
@@ -17,13 +17,13 @@ TINY = {
 }
 
 
-@pytest.fixture(scope="module")
-def vqgan():
+@pytest.fixture(scope="module", params=[False, True], ids=["plain", "packed"])
+def vqgan(request):
     """The full model with the weights of the conformance case."""
     with torch.device("meta"):
         model = MaskGITVQGAN.from_config(manifest(CASE)["config"])
     model.load_state_dict(weights(manifest(CASE)["parameters"]), strict=True, assign=True)
-    return model.eval()
+    return pack_weights(model.eval()) if request.param else model.eval()
 
 
 @pytest.fixture(scope="module")

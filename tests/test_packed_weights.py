@@ -1,4 +1,4 @@
-"""Linear layers that keep a copy of their weight in oneDNN's order."""
+"""Layers that keep a copy of their weight in the order of the fastest product."""
 
 import copy
 import pickle
@@ -8,8 +8,11 @@ import torch
 import torch.nn.functional as F
 
 import titok_fast
-from titok_fast import MaskGIT, TiTok, pack_weights
-from titok_fast.models.blocks import PackableLinear, _can_pack, packable, packed
+from titok_fast import IBQTokenizer, MaskGIT, MaskGITVQGAN, TiTok, pack_weights
+from titok_fast.models.generate import pack_pair
+from titok_fast.models.ibq import ResidualBlock
+from titok_fast.models.maskgit_vqgan import PackableConv
+from titok_fast.models.packed import PackableLinear, _can_pack, packable, packed
 from titok_fast.testing import relative_error
 from titok_fast.training.data import digits
 
@@ -130,8 +133,96 @@ def test_half_precision_stays_as_it_is(tokenizer):
 
 
 def test_says_what_it_takes():
-    with pytest.raises(ValueError, match="model: Linear has no linear layer of titok_fast"):
+    with pytest.raises(ValueError, match="model: Linear has no layer of titok_fast"):
         pack_weights(torch.nn.Linear(2, 2))
     with pytest.raises(RuntimeError, match="the model is on meta, allowed is cpu"):
         pack_weights(PackableLinear(2, 2).to("meta"))
     assert titok_fast.pack_weights is pack_weights
+
+
+def small_ibq():
+    """Widths on both sides of the smallest that is packed, and a level with attention."""
+    config = {"double_z": False, "z_channels": 32, "resolution": 32, "in_channels": 3, "out_ch": 3}
+    config |= {"ch": 32, "ch_mult": [1, 2], "num_res_blocks": 1, "attn_resolutions": [16]}
+    config |= {"dropout": 0.0}
+    model = IBQTokenizer.from_config({"n_embed": 64, "embed_dim": 32, "ddconfig": config}).eval()
+    return model, torch.rand(3, 3, 32, 32), lambda images: model.latents(images)
+
+
+def small_vqgan():
+    config = {"channel_mult": [1, 2], "hidden_channels": 32, "num_channels": 3}
+    config |= {"num_res_blocks": 1, "z_channels": 32}
+    model = MaskGITVQGAN.from_config(config).eval()
+    return model, torch.rand(3, 3, 16, 16), lambda images: model.encoder(images)
+
+
+@pytest.mark.parametrize("make", [small_ibq, small_vqgan])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_a_pixel_network_is_as_near_to_float64(make, dtype):
+    model, images, latents_of = make()
+    exact = copy.deepcopy(model).double()
+    model.to(dtype)
+    allowed = 1.25  # bfloat16 loses in transformed inputs what it gains between the operations
+    with torch.no_grad():
+        tokens = model.encode(images.to(dtype))
+
+        def errors():
+            latents = relative_error(latents_of(images.to(dtype)), exact_latents)
+            return latents, relative_error(model.decode(tokens), exact.decode(tokens))
+
+        exact_latents = (exact.latents if make is small_ibq else exact.encoder)(images.double())
+        plain = errors()
+        pack_weights(model)
+        convolutions = [layer for layer in packable(model) if min(layer.weight.shape[:2]) >= 32]
+        assert 10 < count(model) == len(convolutions) < len(packable(model))
+        assert all(a <= allowed * b for a, b in zip(errors(), plain, strict=True))
+        alone = torch.cat([model.decode(row) for row in tokens.split(1)])
+        assert torch.equal(alone, model.decode(tokens))
+
+
+def test_a_packed_pixel_network_still_trains():
+    model, images, _ = small_ibq()
+    pack_weights(model)
+    plain = copy.deepcopy(model)
+    assert count(plain) == 0 < count(model)
+    gradients = []
+    for network in (model, plain):
+        network.latents(images).square().sum().backward()
+        gradients.append(network.encoder.conv_in.weight.grad)
+    assert torch.equal(*gradients)
+
+
+def test_dropout_is_still_dropped():
+    config = {"in_channels": 32, "out_channels": 32, "dropout": 0.5}
+    block, x = ResidualBlock(**config), torch.randn(1, 32, 4, 4)
+    pack_weights(block)
+    with torch.no_grad():
+        assert not torch.equal(block(x), block(x))
+        assert torch.equal(block.eval()(x), block(x))
+
+
+def test_a_changed_convolution_is_used():
+    layer, norm, x = PackableConv(32, 40), torch.nn.GroupNorm(8, 32), torch.randn(2, 32, 5, 5)
+    residual = torch.randn(2, 40, 5, 5)
+    with torch.no_grad():
+        layer.pack()
+        for change in (
+            lambda: layer.weight.mul_(2),
+            lambda: layer.bias.mul_(3),
+            lambda: norm.weight.mul_(3),
+        ):
+            change()
+            expected = F.conv2d(F.silu(norm(x)), layer.weight, layer.bias, padding=1) + residual
+            assert relative_error(layer(x, norm=norm, residual=residual), expected) < 1e-5
+
+
+def test_a_generating_pair_is_packed_but_for_its_encoder():
+    tokenizer = TiTok.from_pretrained("titok-digits")
+    generator = MaskGIT.from_pretrained("maskgit-digits")
+    pack_pair(tokenizer, generator)
+    assert count(tokenizer.encoder) == 0 < count(tokenizer.decoder)
+    assert count(generator) == len(packable(generator))
+    model, images, _ = small_ibq()
+    pack_pair(model, generator)
+    assert count(model.encoder) == 0 < count(model.decoder)
+    assert model.encode(images).shape == (3, 16, 16)

@@ -16,11 +16,13 @@ from titok_fast.models import (
 )
 from titok_fast.ops import (
     attention,
+    conv3x3,
     decode_attention,
     decode_linear,
     index_propagation,
     maskgit_step,
     nearest_code,
+    pack_conv3x3,
     sample_token,
 )
 
@@ -36,6 +38,7 @@ __all__ = [
     "accelerate",
     "attention",
     "compile",
+    "conv3x3",
     "decode_attention",
     "decode_linear",
     "generate",
@@ -44,6 +47,7 @@ __all__ = [
     "load_tokenizer",
     "maskgit_step",
     "nearest_code",
+    "pack_conv3x3",
     "pack_weights",
     "sample_token",
 ]

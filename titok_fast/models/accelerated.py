@@ -13,10 +13,10 @@ from titok_fast.models.blocks import (
     LlamaBlock,
     ResidualAttentionBlock,
     UViTBlock,
-    packable,
 )
 from titok_fast.models.ibq import ResidualBlock
 from titok_fast.models.maskgit_vqgan import ResnetBlock
+from titok_fast.models.packed import packable
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -47,14 +47,16 @@ def compile(model: Model) -> Model:
 
 
 def pack_weights(model: Model) -> Model:
-    """Lets the linear layers of a model on the CPU keep copies of their weights in oneDNN's order.
+    """Lets a model on the CPU keep copies of its weights in the order of the fastest product.
 
-    Inference without gradients then takes less time, most for small batches, and twice the memory
-    for weights. A weight that changes afterwards is used in its own order until it is packed again;
-    a change through `weight.data` is not seen, and must be followed by another call. Nothing is
-    packed where PyTorch has no oneDNN, or oneDNN no product of the weight's dtype on this CPU:
-    float32 always, bfloat16 with AVX-512. `ARTransformer.generate` has no use for it: it reads
-    weights as they are for up to 16 rows, and packs them by itself for more.
+    Inference without gradients then takes less time: linear layers multiply by weights in oneDNN's
+    order, most for small batches, and 3x3 convolutions run as `conv3x3` does. It takes twice the
+    memory for weights, of convolutions 2.8 times. A weight that changes afterwards is used in its
+    own order until it is packed again; a change through `weight.data` is not seen, and must be
+    followed by another call. A linear layer is not packed where PyTorch has no oneDNN, or oneDNN no
+    product of the weight's dtype on this CPU: float32 always, bfloat16 with AVX-512.
+    `ARTransformer.generate` has no use for it: it reads weights as they are for up to 16 rows, and
+    packs them by itself for more.
 
     Args:
         model: any model of this package, or a module that holds its blocks, on the CPU.
@@ -68,7 +70,7 @@ def pack_weights(model: Model) -> Model:
     """
     layers = packable(model)
     if not layers:
-        raise ValueError(f"model: {type(model).__name__} has no linear layer of titok_fast")
+        raise ValueError(f"model: {type(model).__name__} has no layer of titok_fast")
     for parameter in model.parameters():
         if parameter.device.type != "cpu":
             raise RuntimeError(f"pack_weights: the model is on {parameter.device}, allowed is cpu")

@@ -16,12 +16,11 @@ from titok_fast.models.blocks import (
     CausalSelfAttention,
     KVCache,
     LlamaBlock,
-    PackableLinear,
     SwiGLU,
     decode_layer,
-    packed,
 )
 from titok_fast.models.checks import check_labels, check_number, check_tokens, replaced
+from titok_fast.models.packed import PackableLinear, packed
 from titok_fast.models.pretrained import PretrainedModel, Release
 from titok_fast.ops import sample_token
 from titok_fast.ops.decode_attention import MAX_HEAD_WIDTH

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from titok_fast.models.packed import PackableLinear, PackableMatrix
 from titok_fast.ops import attention, decode_attention, decode_linear
 from titok_fast.ops.decode_linear import MAX_ROWS, chosen_backend
 
@@ -20,106 +20,6 @@ def attend(qkv: Tensor, num_heads: int, dropout: float = 0.0) -> Tensor:
     """`attention` of packed projections: [B, L, 3 W] to [B, L, W]."""
     qkv = rearrange(qkv, "b l (n h d) -> b l n h d", n=3, h=num_heads)  # [B, L, 3, H, Dh]
     return attention(qkv, dropout_p=dropout).flatten(2)
-
-
-class _Packed:
-    """A weight in oneDNN's order; a copy or a pickle of a model leaves it out."""
-
-    def __init__(self, weight: Tensor) -> None:
-        self.weight: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
-        self.of = self._state(weight)
-
-    def is_of(self, weight: Tensor) -> bool:
-        return self.of == self._state(weight)
-
-    @staticmethod
-    def _state(weight: Tensor) -> tuple[int, int]:
-        return weight.data_ptr(), 0 if weight.is_inference() else weight._version
-
-    def __reduce__(self) -> Any:
-        return type(None), ()
-
-
-class Packable(nn.Module):
-    """A layer that multiplies by one matrix, of which `pack_weights` makes it keep a copy."""
-
-    _matrix = "weight"
-    _packed: _Packed | None = None
-
-    def pack(self) -> None:
-        """Keeps a copy of the matrix in oneDNN's order, if oneDNN multiplies its dtype."""
-        weight = getattr(self, self._matrix)
-        self._packed = _Packed(weight) if _can_pack(weight.dtype) else None
-
-    def unpack(self) -> None:
-        """Frees the copy."""
-        self._packed = None
-
-    def product(self, x: Tensor, bias: Tensor | None, *, gelu: bool = False) -> Tensor:
-        """x W^T + b, or GELU of it, for x [..., in], W [out, in] and b [out]; [..., out]."""
-        weight: Tensor = getattr(self, self._matrix)
-        copy = self._copy_for(x, weight)
-        if copy is None:
-            out = F.linear(x, weight, bias)
-            return F.gelu(out) if gelu else out
-        activation: tuple[Any, ...] = ("gelu", [], "none") if gelu else ("none", [], "")
-        product = torch.ops.mkldnn._linear_pointwise
-        result: Tensor = product(x, copy, bias, *activation)
-        return result
-
-    def _copy_for(self, x: Tensor, weight: Tensor) -> Tensor | None:
-        if self._packed is None or torch.compiler.is_compiling():
-            return None
-        if not self._packed.is_of(weight):
-            self.unpack()
-            return None
-        graph = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-        plain = x.numel() == 0 or x.dtype != weight.dtype or torch.is_autocast_enabled("cpu")
-        if graph or plain:
-            return None
-        return self._packed.weight
-
-
-class PackableLinear(Packable, nn.Linear):
-    """`nn.Linear`, followed by GELU if `gelu`."""
-
-    def __init__(
-        self, in_features: int, out_features: int, bias: bool = True, *, gelu: bool = False
-    ) -> None:
-        super().__init__(in_features, out_features, bias)
-        self.gelu = gelu
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps [..., in_features] to [..., out_features]."""
-        return self.product(x, self.bias, gelu=self.gelu)
-
-
-def packable(model: nn.Module) -> list[Packable]:
-    """The layers of a model whose weights can be packed."""
-    return [module for module in model.modules() if isinstance(module, Packable)]
-
-
-@contextmanager
-def packed(model: nn.Module) -> Iterator[None]:
-    """Within it, the weights of a model on the CPU are packed."""
-    on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
-    layers = [layer for layer in packable(model) if on_cpu and layer._packed is None]
-    try:
-        for layer in layers:
-            layer.pack()
-        yield
-    finally:
-        for layer in layers:
-            layer.unpack()
-
-
-def _can_pack(dtype: torch.dtype) -> bool:
-    operators = torch.ops.mkldnn
-    if not torch.backends.mkldnn.is_available() or not hasattr(operators, "_linear_pointwise"):
-        return False
-    if dtype == torch.bfloat16:
-        return bool(operators._is_mkldnn_bf16_supported())
-    return dtype == torch.float32
 
 
 def mlp(width: int, hidden_width: int) -> nn.Sequential:
@@ -132,7 +32,7 @@ def mlp(width: int, hidden_width: int) -> nn.Sequential:
     )
 
 
-class PackedSelfAttention(Packable):
+class PackedSelfAttention(PackableMatrix):
     """Self-attention with the parameters of `torch.nn.MultiheadAttention`, batch first.
 
     Args:
@@ -140,7 +40,7 @@ class PackedSelfAttention(Packable):
         num_heads: number of heads.
     """
 
-    _matrix = "in_proj_weight"
+    _weight = "in_proj_weight"
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
@@ -183,7 +83,7 @@ class ResidualAttentionBlock(nn.Module):
 _PARTS = ("query", "key", "value")
 
 
-class SeparateSelfAttention(Packable):
+class SeparateSelfAttention(PackableMatrix):
     """Self-attention whose state_dict holds query, key and value apart, as BERT's does.
 
     Here they are one matrix, so that one product makes the packed input of `attention`.
@@ -194,7 +94,7 @@ class SeparateSelfAttention(Packable):
         dropout: probability that an attention weight is dropped in training.
     """
 
-    _matrix = "in_proj_weight"
+    _weight = "in_proj_weight"
 
     def __init__(self, width: int, num_heads: int, dropout: float = 0.0) -> None:
         super().__init__()

@@ -14,6 +14,7 @@ from titok_fast.models.accelerated import pack_weights
 from titok_fast.models.auto import Tokenizer, load_tokenizer
 from titok_fast.models.autoregressive import ARTransformer
 from titok_fast.models.maskgit import MaskGIT
+from titok_fast.models.packed import packable
 from titok_fast.models.titok import TiTok
 
 Generator: TypeAlias = MaskGIT | ARTransformer
@@ -141,5 +142,6 @@ def pack_pair(tokenizer: Tokenizer, generator: Generator) -> None:
         return
     if isinstance(generator, MaskGIT):  # ARTransformer packs its own where it gains by it
         pack_weights(generator)
-    if isinstance(tokenizer, TiTok):
-        pack_weights(tokenizer.decoder)
+    for name, part in tokenizer.named_children():
+        if name != "encoder" and packable(part):
+            pack_weights(part)

@@ -11,7 +11,13 @@ from torch import Tensor, nn
 
 from titok_fast.layers import IndexPropagationQuantize
 from titok_fast.models.checks import check_floating, check_tokens
-from titok_fast.models.maskgit_vqgan import activated, added, group_norm, image_by_image
+from titok_fast.models.maskgit_vqgan import (
+    PackableConv,
+    activated,
+    added,
+    group_norm,
+    image_by_image,
+)
 from titok_fast.models.pretrained import PretrainedModel, Release
 from titok_fast.ops import nearest_code
 
@@ -45,18 +51,21 @@ class ResidualBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, dropout: float) -> None:
         super().__init__()
         self.norm1 = group_norm(in_channels)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = PackableConv(in_channels, out_channels)
         self.norm2 = group_norm(out_channels)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv2 = PackableConv(out_channels, out_channels)
         if in_channels != out_channels:
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps [B, in_channels, H, W] to [B, out_channels, H, W]."""
-        h: Tensor = self.conv1(activated(self.norm1, x))
-        h = self.conv2(self.dropout(activated(self.norm2, h)))
-        return added(h, self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+        h: Tensor = self.conv1(x, norm=self.norm1)
+        x = self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x
+        if self.training and self.dropout.p > 0:
+            return added(self.conv2(self.dropout(activated(self.norm2, h))), x)
+        h = self.conv2(h, norm=self.norm2, residual=x)
+        return h
 
 
 class SpatialAttention(nn.Module):
@@ -82,14 +91,15 @@ class Resample(nn.Module):
     def __init__(self, channels: int, *, down: bool) -> None:
         super().__init__()
         self.down = down
-        self.conv = nn.Conv2d(
-            channels, channels, 3, stride=2 if down else 1, padding=0 if down else 1
+        self.conv = (
+            nn.Conv2d(channels, channels, 3, stride=2) if down else PackableConv(channels, channels)
         )
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps [B, C, H, W] to [B, C, H / 2, W / 2] or [B, C, 2 H, 2 W]."""
-        x = F.pad(x, (0, 1, 0, 1)) if self.down else F.interpolate(x, scale_factor=2.0)
-        out: Tensor = self.conv(x)
+        out: Tensor = (
+            self.conv(F.pad(x, (0, 1, 0, 1))) if self.down else self.conv(x, upsample=True)
+        )
         return out
 
 
@@ -146,7 +156,7 @@ class IBQEncoder(nn.Module):
         widths = [config["ch"] * mult for mult in config["ch_mult"]]
         inputs = [config["ch"], *widths[:-1]]
         last = len(widths) - 1
-        self.conv_in = nn.Conv2d(config["in_channels"], config["ch"], 3, padding=1)
+        self.conv_in = PackableConv(config["in_channels"], config["ch"])
         self.down = nn.ModuleList(
             Level(
                 (inputs[i], widths[i]),
@@ -159,7 +169,7 @@ class IBQEncoder(nn.Module):
         )
         self.mid = _middle(widths[-1], config["dropout"])
         self.norm_out = group_norm(widths[-1])
-        self.conv_out = nn.Conv2d(widths[-1], config["z_channels"], 3, padding=1)
+        self.conv_out = PackableConv(widths[-1], config["z_channels"])
 
     def forward(self, images: Tensor) -> Tensor:
         """Maps [B, 3, H, W] in [-1, 1] to [B, C, H / f, W / f]."""
@@ -168,7 +178,7 @@ class IBQEncoder(nn.Module):
             x = level(x)
         for block in self.mid.values():
             x = block(x)
-        out: Tensor = self.conv_out(activated(self.norm_out, x))
+        out: Tensor = self.conv_out(x, norm=self.norm_out)
         return out
 
 
@@ -183,7 +193,7 @@ class IBQDecoder(nn.Module):
         super().__init__()
         widths = [config["ch"] * mult for mult in config["ch_mult"]]
         inputs = [*widths[1:], widths[-1]]
-        self.conv_in = nn.Conv2d(config["z_channels"], widths[-1], 3, padding=1)
+        self.conv_in = PackableConv(config["z_channels"], widths[-1])
         self.mid = _middle(widths[-1], config["dropout"])
         self.up = nn.ModuleList(
             Level(
@@ -196,7 +206,7 @@ class IBQDecoder(nn.Module):
             for i in range(len(widths))
         )
         self.norm_out = group_norm(widths[0])
-        self.conv_out = nn.Conv2d(widths[0], config["out_ch"], 3, padding=1)
+        self.conv_out = PackableConv(widths[0], config["out_ch"])
 
     def forward(self, z: Tensor) -> Tensor:
         """Maps [B, C, h, w] to [B, 3, f h, f w], in the scale of [-1, 1], not clamped."""
@@ -205,7 +215,7 @@ class IBQDecoder(nn.Module):
             x = block(x)
         for level in reversed(self.up):
             x = level(x)
-        out: Tensor = self.conv_out(activated(self.norm_out, x))
+        out: Tensor = self.conv_out(x, norm=self.norm_out)
         return out
 
 

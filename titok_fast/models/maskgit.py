@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from titok_fast.models.accelerated import capture
-from titok_fast.models.blocks import BertBlock, PackableLinear, UViTBlock
+from titok_fast.models.blocks import BertBlock, UViTBlock
 from titok_fast.models.checks import check_labels, check_number, check_tokens, replaced
+from titok_fast.models.packed import PackableLinear
 from titok_fast.models.pretrained import PretrainedModel, Release
 from titok_fast.ops import maskgit_step
 

@@ -31,6 +31,7 @@ TRITON_OPS = (
     "nearest_code",
     "index_propagation",
     "attention",
+    "conv3x3",
     "decode_attention",
     "decode_linear",
 )

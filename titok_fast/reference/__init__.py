@@ -1,6 +1,7 @@
 """Eager PyTorch truth for every op; imports torch alone."""
 
 from titok_fast.reference.attention import attention
+from titok_fast.reference.conv3x3 import conv3x3
 from titok_fast.reference.decode_attention import decode_attention
 from titok_fast.reference.decode_linear import decode_linear
 from titok_fast.reference.index_propagation import index_propagation
@@ -14,6 +15,7 @@ from titok_fast.reference.sample_token import sample_token
 
 __all__ = [
     "attention",
+    "conv3x3",
     "decode_attention",
     "decode_linear",
     "index_propagation",

@@ -1,0 +1,134 @@
+"""Layers that keep a copy of their weight in the order in which a CPU multiplies fastest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class _Packed:
+    """A copy of a weight in another order; a copy or a pickle of a model leaves it out."""
+
+    def __init__(self, weight: Tensor, copy: Tensor) -> None:
+        self.copy = copy
+        self.of = self._state(weight)
+
+    def is_of(self, weight: Tensor) -> bool:
+        return self.of == self._state(weight)
+
+    @staticmethod
+    def _state(weight: Tensor) -> tuple[int, int]:
+        return weight.data_ptr(), 0 if weight.is_inference() else weight._version
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+
+def plain(*tensors: Tensor | None) -> bool:
+    """Whether a fused op may take these: of one dtype, not empty, no graph, autocast or tracing."""
+    if torch.compiler.is_compiling():
+        return False
+    given = [tensor for tensor in tensors if tensor is not None]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
+        return False
+    first = given[0]
+    same = all(tensor.numel() and tensor.dtype == first.dtype for tensor in given)
+    return same and not torch.is_autocast_enabled(first.device.type)
+
+
+class Packable(nn.Module):
+    """A layer with a weight of which `pack_weights` makes it keep a copy."""
+
+    _weight = "weight"
+    _packed: _Packed | None = None
+
+    def pack(self) -> None:
+        """Keeps a copy of the weight, where a product by it is faster."""
+        weight = getattr(self, self._weight)
+        copy = self._arranged(weight.detach())
+        self._packed = None if copy is None else _Packed(weight, copy)
+
+    def unpack(self) -> None:
+        """Frees the copy."""
+        self._packed = None
+
+    def _arranged(self, weight: Tensor) -> Tensor | None:
+        raise NotImplementedError
+
+    def _copy_for(self, x: Tensor, *others: Tensor | None) -> Tensor | None:
+        """The copy, if it is of the weight as it is now and `plain` of x and the others."""
+        weight = getattr(self, self._weight)
+        if self._packed is None or not plain(x, weight, *others):
+            return None
+        if not self._packed.is_of(weight):
+            self.unpack()
+            return None
+        return self._packed.copy
+
+
+class PackableMatrix(Packable):
+    """A layer that multiplies by a matrix."""
+
+    def _arranged(self, weight: Tensor) -> Tensor | None:
+        if not _can_pack(weight.dtype):
+            return None
+        copy: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
+        return copy
+
+    def product(self, x: Tensor, bias: Tensor | None, *, gelu: bool = False) -> Tensor:
+        """x W^T + b, or GELU of it, for x [..., in], W [out, in] and b [out]; [..., out]."""
+        copy = self._copy_for(x)
+        if copy is None:
+            out = F.linear(x, getattr(self, self._weight), bias)
+            return F.gelu(out) if gelu else out
+        activation: tuple[Any, ...] = ("gelu", [], "none") if gelu else ("none", [], "")
+        product = torch.ops.mkldnn._linear_pointwise
+        result: Tensor = product(x, copy, bias, *activation)
+        return result
+
+
+class PackableLinear(PackableMatrix, nn.Linear):
+    """`nn.Linear`, followed by GELU if `gelu`."""
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, *, gelu: bool = False
+    ) -> None:
+        super().__init__(in_features, out_features, bias)
+        self.gelu = gelu
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps [..., in_features] to [..., out_features]."""
+        return self.product(x, self.bias, gelu=self.gelu)
+
+
+def packable(model: nn.Module) -> list[Packable]:
+    """The layers of a model that keep copies of their weights."""
+    return [module for module in model.modules() if isinstance(module, Packable)]
+
+
+@contextmanager
+def packed(model: nn.Module) -> Iterator[None]:
+    """Within it, the weights of a model on the CPU are packed."""
+    on_cpu = all(parameter.device.type == "cpu" for parameter in model.parameters())
+    layers = [layer for layer in packable(model) if on_cpu and layer._packed is None]
+    try:
+        for layer in layers:
+            layer.pack()
+        yield
+    finally:
+        for layer in layers:
+            layer.unpack()
+
+
+def _can_pack(dtype: torch.dtype) -> bool:
+    operators = torch.ops.mkldnn
+    if not torch.backends.mkldnn.is_available() or not hasattr(operators, "_linear_pointwise"):
+        return False
+    if dtype == torch.bfloat16:
+        return bool(operators._is_mkldnn_bf16_supported())
+    return dtype == torch.float32

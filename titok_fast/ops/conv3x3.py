@@ -1,0 +1,304 @@
+"""A 3x3 convolution of a pixel network, with its neighbours: schema, checks, public function."""
+
+import math
+from contextlib import nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from titok_fast import _library, reference
+from titok_fast.ops import inspect
+from titok_fast.ops.decode_linear import BACKENDS as BACKENDS
+from titok_fast.ops.decode_linear import NO_GRADIENT, chosen_backend
+from titok_fast.ops.maskgit_step import address, check_tensor
+from titok_fast.ops.nearest_code import DTYPES
+
+# Winograd's G of F(2x2, 3x3): a 3x3 filter g becomes the 4x4 matrix G g G^T.
+_FILTER = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _check_weight(weight: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"weight: expected a Tensor, got {type(weight).__name__}")
+    if weight.dtype not in dtypes:
+        raise TypeError(f"weight: dtype {weight.dtype} is not float32, float16 or bfloat16")
+    if weight.ndim != 4 or weight.shape[2:] != (3, 3) or 0 in weight.shape:
+        raise ValueError(
+            f"weight: expected [O, C, 3, 3] with O >= 1 and C >= 1, got shape {list(weight.shape)}"
+        )
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    others: dict[str, Tensor | None],
+    num_groups: int,
+    norm_eps: float,
+    upsample: bool,
+    backend: str,
+) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: expected a Tensor, got {type(x).__name__}")
+    dtypes = (*DTYPES, torch.float64) if backend == "reference" else DTYPES
+    if x.dtype not in dtypes:
+        raise TypeError(f"x: dtype {x.dtype} is not float32, float16 or bfloat16")
+    if x.ndim != 4 or 0 in x.shape[1:]:
+        raise ValueError(f"x: expected [B, C, H, W] of 1 or more, got shape {list(x.shape)}")
+    batch, channels, height, width = x.shape
+    _check_weight(weight, dtypes)
+    outputs = weight.shape[0]
+    check_tensor("weight", weight, [outputs, channels, 3, 3], (x.dtype,), x, "x")
+    factor = 2 if upsample else 1
+    shapes = {
+        "bias": [outputs],
+        "norm": [channels],
+        "norm_bias": [channels],
+        "residual": [batch, outputs, factor * height, factor * width],
+    }
+    for name, other in others.items():
+        if other is not None:
+            check_tensor(name, other, shapes[name], (x.dtype,), x, "x")
+    for absent, given in (("norm", "norm_bias"), ("norm_bias", "norm")):
+        if others[absent] is None and others[given] is not None:
+            raise ValueError(f"{absent}: needed where {given} is given")
+    if not isinstance(num_groups, int):
+        raise TypeError(f"num_groups: expected an int, got {type(num_groups).__name__}")
+    if others["norm"] is not None and (num_groups < 1 or channels % num_groups):
+        raise ValueError(f"num_groups: {num_groups} does not divide {channels} channels")
+    if not isinstance(norm_eps, int | float):
+        raise TypeError(f"norm_eps: expected a float, got {type(norm_eps).__name__}")
+    if not 0 <= norm_eps < math.inf:
+        raise ValueError(f"norm_eps: {norm_eps} is not in [0, inf)")
+
+
+def pack_conv3x3(weight: Tensor) -> Tensor:
+    """The weight as the C++ of `conv3x3` multiplies by it, for its argument `packed`.
+
+    It takes 16 / 9 times the memory of the weight, in float32 where this CPU does not multiply the
+    weight's dtype. Its layout is that of this CPU; do not store it.
+
+    Args:
+        weight: [O, C, 3, 3], float32, float16 or bfloat16, on the CPU.
+
+    Returns:
+        A tensor of five dimensions.
+
+    Raises:
+        TypeError: no tensor, or another dtype.
+        ValueError: a wrong shape or device.
+        RuntimeError: the extension is not built.
+    """
+    _check_weight(weight, DTYPES)
+    if weight.device.type != "cpu":
+        raise ValueError(f"weight: on {weight.device}, allowed is cpu")
+    columns, terms = inspect.extension().conv3x3_cpu_layout(_name(weight.dtype))
+    both = torch.kron(torch.tensor(_FILTER), torch.tensor(_FILTER)).double()  # [16, 9]
+    outputs, channels = weight.shape[:2]
+    shape = (-(-outputs // columns), 16, -(-channels // 16) * 16 // terms, columns, terms)
+    packed = torch.zeros(shape, dtype=torch.bfloat16 if terms == 2 else torch.float32)
+    for panel, part in zip(packed, weight.detach().split(columns), strict=True):
+        transformed = part.flatten(2).double() @ both.T  # [columns, C, 16]
+        transformed = F.pad(transformed, (0, 0, 0, -channels % terms))
+        own = transformed.unflatten(1, (-1, terms)).permute(3, 1, 0, 2)
+        panel[:, : own.shape[1], : len(part)] = own
+    return packed
+
+
+def _fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: Tensor | None,
+    norm_bias: Tensor | None,
+    num_groups: int,
+    norm_eps: float,
+    upsample: bool,
+    residual: Tensor | None,
+    packed: Tensor | None,
+    backend: str,
+) -> Tensor:
+    batch, _, height, width = x.shape
+    factor = 2 if upsample else 1
+    shape = (batch, factor * height, factor * width, weight.shape[0])
+    return x.new_empty(shape).permute(0, 3, 1, 2)
+
+
+def _pixels(x: Tensor) -> Tensor:
+    """[B, C, H, W] as [B, H, W, C] without gaps; no copy of a channels-last tensor."""
+    return x.permute(0, 2, 3, 1).contiguous()
+
+
+def _run_cpu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: Tensor | None,
+    norm_bias: Tensor | None,
+    num_groups: int,
+    norm_eps: float,
+    upsample: bool,
+    residual: Tensor | None,
+    packed: Tensor | None,
+) -> Tensor:
+    extension, threads, dtype = inspect.extension(), torch.get_num_threads(), _name(x.dtype)
+    columns, terms = extension.conv3x3_cpu_layout(dtype)
+    (batch, channels, height, width), outputs = x.shape, weight.shape[0]
+    if packed is None:
+        packed = pack_conv3x3(weight)
+    layout = [-(-outputs // columns), 16, -(-channels // 16) * 16 // terms, columns, terms]
+    kind = torch.bfloat16 if terms == 2 else torch.float32
+    if list(packed.shape) != layout or packed.dtype != kind or not packed.is_contiguous():
+        raise ValueError(
+            f"packed: got {_name(packed.dtype)} {list(packed.shape)}, pack_conv3x3 makes of this "
+            f"weight here {_name(kind)} {layout}"
+        )
+    factor = 2 if upsample else 1
+    out = torch.empty((batch, factor * height, factor * width, outputs), dtype=x.dtype)
+    x = _pixels(x)
+    residual = None if residual is None else _pixels(residual)
+    bias, norm, norm_bias = (t if t is None else t.contiguous() for t in (bias, norm, norm_bias))
+    sizes = {
+        "shape": (batch, height, width, channels, outputs),
+        "groups": 0 if norm is None else num_groups,
+        "upsample": upsample,
+        "dtype": dtype,
+        "threads": threads,
+    }
+    workspace = torch.empty(extension.conv3x3_cpu_workspace(**sizes), dtype=torch.uint8)
+    extension.conv3x3_cpu(
+        x.data_ptr(),
+        packed.data_ptr(),
+        address(bias),
+        address(norm),
+        address(norm_bias),
+        norm_eps,
+        address(residual),
+        out.data_ptr(),
+        workspace=workspace.data_ptr(),
+        **sizes,
+    )
+    return out.permute(0, 3, 1, 2)
+
+
+def _run(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: Tensor | None,
+    norm_bias: Tensor | None,
+    num_groups: int,
+    norm_eps: float,
+    upsample: bool,
+    residual: Tensor | None,
+    packed: Tensor | None,
+    backend: str,
+) -> Tensor:
+    inspect.require_backend(backend, x.device.type)
+    if backend == "cpu":
+        return _run_cpu(
+            x, weight, bias, norm, norm_bias, num_groups, norm_eps, upsample, residual, packed
+        )
+    h = _pixels(x)
+    if norm is not None and norm_bias is not None:
+        launch = inspect.kernels("conv3x3").launch_norm_silu
+        normalised = torch.empty_like(h)
+        # Triton launches on the current device, which need not be that of the tensors.
+        with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+            launch(h, norm.contiguous(), norm_bias.contiguous(), num_groups, norm_eps, normalised)
+        h = normalised
+    h = h.permute(0, 3, 1, 2)
+    if upsample:
+        h = F.interpolate(h, scale_factor=2.0)
+    out = F.conv2d(h, weight, bias, padding=1)
+    out = out if residual is None else out.add_(residual)
+    return _pixels(out).permute(0, 3, 1, 2)
+
+
+_op = _library.register(
+    "conv3x3(Tensor x, Tensor weight, Tensor? bias, Tensor? norm, Tensor? norm_bias, "
+    "int num_groups, float norm_eps, bool upsample, Tensor? residual, Tensor? packed, "
+    "str backend) -> Tensor",
+    cpu=_run,
+    cuda=_run,
+    fake=_fake,
+)
+
+
+def conv3x3(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    num_groups: int = 32,
+    norm_eps: float = 1e-6,
+    upsample: bool = False,
+    residual: Tensor | None = None,
+    packed: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """A 3x3 convolution of a feature map, with what stands around it in a pixel network.
+
+        h = SiLU(GroupNorm(x))
+        out = residual + bias + conv(h)
+
+    Each part is left out with its argument; padding is 1, and `upsample` doubles h before the
+    convolution, nearest neighbours.
+
+    "cpu" multiplies by Winograd's F(2x2, 3x3), 4 products for 9. Everything is in float32 and
+    rounded once, but in bfloat16, where the CPU multiplies it, the transformed inputs and weights
+    are rounded to it: with GroupNorm the error is that of PyTorch's sequence of operations, of a
+    bare convolution up to three times as large. An input next to an output's own nine has a share
+    in its rounding error, and if infinite or NaN may make it NaN.
+    The same bits for any number of threads, from run to run, and for an image whatever the others
+    are. "triton" does GroupNorm and SiLU, rounds, and leaves the convolution to PyTorch. Only
+    "reference" is differentiable.
+
+    Args:
+        x: [B, C, H, W], float32, float16 or bfloat16 ("reference": also float64); copied unless it
+            is dense in torch.channels_last.
+        weight: [O, C, 3, 3], as is everything here in the dtype and on the device of `x`.
+        bias: [O].
+        norm: [C], the weight of GroupNorm, which SiLU follows.
+        norm_bias: [C], its bias, given if `norm` is.
+        num_groups: of GroupNorm, a divisor of C.
+        norm_eps: of GroupNorm, 0 or more.
+        upsample: double height and width first.
+        residual: [B, O, H, W], with `upsample` [B, O, 2 H, 2 W].
+        packed: `pack_conv3x3(weight)`, for "cpu"; made by the call if it is left out. It is what
+            multiplies: keep it up to date with `weight`.
+        backend: "cpu" (C++), "triton" (GPU, or CPU tensors in Triton's interpreter), "reference"
+            or "auto": "cpu" or "triton" by the device, "reference" where it has neither.
+
+    Returns:
+        [B, O, H, W] or [B, O, 2 H, 2 W] in the dtype of `x`, in torch.channels_last.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a wrong shape or device, groups that do not divide the channels, a negative
+            norm_eps, an unknown backend.
+        RuntimeError: the backend is not available, the message says what is missing; or a gradient
+            would be needed.
+
+    Source: Winograd's minimal filtering (arXiv 1509.09308), GroupNorm (arXiv 1803.08494).
+    """
+    others = {"bias": bias, "norm": norm, "norm_bias": norm_bias, "residual": residual}
+    _check(x, weight, others, num_groups, norm_eps, upsample, backend)
+    chosen = chosen_backend(backend, x.device.type)
+    if chosen == "reference":
+        return reference.conv3x3(
+            x, weight, num_groups=num_groups, norm_eps=norm_eps, upsample=upsample, **others
+        )
+    for name, tensor in {"x": x, "weight": weight, **others}.items():
+        if torch.is_grad_enabled() and tensor is not None and tensor.requires_grad:
+            raise RuntimeError(f"{name}: {NO_GRADIENT}")
+    out: Tensor = _op(
+        x, weight, bias, norm, norm_bias, num_groups, norm_eps, upsample, residual, packed, chosen
+    )
+    return out
