@@ -142,16 +142,16 @@ def test_says_what_it_takes():
 
 def small_ibq():
     """Widths on both sides of the smallest that is packed, and a level with attention."""
-    config = {"double_z": False, "z_channels": 32, "resolution": 32, "in_channels": 3, "out_ch": 3}
-    config |= {"ch": 32, "ch_mult": [1, 2], "num_res_blocks": 1, "attn_resolutions": [16]}
+    config = {"double_z": False, "z_channels": 64, "resolution": 32, "in_channels": 3, "out_ch": 3}
+    config |= {"ch": 64, "ch_mult": [1, 2], "num_res_blocks": 1, "attn_resolutions": [16]}
     config |= {"dropout": 0.0}
     model = IBQTokenizer.from_config({"n_embed": 64, "embed_dim": 32, "ddconfig": config}).eval()
     return model, torch.rand(3, 3, 32, 32), lambda images: model.latents(images)
 
 
 def small_vqgan():
-    config = {"channel_mult": [1, 2], "hidden_channels": 32, "num_channels": 3}
-    config |= {"num_res_blocks": 1, "z_channels": 32}
+    config = {"channel_mult": [1, 2], "hidden_channels": 64, "num_channels": 3}
+    config |= {"num_res_blocks": 1, "z_channels": 64}
     model = MaskGITVQGAN.from_config(config).eval()
     return model, torch.rand(3, 3, 16, 16), lambda images: model.encoder(images)
 
@@ -173,7 +173,7 @@ def test_a_pixel_network_is_as_near_to_float64(make, dtype):
         exact_latents = (exact.latents if make is small_ibq else exact.encoder)(images.double())
         plain = errors()
         pack_weights(model)
-        convolutions = [layer for layer in packable(model) if min(layer.weight.shape[:2]) >= 32]
+        convolutions = [layer for layer in packable(model) if min(layer.weight.shape[:2]) >= 64]
         assert 10 < count(model) == len(convolutions) < len(packable(model))
         assert all(a <= allowed * b for a, b in zip(errors(), plain, strict=True))
         alone = torch.cat([model.decode(row) for row in tokens.split(1)])
@@ -193,8 +193,8 @@ def test_a_packed_pixel_network_still_trains():
 
 
 def test_dropout_is_still_dropped():
-    config = {"in_channels": 32, "out_channels": 32, "dropout": 0.5}
-    block, x = ResidualBlock(**config), torch.randn(1, 32, 4, 4)
+    config = {"in_channels": 64, "out_channels": 64, "dropout": 0.5}
+    block, x = ResidualBlock(**config), torch.randn(1, 64, 4, 4)
     pack_weights(block)
     with torch.no_grad():
         assert not torch.equal(block(x), block(x))
@@ -202,8 +202,8 @@ def test_dropout_is_still_dropped():
 
 
 def test_a_changed_convolution_is_used():
-    layer, norm, x = PackableConv(32, 40), torch.nn.GroupNorm(8, 32), torch.randn(2, 32, 5, 5)
-    residual = torch.randn(2, 40, 5, 5)
+    layer, norm, x = PackableConv(64, 72), torch.nn.GroupNorm(8, 64), torch.randn(2, 64, 5, 5)
+    residual = torch.randn(2, 72, 5, 5)
     with torch.no_grad():
         layer.pack()
         for change in (
