@@ -34,7 +34,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Outputs of torch.empty start as NaN or a huge integer, so that an unwritten one shows."""
+    """What torch.empty makes starts as NaN or a huge integer, so that an unwritten one shows."""
     empty = torch.empty
 
     def poisoned(*args: object, **kwargs: object) -> torch.Tensor:
@@ -45,6 +45,8 @@ def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
             tensor.detach().fill_(torch.nan)
         elif tensor.dtype is torch.int64:
             tensor.fill_(2**62)
+        elif tensor.dtype is torch.uint8:  # a workspace: NaN in every format
+            tensor.fill_(255)
         return tensor
 
     monkeypatch.setattr(torch, "empty", poisoned)

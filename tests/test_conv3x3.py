@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from tests.kernels import assert_kernels_compile
 from titok_fast import conv3x3, pack_conv3x3
 from titok_fast.ops import inspect
-from titok_fast.testing import cpu_isa, peak_extra_bytes, relative_error, supported_isas
+from titok_fast.testing import cpu_isa, relative_error, supported_isas
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 PARTS = ("bias", "norm", "residual", "upsample")
@@ -30,6 +30,13 @@ SIZES = [
     (1, 48, 32, 7, 19),
 ]
 FEW_SIZES = [(0, 3, 2, 4, 4), (1, 1, 1, 1, 1), (2, 7, 5, 3, 8), (1, 16, 33, 9, 9)]
+
+
+@pytest.fixture(autouse=True)
+def _true_float32():
+    """A GPU's convolutions multiply in float32, and in one order."""
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False, deterministic=True):
+        yield
 
 
 def inputs(size, parts=PARTS, dtype=torch.float32, device="cpu", whole=False):
@@ -192,12 +199,13 @@ def test_strided_tensors(backend, device, dtype):
     assert torch.equal(run(arguments | {"x": shared}, backend=backend), repeated)
 
 
+# Enough work for sixteen threads, which share a block's outputs in the first; the last is for few.
+@pytest.mark.parametrize("size", [(1, 272, 260, 20, 24), (3, 100, 130, 34, 18), (1, 33, 130, 7, 5)])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", [(1, 33, 130, 7, 5), (3, 40, 20, 24, 20)])
 def test_same_bits_with_any_number_of_threads(backend, dtype, size):
     if backend == "triton":
         pytest.skip("is one of C++")
-    arguments = inputs(size, ("norm", "bias"), dtype)
+    arguments = inputs(size, ("norm", "bias"), dtype) | {"num_groups": 2 - size[1] % 2}
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -207,6 +215,7 @@ def test_same_bits_with_any_number_of_threads(backend, dtype, size):
             assert torch.equal(run(arguments, backend=backend), expected)
     finally:
         torch.set_num_threads(threads)
+    assert_accurate(arguments, backend=backend)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -228,11 +237,10 @@ def test_a_packed_weight_gives_the_same_bits(dtype):
     expected = run(arguments)
     packed = pack_conv3x3(arguments["weight"])
     assert torch.equal(run(arguments, packed=packed), expected)
-    layout = packed.numel() * packed.itemsize / (70 * 20 * 9 * packed.itemsize)
-    assert layout >= 16 / 9
-    unpacked = {k: v for k, v in arguments.items() if k != "x"}
-    other = run(unpacked | {"x": arguments["x"], "packed": packed * 2})
-    assert not torch.equal(other, expected)  # it is what multiplies
+    spread = packed.transpose(1, 2).contiguous().transpose(1, 2)
+    assert torch.equal(run(arguments, packed=spread), expected)
+    zero = run(arguments | {"weight": arguments["weight"] * 0})
+    assert torch.equal(run(arguments, packed=packed * 0), zero)  # it is what multiplies
 
 
 @pytest.mark.parametrize(
@@ -240,13 +248,12 @@ def test_a_packed_weight_gives_the_same_bits(dtype):
     [
         lambda packed: packed[:, :15],
         lambda packed: packed.flatten(),
-        lambda packed: packed.double(),
-        lambda packed: packed.transpose(1, 2).contiguous().transpose(1, 2),
+        lambda packed: packed.bfloat16(),
     ],
 )
 def test_another_packed_weight_is_refused(change):
     arguments = inputs((1, 20, 70, 6, 6))
-    with pytest.raises(ValueError, match=r"^packed: got float\d\d \[.*\], pack_conv3x3 makes of"):
+    with pytest.raises(ValueError, match=r"^packed: got b?float\d\d \[.*\], pack_conv3x3 makes of"):
         run(arguments, packed=change(pack_conv3x3(arguments["weight"])))
 
 
@@ -261,13 +268,15 @@ def test_a_weight_packed_for_another_instruction_set_is_refused():
         run(arguments, packed=packed)
 
 
-def test_memory_is_that_of_a_few_patches():
+def test_memory_is_that_of_a_few_patches(peak):
     arguments = inputs((1, 128, 128, 128, 128), ("norm",)) | {"num_groups": 32}
     packed = pack_conv3x3(arguments["weight"])
-    run(arguments, packed=packed)
-    result = arguments["x"].nbytes
-    extra = peak_extra_bytes(lambda: run(arguments, packed=packed))
-    assert extra <= result + (8 << 20)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert peak(lambda: run(arguments, packed=packed)) <= 2 << 20  # a copy of x is 8 MiB
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_meta_tensors_give_shapes():
@@ -284,6 +293,20 @@ def test_opcheck(parts):
     tensors = [arguments.get(k) for k in ("x", "weight", "bias", "norm", "norm_bias")]
     rest = (1, 1e-6, "upsample" in parts, arguments.get("residual"), None, "cpu")
     torch.library.opcheck(torch.ops.titok_fast.conv3x3.default, (*tensors, *rest))
+
+
+def test_autocast_changes_nothing(backend, device):
+    arguments = inputs((1, 8, 6, 4, 4), device=device)
+    expected = run(arguments, backend=backend)
+    with torch.autocast(device, torch.bfloat16):
+        assert torch.equal(run(arguments, backend=backend), expected)
+
+
+def test_another_default_device_changes_nothing():
+    arguments = inputs((1, 8, 6, 4, 4))
+    expected = run(arguments)
+    with torch.device("meta"):
+        assert torch.equal(run(arguments), expected)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -345,6 +368,9 @@ BAD = [
     ({"norm": zeros(4), "norm_bias": None}, ValueError, "norm_bias: needed where norm is given"),
     ({"norm": None, "norm_bias": zeros(4)}, ValueError, "norm: needed where norm_bias is given"),
     ({"residual": zeros(1, 3, 2, 2)}, ValueError, "residual: expected shape [1, 3, 4, 4], got [1"),
+    ({"packed": 1.0}, TypeError, "packed: expected a Tensor, got float"),
+    ({"packed": zeros(1).double()}, TypeError, "packed: dtype torch.float64 is not float32, bfl"),
+    ({"packed": zeros(1, device="meta")}, ValueError, "packed: on meta, but x is on cpu"),
     ({"num_groups": 3}, ValueError, "num_groups: 3 does not divide 4 channels"),
     ({"num_groups": 0}, ValueError, "num_groups: 0 does not divide 4 channels"),
     ({"num_groups": 2.0}, TypeError, "num_groups: expected an int, got float"),
@@ -400,8 +426,6 @@ def test_gpu_graph_capture():
 
 
 def test_kernels_compile_for_every_architecture():
-    names = {"moments_kernel", "scales_kernel", "norm_silu_kernel"}
-    assert inspect.kernels("conv3x3").specializations(90) is not None
     assert_kernels_compile("conv3x3", set())
     found = {kernel.__name__ for kernel, *_ in inspect.kernels("conv3x3").specializations(90)}
-    assert found == names
+    assert found == {"moments_kernel", "scales_kernel", "norm_silu_kernel"}

@@ -176,8 +176,6 @@ def test_a_pixel_network_is_as_near_to_float64(make, dtype):
         convolutions = [layer for layer in packable(model) if min(layer.weight.shape[:2]) >= 64]
         assert 10 < count(model) == len(convolutions) < len(packable(model))
         assert all(a <= allowed * b for a, b in zip(errors(), plain, strict=True))
-        alone = torch.cat([model.decode(row) for row in tokens.split(1)])
-        assert torch.equal(alone, model.decode(tokens))
 
 
 def test_a_packed_pixel_network_still_trains():

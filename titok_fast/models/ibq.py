@@ -62,7 +62,7 @@ class ResidualBlock(nn.Module):
         """Maps [B, in_channels, H, W] to [B, out_channels, H, W]."""
         h: Tensor = self.conv1(x, norm=self.norm1)
         x = self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x
-        if self.training and self.dropout.p > 0:
+        if self.dropout.training and self.dropout.p > 0:
             return added(self.conv2(self.dropout(activated(self.norm2, h))), x)
         h = self.conv2(h, norm=self.norm2, residual=x)
         return h

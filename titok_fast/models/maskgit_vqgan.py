@@ -15,7 +15,7 @@ from titok_fast.layers import VectorQuantizer
 from titok_fast.models.checks import check_floating, check_tokens
 from titok_fast.models.packed import Packable, plain
 from titok_fast.models.pretrained import PretrainedModel, Release
-from titok_fast.ops import conv3x3, pack_conv3x3
+from titok_fast.ops import conv3x3, inspect, pack_conv3x3
 from titok_fast.ops.decode_linear import chosen_backend
 from titok_fast.ops.nearest_code import DTYPES
 
@@ -51,7 +51,8 @@ class PackableConv(Packable, nn.Conv2d):
 
     def _arranged(self, weight: Tensor) -> Tensor | None:
         small = min(weight.shape[:2]) < self._LEAST
-        return None if small or weight.dtype not in DTYPES else pack_conv3x3(weight)
+        missing = inspect.why_not("cpu", "cpu") is not None
+        return None if small or missing or weight.dtype not in DTYPES else pack_conv3x3(weight)
 
     def forward(
         self,
@@ -67,7 +68,7 @@ class PackableConv(Packable, nn.Conv2d):
         """
         others = (self.bias, residual, *(norm.parameters() if norm is not None else ()))
         copy = self._copy_for(x, *others)
-        if copy is not None or (_on_gpu(x) and plain(x, self.weight, *others)):
+        if copy is not None or (plain(x, self.weight, *others) and _on_gpu(x)):
             options: dict[str, Any] = {"upsample": upsample, "residual": residual, "packed": copy}
             if norm is not None:
                 options |= {"norm": norm.weight, "norm_bias": norm.bias}
@@ -82,7 +83,7 @@ class PackableConv(Packable, nn.Conv2d):
 
 
 def _on_gpu(x: Tensor) -> bool:
-    return x.is_cuda and chosen_backend("auto", "cuda") == "triton"
+    return x.is_cuda and x.dtype in DTYPES and chosen_backend("auto", "cuda") == "triton"
 
 
 def activated(norm: nn.GroupNorm, x: Tensor) -> Tensor:

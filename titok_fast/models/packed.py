@@ -62,13 +62,13 @@ class Packable(nn.Module):
 
     def _copy_for(self, x: Tensor, *others: Tensor | None) -> Tensor | None:
         """The copy, if it is of the weight as it is now and `plain` of x and the others."""
-        weight = getattr(self, self._weight)
-        if self._packed is None or not plain(x, weight, *others):
+        if self._packed is None or torch.compiler.is_compiling():
             return None
+        weight = getattr(self, self._weight)
         if not self._packed.is_of(weight):
             self.unpack()
             return None
-        return self._packed.copy
+        return self._packed.copy if plain(x, weight, *others) else None
 
 
 class PackableMatrix(Packable):

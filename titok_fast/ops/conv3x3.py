@@ -18,6 +18,9 @@ from titok_fast.ops.nearest_code import DTYPES
 _FILTER = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
 
 
+_PACKED = (torch.float32, torch.bfloat16)
+
+
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -33,9 +36,18 @@ def _check_weight(weight: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
         )
 
 
+def _layout(shape: torch.Size, dtype: torch.dtype) -> tuple[list[int], torch.dtype]:
+    """Shape and dtype of the packed weight: [panel, 16, channel / terms, column, term]."""
+    columns, terms = inspect.extension().conv3x3_cpu_layout(_name(dtype))
+    words = -(-shape[1] // 16) * 16 // terms
+    kind = torch.bfloat16 if terms == 2 else torch.float32
+    return [-(-shape[0] // columns), 16, words, columns, terms], kind
+
+
 def _check(
     x: Tensor,
     weight: Tensor,
+    packed: Tensor | None,
     others: dict[str, Tensor | None],
     num_groups: int,
     norm_eps: float,
@@ -66,6 +78,9 @@ def _check(
     for absent, given in (("norm", "norm_bias"), ("norm_bias", "norm")):
         if others[absent] is None and others[given] is not None:
             raise ValueError(f"{absent}: needed where {given} is given")
+    if packed is not None:  # its shape depends on the machine
+        shape = list(packed.shape) if isinstance(packed, Tensor) else []
+        check_tensor("packed", packed, shape, _PACKED, x, "x")
     if not isinstance(num_groups, int):
         raise TypeError(f"num_groups: expected an int, got {type(num_groups).__name__}")
     if others["norm"] is not None and (num_groups < 1 or channels % num_groups):
@@ -96,14 +111,14 @@ def pack_conv3x3(weight: Tensor) -> Tensor:
     _check_weight(weight, DTYPES)
     if weight.device.type != "cpu":
         raise ValueError(f"weight: on {weight.device}, allowed is cpu")
-    columns, terms = inspect.extension().conv3x3_cpu_layout(_name(weight.dtype))
-    both = torch.kron(torch.tensor(_FILTER), torch.tensor(_FILTER)).double()  # [16, 9]
-    outputs, channels = weight.shape[:2]
-    shape = (-(-outputs // columns), 16, -(-channels // 16) * 16 // terms, columns, terms)
-    packed = torch.zeros(shape, dtype=torch.bfloat16 if terms == 2 else torch.float32)
+    layout, kind = _layout(weight.shape, weight.dtype)
+    columns, terms = layout[3:]
+    filters = torch.tensor(_FILTER, dtype=torch.float64, device="cpu")
+    both = torch.kron(filters, filters)  # [16, 9]
+    packed = torch.zeros(layout, dtype=kind, device="cpu")
     for panel, part in zip(packed, weight.detach().split(columns), strict=True):
         transformed = part.flatten(2).double() @ both.T  # [columns, C, 16]
-        transformed = F.pad(transformed, (0, 0, 0, -channels % terms))
+        transformed = F.pad(transformed, (0, 0, 0, -weight.shape[1] % terms))
         own = transformed.unflatten(1, (-1, terms)).permute(3, 1, 0, 2)
         panel[:, : own.shape[1], : len(part)] = own
     return packed
@@ -146,19 +161,20 @@ def _run_cpu(
     packed: Tensor | None,
 ) -> Tensor:
     extension, threads, dtype = inspect.extension(), torch.get_num_threads(), _name(x.dtype)
-    columns, terms = extension.conv3x3_cpu_layout(dtype)
     (batch, channels, height, width), outputs = x.shape, weight.shape[0]
     if packed is None:
         packed = pack_conv3x3(weight)
-    layout = [-(-outputs // columns), 16, -(-channels // 16) * 16 // terms, columns, terms]
-    kind = torch.bfloat16 if terms == 2 else torch.float32
-    if list(packed.shape) != layout or packed.dtype != kind or not packed.is_contiguous():
+    layout, kind = _layout(weight.shape, weight.dtype)
+    if list(packed.shape) != layout or packed.dtype != kind:
         raise ValueError(
             f"packed: got {_name(packed.dtype)} {list(packed.shape)}, pack_conv3x3 makes of this "
             f"weight here {_name(kind)} {layout}"
         )
+    packed = packed.contiguous()
     factor = 2 if upsample else 1
-    out = torch.empty((batch, factor * height, factor * width, outputs), dtype=x.dtype)
+    out = torch.empty(
+        (batch, factor * height, factor * width, outputs), dtype=x.dtype, device="cpu"
+    )
     x = _pixels(x)
     residual = None if residual is None else _pixels(residual)
     bias, norm, norm_bias = (t if t is None else t.contiguous() for t in (bias, norm, norm_bias))
@@ -169,7 +185,8 @@ def _run_cpu(
         "dtype": dtype,
         "threads": threads,
     }
-    workspace = torch.empty(extension.conv3x3_cpu_workspace(**sizes), dtype=torch.uint8)
+    space = extension.conv3x3_cpu_workspace(**sizes)
+    workspace = torch.empty(space, dtype=torch.uint8, device="cpu")
     extension.conv3x3_cpu(
         x.data_ptr(),
         packed.data_ptr(),
@@ -214,7 +231,8 @@ def _run(
     h = h.permute(0, 3, 1, 2)
     if upsample:
         h = F.interpolate(h, scale_factor=2.0)
-    out = F.conv2d(h, weight, bias, padding=1)
+    with torch.autocast(x.device.type, enabled=False):
+        out = F.conv2d(h, weight, bias, padding=1)
     out = out if residual is None else out.add_(residual)
     return _pixels(out).permute(0, 3, 1, 2)
 
@@ -257,8 +275,8 @@ def conv3x3(
     bare convolution up to three times as large. An input next to an output's own nine has a share
     in its rounding error, and if infinite or NaN may make it NaN.
     The same bits for any number of threads, from run to run, and for an image whatever the others
-    are. "triton" does GroupNorm and SiLU, rounds, and leaves the convolution to PyTorch. Only
-    "reference" is differentiable.
+    are. "triton" does GroupNorm and SiLU, rounds, and leaves the convolution to PyTorch, whose
+    float32 on a GPU is TF32 unless told otherwise. Only "reference" is differentiable.
 
     Args:
         x: [B, C, H, W], float32, float16 or bfloat16 ("reference": also float64); copied unless it
@@ -289,7 +307,7 @@ def conv3x3(
     Source: Winograd's minimal filtering (arXiv 1509.09308), GroupNorm (arXiv 1803.08494).
     """
     others = {"bias": bias, "norm": norm, "norm_bias": norm_bias, "residual": residual}
-    _check(x, weight, others, num_groups, norm_eps, upsample, backend)
+    _check(x, weight, packed, others, num_groups, norm_eps, upsample, backend)
     chosen = chosen_backend(backend, x.device.type)
     if chosen == "reference":
         return reference.conv3x3(

@@ -90,7 +90,7 @@ def _run(
         return out
     extension, threads = inspect.extension(), torch.get_num_threads()
     size = extension.decode_attention_cpu_workspace(length, width, threads)
-    workspace = torch.empty(size, dtype=torch.uint8)
+    workspace = torch.empty(size, dtype=torch.uint8, device="cpu")
     extension.decode_attention_cpu(
         qkv=qkv.data_ptr(),
         qkv_stride=qkv.stride(0),

@@ -97,7 +97,7 @@ def _run(
         return out
     extension, threads = inspect.extension(), torch.get_num_threads()
     space = extension.decode_linear_cpu_workspace(batch, width, size, threads)
-    workspace = torch.empty(space, dtype=torch.uint8)
+    workspace = torch.empty(space, dtype=torch.uint8, device="cpu")
     absent = (0, 0)
     pairs = [absent if t is None else (t.data_ptr(), t.stride(0)) for t in others]
     extension.decode_linear_cpu(

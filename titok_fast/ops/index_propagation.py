@@ -79,18 +79,18 @@ def _cpu_fwd(
     z, codebook = dense_rows(z), dense_rows(codebook)
     (n, d), k = z.shape, codebook.shape[0]
     support = SUPPORT if entropy else 0
-    indices = torch.empty(n, dtype=torch.int64)
-    mean_code = torch.empty(n, d, dtype=torch.float32)
-    statistics = torch.zeros(n, 8, dtype=torch.float32)
-    code_probability = torch.zeros(k, dtype=torch.float64)
-    support_codes = torch.full((n, support), -1, dtype=torch.int32)
-    support_weights = torch.zeros(n, support, dtype=torch.float64)
+    indices = torch.empty(n, dtype=torch.int64, device="cpu")
+    mean_code = torch.empty(n, d, dtype=torch.float32, device="cpu")
+    statistics = torch.zeros(n, 8, dtype=torch.float32, device="cpu")
+    code_probability = torch.zeros(k, dtype=torch.float64, device="cpu")
+    support_codes = torch.full((n, support), -1, dtype=torch.int32, device="cpu")
+    support_weights = torch.zeros(n, support, dtype=torch.float64, device="cpu")
     outputs = indices, mean_code, statistics, code_probability, support_codes, support_weights
     if n == 0:
         return outputs
     threads = torch.get_num_threads()
     size = extension.index_propagation_cpu_workspace(n=n, k=k, d=d, threads=threads, backward=False)
-    workspace = torch.empty(size, dtype=torch.uint8)
+    workspace = torch.empty(size, dtype=torch.uint8, device="cpu")
     extension.index_propagation_fwd_cpu(
         z=z.data_ptr(),
         z_stride=z.stride(0),
@@ -144,10 +144,10 @@ def _cpu_bwd(
     (n, d), k = z.shape, codebook.shape[0]
     if n == 0:
         return torch.zeros_like(z), torch.zeros_like(codebook)
-    grad_z, grad_codebook = torch.empty(n, d, dtype=z.dtype), torch.empty(k, d, dtype=z.dtype)
+    grad_z, grad_codebook = z.new_empty(n, d), z.new_empty(k, d)
     threads = torch.get_num_threads()
     size = extension.index_propagation_cpu_workspace(n=n, k=k, d=d, threads=threads, backward=True)
-    workspace = torch.empty(size, dtype=torch.uint8)
+    workspace = torch.empty(size, dtype=torch.uint8, device="cpu")
     extension.index_propagation_bwd_cpu(
         grad=grad.data_ptr(),
         grad_stride=d,

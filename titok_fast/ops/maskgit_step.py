@@ -238,7 +238,7 @@ def _run(
     workspace, stream = None, 0
     if backend == "cpu":
         size = extension.maskgit_step_cpu_workspace(length, vocabulary, threads)
-        workspace = torch.empty(size, dtype=torch.uint8)
+        workspace = torch.empty(size, dtype=torch.uint8, device="cpu")
     else:
         stream = torch.cuda.current_stream(ids.device).cuda_stream
     run = extension.maskgit_step_cpu if backend == "cpu" else extension.maskgit_step_cuda

@@ -63,11 +63,11 @@ def _cpu(
     extension = inspect.extension()
     z, codebook = dense_rows(z), dense_rows(codebook)
     (n, d), k = z.shape, codebook.shape[0]
-    indices = torch.empty(n, dtype=torch.int64)
-    distances = torch.empty(n, dtype=torch.float32)
+    indices = torch.empty(n, dtype=torch.int64, device="cpu")
+    distances = torch.empty(n, dtype=torch.float32, device="cpu")
     threads = torch.get_num_threads()
     size = extension.nearest_code_cpu_workspace(n, k, d, metric, threads)
-    workspace = torch.empty(size, dtype=torch.uint8)
+    workspace = torch.empty(size, dtype=torch.uint8, device="cpu")
     extension.nearest_code_cpu(
         z=z.data_ptr(),
         z_stride=z.stride(0),
