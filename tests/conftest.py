@@ -45,8 +45,8 @@ def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
             tensor.detach().fill_(torch.nan)
         elif tensor.dtype is torch.int64:
             tensor.fill_(2**62)
-        elif tensor.dtype is torch.uint8:  # a workspace: NaN in every format
-            tensor.fill_(255)
+        elif tensor.dtype is torch.uint8 and tensor.device.type == "cpu":
+            tensor.numpy().fill(255)  # a workspace: NaN in every format
         return tensor
 
     monkeypatch.setattr(torch, "empty", poisoned)
