@@ -42,7 +42,8 @@ Conv3x3Plan make_plan(const Conv3x3Args& args) {
   plan.blocks_across = parts_of(plan.patch_columns, plan.block_columns);
 
   // A thread may have to be woken: give each at least 4 MFLOP.
-  const double work = 32.0 * static_cast<double>(args.batch * plan.patch_rows * plan.patch_columns) *
+  const double work = 32.0 *
+                      static_cast<double>(args.batch * plan.patch_rows * plan.patch_columns) *
                       static_cast<double>(args.channels * args.outputs);
   plan.threads = static_cast<int>(std::max(1.0, std::min<double>(args.threads, work / 4e6)));
   // With few blocks threads share the outputs of one, and transform its inputs each for itself.
