@@ -178,6 +178,15 @@ def test_a_pixel_network_is_as_near_to_float64(make, dtype):
         assert all(a <= allowed * b for a, b in zip(errors(), plain, strict=True))
 
 
+@pytest.mark.parametrize("make", [small_ibq, small_vqgan])
+def test_a_packed_pixel_network_moves_to_meta(make):
+    model, images, _ = make()
+    network = pack_weights(model).encoder.to("meta")
+    with torch.no_grad():
+        assert network(images.to("meta")).is_meta
+    assert count(network) == 0
+
+
 def test_a_packed_pixel_network_still_trains():
     model, images, _ = small_ibq()
     pack_weights(model)

@@ -68,7 +68,9 @@ class PackableConv(Packable, nn.Conv2d):
         """
         others = (self.bias, residual, *(norm.parameters() if norm is not None else ()))
         copy = self._copy_for(x, *others)
-        if copy is not None or (plain(x, self.weight, *others) and _on_gpu(x)):
+        if copy is not None or (
+            x.is_cuda and plain(x, self.weight, *others) and _fused_on_gpu(x.dtype)
+        ):
             options: dict[str, Any] = {"upsample": upsample, "residual": residual, "packed": copy}
             if norm is not None:
                 options |= {"norm": norm.weight, "norm_bias": norm.bias}
@@ -82,8 +84,8 @@ class PackableConv(Packable, nn.Conv2d):
         return out if residual is None else added(out, residual)
 
 
-def _on_gpu(x: Tensor) -> bool:
-    return x.is_cuda and x.dtype in DTYPES and chosen_backend("auto", "cuda") == "triton"
+def _fused_on_gpu(dtype: torch.dtype) -> bool:
+    return dtype in DTYPES and chosen_backend("auto", "cuda") == "triton"
 
 
 def activated(norm: nn.GroupNorm, x: Tensor) -> Tensor:
