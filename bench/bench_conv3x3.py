@@ -11,8 +11,7 @@ from torch import Tensor
 
 from bench import harness
 from bench.bench_decode_linear import slow
-from bench.bench_maskgit_step import own_providers
-from bench.harness import Bench, Call, Provider
+from bench.harness import Bench, Call, Provider, own_providers
 from titok_fast import conv3x3, pack_conv3x3
 from titok_fast.testing import relative_error
 

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from bench import harness
 from bench.bench_decode_linear import copies, in_turn, slow, too_far
-from bench.bench_maskgit_step import own_providers
-from bench.harness import Bench, Call, Provider
+from bench.harness import Bench, Call, Provider, own_providers
 from titok_fast import decode_attention
 from titok_fast.reference.decode_attention import rotate
 

@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench import harness
-from bench.bench_maskgit_step import own_providers
-from bench.harness import Bench, Call, Provider
+from bench.harness import Bench, Call, Provider, own_providers
 from titok_fast import decode_linear
 from titok_fast.models.packed import PackableLinear, _can_pack
 from titok_fast.testing import relative_error

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import harness
-from bench.bench_nearest_code import matrices, slower_isas
-from bench.harness import Bench, Call, Provider, Relative
+from bench.bench_nearest_code import matrices
+from bench.harness import Bench, Call, Provider, Relative, slower_isas
 from titok_fast import index_propagation
 from titok_fast.testing import cpu_isa, relative_error
 

@@ -3,17 +3,15 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bench import harness
-from bench.bench_nearest_code import slower_isas
-from bench.harness import Bench, Provider
+from bench.harness import Bench, Provider, own_providers
 from titok_fast import maskgit_step
-from titok_fast.testing import cpu_isa
 
 SHAPES = (
     (32, 32, 4096),  # the release l-32
@@ -148,34 +146,6 @@ def prepare_compiled(case: Case, cond: Tensor, uncond: Tensor, ids: Tensor) -> C
     torch.compiler.reset()
     compiled = torch.compile(official, dynamic=False, fullgraph=True)
     return lambda: compiled(cond, uncond, ids, case.v, case.kept)
-
-
-def own_providers(
-    prepare: Callable[[str], Callable[..., Any]], *, gpu: str = "cuda", bf16: bool = False
-) -> tuple[Provider, ...]:
-    """Each backend of an op, the CPU's also with slower instruction sets.
-
-    Args:
-        prepare: of a backend.
-        gpu: the backend of CUDA tensors.
-        bf16: whether AVX-512 BF16 runs other code than AVX-512F.
-    """
-    return (
-        Provider("titok_fast-cpu", prepare("cpu"), devices=("cpu",), ours=True),
-        *(
-            Provider(
-                f"titok_fast-cpu[{isa}]",
-                prepare("cpu"),
-                devices=("cpu",),
-                ours=True,
-                setting=partial(cpu_isa, isa),
-            )
-            for isa in slower_isas()
-            if bf16 or isa != "avx512"
-        ),
-        Provider(f"titok_fast-{gpu}", prepare(gpu), devices=("cuda",), ours=True),
-        Provider("reference", prepare("reference"), ours=True),
-    )
 
 
 BENCH = Bench(

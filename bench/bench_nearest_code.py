@@ -9,10 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import harness
-from bench.harness import Bench, Call, Provider
+from bench.harness import Bench, Call, Provider, slower_isas
 from titok_fast import nearest_code
-from titok_fast.ops import inspect
-from titok_fast.testing import cpu_isa, supported_isas
+from titok_fast.testing import cpu_isa
 
 SHAPES = (
     (1024, 262144, 256, "l2"),  # IBQ, four 256 px images
@@ -163,14 +162,6 @@ def prepare_flash_kmeans(case: Case, z: Tensor, codebook: Tensor) -> Call:
         return euclid_assign_triton(rows[None], codes[None], rows.float().square().sum(1)[None])
 
     return call
-
-
-def slower_isas() -> tuple[str, ...]:
-    """The instruction sets below the one that this CPU uses unforced."""
-    if inspect.why_not("cpu", "cpu") is not None:
-        return ()
-    # What AVX-512 VNNI adds, BF16 has too.
-    return tuple(isa for isa in supported_isas()[:-1] if isa != "avx512vnni")
 
 
 def matrices(count: int, itemsize: int | None = None) -> Callable[[Case], str | None]:

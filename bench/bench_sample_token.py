@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from bench import harness
-from bench.bench_maskgit_step import own_providers
-from bench.harness import Bench, Provider
+from bench.harness import Bench, Provider, own_providers
 from titok_fast import sample_token
 
 SHAPES = ((1, 262_144), (4, 262_144), (64, 16_384))

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from titok_fast._contention import contention, other_cpus
 from titok_fast.ops import inspect
-from titok_fast.testing import peak_extra_bytes
+from titok_fast.testing import cpu_isa, peak_extra_bytes, supported_isas
 
 ROOT = Path(__file__).resolve().parent.parent
 PEERS = (
@@ -111,6 +111,42 @@ class Provider:
         if not set(self.devices) & set(on):
             return f"needs {' or '.join(self.devices)}"
         return self.missing()
+
+
+def slower_isas() -> tuple[str, ...]:
+    """The instruction sets below the one that this CPU uses unforced."""
+    if inspect.why_not("cpu", "cpu") is not None:
+        return ()
+    # What AVX-512 VNNI adds, BF16 has too.
+    return tuple(isa for isa in supported_isas()[:-1] if isa != "avx512vnni")
+
+
+def own_providers(
+    prepare: Callable[[str], Callable[..., Any]], *, gpu: str = "cuda", bf16: bool = False
+) -> tuple[Provider, ...]:
+    """Each backend of an op, the CPU's also with slower instruction sets.
+
+    Args:
+        prepare: of a backend.
+        gpu: the backend of CUDA tensors.
+        bf16: whether AVX-512 BF16 runs other code than AVX-512F.
+    """
+    return (
+        Provider("titok_fast-cpu", prepare("cpu"), devices=("cpu",), ours=True),
+        *(
+            Provider(
+                f"titok_fast-cpu[{isa}]",
+                prepare("cpu"),
+                devices=("cpu",),
+                ours=True,
+                setting=functools.partial(cpu_isa, isa),
+            )
+            for isa in slower_isas()
+            if bf16 or isa != "avx512"
+        ),
+        Provider(f"titok_fast-{gpu}", prepare(gpu), devices=("cuda",), ours=True),
+        Provider("reference", prepare("reference"), ours=True),
+    )
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from bench.harness import Call, Case, Provider
 from titok_fast.models import MaskGIT, TiTok, pack_weights
 from titok_fast.models.blocks import ResidualAttentionBlock
 from titok_fast.models.generate import PAIRS, Generator
-from titok_fast.models.maskgit_vqgan import PackableConv, activated, added
+from titok_fast.models.maskgit_vqgan import PackableConv
 from titok_fast.models.pretrained import PretrainedModel
 
 # A TiTok's generator.
@@ -148,18 +148,7 @@ class OfficialStack(nn.Module):
 class OfficialConv(PackableConv):
     """A convolution and its neighbours as the official networks run them, one after the other."""
 
-    def forward(
-        self,
-        x: Tensor,
-        *,
-        norm: nn.GroupNorm | None = None,
-        upsample: bool = False,
-        residual: Tensor | None = None,
-    ) -> Tensor:
-        x = x if norm is None else activated(norm, x)
-        x = F.interpolate(x, scale_factor=2.0) if upsample else x
-        out = nn.Conv2d.forward(self, x)
-        return out if residual is None else added(out, residual)
+    forward = PackableConv.in_turn
 
 
 def official_convolutions(model: nn.Module) -> None:

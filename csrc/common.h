@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <condition_variable>
+#include <cstddef>
 #include <cstdint>
 #include <mutex>
 
@@ -14,6 +15,18 @@ enum class DType { float32, float16, bfloat16 };
 static constexpr int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
+
+// Where the parts of a workspace begin, each on a cache line of its own.
+struct Workspace {
+  std::size_t size = 0;
+
+  // Inlined into files that are compiled for one instruction set, never linked across them.
+  __attribute__((always_inline)) std::size_t take(int64_t bytes) {
+    const std::size_t here = size;
+    size += static_cast<std::size_t>(round_up(bytes, 64));
+    return here;
+  }
+};
 
 // The threads of one parallel region: `fn(Team::Member)` runs once per thread, the caller's
 // included. They are those of torch's own OpenMP pool, which after every op of torch still spin for

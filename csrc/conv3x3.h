@@ -43,6 +43,7 @@ struct Conv3x3Plan {
   int64_t padded_channels, summed_channels;  // to whole vectors, of GroupNorm's sums
   int64_t patch_rows, patch_columns;         // of the whole output
   int64_t block_rows, block_columns;         // patches that are multiplied together
+  int64_t block_patches;                     // and room for whole tiles of them
   int64_t blocks_down, blocks_across;
   int64_t parts;  // of the panels of outputs, each an item of its own
   int threads;

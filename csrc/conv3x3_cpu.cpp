@@ -37,6 +37,7 @@ Conv3x3Plan make_plan(const Conv3x3Args& args) {
   // Of 24 patches, inputs and products leave room in the second cache for the weights of a product.
   plan.block_columns = std::min<int64_t>(plan.patch_columns, 8);
   plan.block_rows = std::min<int64_t>(plan.patch_rows, 24 / plan.block_columns);
+  plan.block_patches = round_up(plan.block_rows * plan.block_columns, 12);
   const auto parts_of = [](int64_t count, int64_t size) { return (count + size - 1) / size; };
   plan.blocks_down = parts_of(plan.patch_rows, plan.block_rows);
   plan.blocks_across = parts_of(plan.patch_columns, plan.block_columns);
@@ -55,23 +56,18 @@ Conv3x3Plan make_plan(const Conv3x3Args& args) {
   }
   plan.parts = std::min(plan.parts, panels);
 
-  std::size_t at = 0;
-  const auto take = [&](int64_t bytes) {
-    const std::size_t here = at;
-    at += static_cast<std::size_t>(round_up(bytes, 64));
-    return here;
-  };
+  Workspace workspace;
+  const auto take = [&](int64_t bytes) { return workspace.take(bytes); };
   if (args.groups > 0) {
     plan.sums = take(args.batch * args.height * args.groups * 16);
     plan.scales = take(args.batch * plan.padded_channels * 12);
   }
-  const std::size_t begin = at;
-  const int64_t patches = round_up(plan.block_rows * plan.block_columns, 12);
+  const std::size_t begin = workspace.size;
   const int64_t pixels = (2 * plan.block_rows + 2) * (2 * plan.block_columns + 2) * 16;
   plan.pixels = take(std::max(4 * pixels, 16 * plan.summed_channels));
-  plan.inputs = take(kConv3x3Positions * patches * plan.padded_channels * value_bytes);
-  plan.products = take(kConv3x3Positions * patches * layout.columns * 4);
-  plan.thread_bytes = at - begin;
+  plan.inputs = take(kConv3x3Positions * plan.block_patches * plan.padded_channels * value_bytes);
+  plan.products = take(kConv3x3Positions * plan.block_patches * layout.columns * 4);
+  plan.thread_bytes = workspace.size - begin;
   plan.total = begin + plan.thread_bytes * static_cast<std::size_t>(plan.threads);
   return plan;
 }

@@ -62,12 +62,11 @@ struct Convolution {
   double* sums(int64_t row, int64_t group) const {
     return at<double>(plan.sums) + 2 * (row * args.groups + group);
   }
-  int64_t stride() const { return round_up(plan.block_rows * plan.block_columns, 12); }
   Value* inputs(int64_t position, int64_t patch) const {
-    return own<Value>(plan.inputs) + (position * stride() + patch) * plan.padded_channels;
+    return own<Value>(plan.inputs) + (position * plan.block_patches + patch) * plan.padded_channels;
   }
   float* products(int64_t position, int64_t patch) const {
-    return own<float>(plan.products) + (position * stride() + patch) * kTileColumns;
+    return own<float>(plan.products) + (position * plan.block_patches + patch) * kTileColumns;
   }
 
   // Sums of x and x^2 over a row's pixels, of the channels from c on, up to kSummed of them.
@@ -148,11 +147,6 @@ struct Convolution {
     }
   }
 
-  static V silu(V v) {
-    const V power = S::min(S::broadcast(88.0f), S::sub(S::broadcast(0.0f), v));
-    return S::div(v, S::add(S::broadcast(1.0f), simd::exp(power)));
-  }
-
   // The block's pixels and those around it, of a vector of channels: normalised, zeros outside.
   void load_pixels(const Block& block, int64_t c, float* out) const {
     const int64_t columns = 2 * block.columns + 2, left = args.channels - c;
@@ -178,7 +172,7 @@ struct Convolution {
         const T* pixel = row + ((first + i) >> args.upsample) * args.channels;
         __builtin_prefetch(pixel + 2 * S::lanes);
         V v = simd::load_row(pixel, left);
-        if (args.groups > 0) v = silu(S::fmadd(S::sub(v, mean), weight, bias));
+        if (args.groups > 0) v = simd::silu(S::fmadd(S::sub(v, mean), weight, bias));
         S::store(out + i * S::lanes, v);
       }
       for (int64_t i = end; i < columns; ++i) S::store(out + i * S::lanes, zero);

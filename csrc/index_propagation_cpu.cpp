@@ -40,12 +40,8 @@ IndexPropagationPlan make_plan(const IndexPropagationKernels& set, int64_t n, in
   const double work = 4.0 * n * k * d;
   plan.threads = static_cast<int>(std::max(1.0, std::min<double>(threads, work / 4e6)));
 
-  std::size_t at = 0;
-  const auto take = [&](int64_t bytes) {
-    const std::size_t here = at;
-    at += static_cast<std::size_t>(round_up(bytes, 64));
-    return here;
-  };
+  Workspace workspace;
+  const auto take = [&](int64_t bytes) { return workspace.take(bytes); };
   const auto take_floats = [&](int64_t count) { return take(count * 4); };
   const int64_t score_row = kIndexPropagationChunk + 16;  // an odd number of cache lines
   plan.row_state = take(state_rows * 96);
@@ -76,7 +72,7 @@ IndexPropagationPlan make_plan(const IndexPropagationKernels& set, int64_t n, in
     plan.candidate_bytes = static_cast<std::size_t>(round_up(k * 4, 64));
     plan.candidates = take(static_cast<int64_t>(plan.candidate_bytes) * plan.threads);
   }
-  plan.total = at;
+  plan.total = workspace.size;
   return plan;
 }
 

@@ -86,12 +86,8 @@ NearestCodePlan make_plan(const NearestCodeKernels& kernels, int64_t n, int64_t 
   const int64_t passes = (rows + at_once - 1) / at_once;
   plan.rows = round_up((rows + passes - 1) / passes, plan.tile_rows);
 
-  std::size_t at = 0;
-  const auto take = [&](int64_t bytes) {
-    const std::size_t here = at;
-    at += static_cast<std::size_t>(round_up(bytes, 64));
-    return here;
-  };
+  Workspace workspace;
+  const auto take = [&](int64_t bytes) { return workspace.take(bytes); };
   plan.center = take(plan.padded_depth * 4);
   plan.z = take(plan.rows * plan.depth * 4);
   plan.z_norm = take(plan.rows * 4);
@@ -106,7 +102,7 @@ NearestCodePlan make_plan(const NearestCodeKernels& kernels, int64_t n, int64_t 
   plan.best = take(plan.rows * 24 * members);
   plan.hit_codes = take(members * 8);
   plan.panels = take(plan.panel_bytes * members);
-  plan.team_bytes = at;
+  plan.team_bytes = workspace.size;
   return plan;
 }
 

@@ -33,18 +33,14 @@ SampleTokenPlan make_plan(int64_t batch, int64_t vocabulary, int threads) {
   SampleTokenPlan plan{};
   plan.threads = static_cast<int>(std::max(1.0, std::min(most, work / 65536)));
   plan.chunks = round_up(vocabulary, draw::kChunk) / draw::kChunk;
-  std::size_t at = 0;
-  const auto take = [&](int64_t bytes) {
-    const std::size_t start = at;
-    at += static_cast<std::size_t>(round_up(bytes, 64));
-    return start;
-  };
+  Workspace workspace;
+  const auto take = [&](int64_t bytes) { return workspace.take(bytes); };
   take(sizeof(SampleTokenHead));
   plan.row = take(plan.chunks * draw::kChunk * 4);
   plan.sums = take(plan.chunks * 8);
   plan.list = take(plan.chunks * draw::kChunk * static_cast<int64_t>(sizeof(draw::Listed)));
   plan.bins = take((draw::kLastBin + 1) * static_cast<int64_t>(sizeof(draw::Bin)));
-  plan.thread_bytes = at;
+  plan.thread_bytes = workspace.size;
   return plan;
 }
 

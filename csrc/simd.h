@@ -783,6 +783,13 @@ inline Native::V exp(Native::V x) {
   return S::zero_below(S::scale(p, shifted), x, kLowest);
 }
 
+// v sigmoid(v).
+inline Native::V silu(Native::V v) {
+  using S = Native;
+  const S::V power = S::min(S::broadcast(88.0f), S::sub(S::broadcast(0.0f), v));
+  return S::div(v, S::add(S::broadcast(1.0f), exp(power)));
+}
+
 }  // namespace simd
 }  // namespace
 }  // namespace titok

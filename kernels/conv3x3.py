@@ -48,6 +48,25 @@ def moments_kernel(
     )
 
 
+@triton.jit
+def _chunks(
+    start,
+    pixels,
+    chunks,
+    group,
+    C: tl.constexpr,
+    GROUP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PIXELS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+):
+    # Of a group's channels: what is there and where, [CHUNKS, WIDTH], and pixels, [CHUNKS, 1].
+    chunk, within = start + tl.arange(0, CHUNKS), tl.arange(0, WIDTH)
+    inside = (chunk < chunks)[:, None] & (within < GROUP)[None, :]
+    where = chunk.to(tl.int64)[:, None] * C + (group * GROUP + within)[None, :]
+    return inside, where, tl.minimum(pixels - chunk * PIXELS, PIXELS).to(tl.float32)[:, None]
+
+
 @triton.jit(do_not_specialize=_SIZES)
 def scales_kernel(
     moments,  # [B, 2, chunks, C] float32
@@ -70,22 +89,20 @@ def scales_kernel(
 
     total = tl.zeros([CHUNKS, WIDTH], tl.float32)
     for start in tl.range(0, chunks, CHUNKS):
-        chunk = start + tl.arange(0, CHUNKS)
-        inside = (chunk < chunks)[:, None] & (within < GROUP)[None, :]
-        count = tl.minimum(pixels - chunk * PIXELS, PIXELS).to(tl.float32)
-        where = chunk.to(tl.int64)[:, None] * C + channel[None, :]
-        total += tl.load(means + where, inside, 0.0) * count[:, None]
+        inside, where, count = _chunks(
+            start, pixels, chunks, group, C, GROUP, WIDTH, PIXELS, CHUNKS
+        )
+        total += tl.load(means + where, inside, 0.0) * count
     size = pixels.to(tl.float32) * GROUP
     mean = tl.sum(tl.sum(total, axis=0), axis=0) / size
 
     total = tl.zeros([CHUNKS, WIDTH], tl.float32)
     for start in tl.range(0, chunks, CHUNKS):
-        chunk = start + tl.arange(0, CHUNKS)
-        inside = (chunk < chunks)[:, None] & (within < GROUP)[None, :]
-        count = tl.minimum(pixels - chunk * PIXELS, PIXELS).to(tl.float32)
-        where = chunk.to(tl.int64)[:, None] * C + channel[None, :]
+        inside, where, count = _chunks(
+            start, pixels, chunks, group, C, GROUP, WIDTH, PIXELS, CHUNKS
+        )
         distance = tl.where(inside, tl.load(means + where, inside, 0.0) - mean, 0.0)
-        total += tl.load(squares + where, inside, 0.0) + distance * distance * count[:, None]
+        total += tl.load(squares + where, inside, 0.0) + distance * distance * count
     rstd = tl.rsqrt(tl.sum(tl.sum(total, axis=0), axis=0) / size + norm_eps)
 
     inside = within < GROUP

@@ -254,20 +254,16 @@ def test_same_bits_in_any_batch_and_from_run_to_run(backend, device, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_same_bits_with_any_number_of_threads(backend, dtype):
+def test_same_bits_with_any_number_of_threads(backend, dtype, set_threads):
     if backend == "triton":
         pytest.skip("is one of C++")
     tensors = inputs(3, 5, 2, 201, 64, dtype)  # enough for eleven threads
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        expected = run(tensors, 200, backend=backend)
-        for count in (2, 3, 4, 16):
-            torch.set_num_threads(count)
-            for a, e in zip(run(tensors, 200, backend=backend), expected, strict=True):
-                assert torch.equal(a, e)
-    finally:
-        torch.set_num_threads(threads)
+    set_threads(1)
+    expected = run(tensors, 200, backend=backend)
+    for count in (2, 3, 4, 16):
+        set_threads(count)
+        for a, e in zip(run(tensors, 200, backend=backend), expected, strict=True):
+            assert torch.equal(a, e)
 
 
 def test_strided_input(backend, device):

@@ -260,19 +260,15 @@ def test_rows_beyond_2_to_the_31_elements(backend, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_same_bits_with_any_number_of_threads(backend, dtype):
+def test_same_bits_with_any_number_of_threads(backend, dtype, set_threads):
     if backend == "triton":
         pytest.skip("is one of C++")
     tensors = inputs(9, 257, 1031, PARTS, dtype)  # enough for four threads
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        expected = run(tensors, backend=backend)
-        for count in (2, 3, 4, 16):
-            torch.set_num_threads(count)
-            assert torch.equal(run(tensors, backend=backend), expected)
-    finally:
-        torch.set_num_threads(threads)
+    set_threads(1)
+    expected = run(tensors, backend=backend)
+    for count in (2, 3, 4, 16):
+        set_threads(count)
+        assert torch.equal(run(tensors, backend=backend), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

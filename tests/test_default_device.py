@@ -13,8 +13,10 @@ def attention():
 
 
 def conv3x3():
-    x, weight, norm = torch.randn(1, 8, 4, 4), torch.randn(6, 8, 3, 3), torch.randn(8)
-    return lambda: titok_fast.conv3x3(x, weight, norm=norm, norm_bias=norm, num_groups=2)
+    x, weight, bias = torch.randn(1, 8, 4, 4), torch.randn(6, 8, 3, 3), torch.randn(6)
+    options = {"norm": torch.randn(8), "norm_bias": torch.randn(8), "num_groups": 2}
+    options |= {"upsample": True, "residual": torch.randn(1, 6, 8, 8)}
+    return lambda: titok_fast.conv3x3(x, weight, bias, **options)
 
 
 def decode_attention():

@@ -388,25 +388,21 @@ def test_indices_depend_on_neither_threads_nor_instruction_set():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("n", "k"), [(301, 2003), (2100, 3300)])
-def test_gradients_depend_on_no_threads(n, k, dtype):
+def test_gradients_depend_on_no_threads(n, k, dtype, set_threads):
     """The same bits for every number of threads, with many rows to a code and codes to a row."""
     if default_backend() != "auto":
         pytest.skip("the extension is built without the op")
     z, codebook = rows_and_codes(n, k, 20, dtype=dtype)
     codebook[100:400] = codebook[7]
     z[: n // 2 : 3] = codebook[7]
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        _, expected = run(z, codebook, "cpu")
-        for count in (2, 3, 5):
-            torch.set_num_threads(count)
-            _, actual = run(z, codebook, "cpu")
-            for name in LOSSES:
-                for a, b in zip(actual[name], expected[name], strict=True):
-                    assert torch.equal(a, b), (count, name)
-    finally:
-        torch.set_num_threads(threads)
+    set_threads(1)
+    _, expected = run(z, codebook, "cpu")
+    for count in (2, 3, 5):
+        set_threads(count)
+        _, actual = run(z, codebook, "cpu")
+        for name in LOSSES:
+            for a, b in zip(actual[name], expected[name], strict=True):
+                assert torch.equal(a, b), (count, name)
 
 
 def test_more_than_2_to_the_31_scores():

@@ -426,17 +426,13 @@ def test_meta_tensors_give_shapes():
     assert confidence.dtype == torch.float32 and tokens.dtype == ids_next.dtype == torch.int64
 
 
-def test_same_bits_with_any_number_of_threads():
+def test_same_bits_with_any_number_of_threads(set_threads):
     cond, uncond, ids = inputs(5, 40, 1000)
     expected = maskgit_step(cond, ids, uncond_logits=uncond, **EVERYTHING)
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2, 3, 16):
-            torch.set_num_threads(count)
-            actual = maskgit_step(cond, ids, uncond_logits=uncond, **EVERYTHING)
-            assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
-    finally:
-        torch.set_num_threads(threads)
+    for count in (1, 2, 3, 16):
+        set_threads(count)
+        actual = maskgit_step(cond, ids, uncond_logits=uncond, **EVERYTHING)
+        assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
 
 
 @pytest.mark.parametrize("as_tensors", [False, True])

@@ -340,19 +340,15 @@ def test_meta_tensors_give_shapes():
 
 @pytest.mark.parametrize("shape", [(1, 2**18 + 3), (5, 2**17), (40, 5000)])
 @pytest.mark.parametrize("spread", [0.001, 1.0])
-def test_same_tokens_with_any_number_of_threads(shape, spread):
+def test_same_tokens_with_any_number_of_threads(shape, spread, set_threads):
     cond, uncond = inputs(*shape, spread=spread)
-    threads = torch.get_num_threads()
-    try:
-        for filters in ({}, {"top_k": 0}, {"top_p": 1.0}, {"top_k": 0, "top_p": 1.0}):
-            options = EVERYTHING | filters | {"uncond_logits": uncond}
-            torch.set_num_threads(1)
-            expected = sample_token(cond, **options)
-            for count in (2, 3, 16):
-                torch.set_num_threads(count)
-                assert torch.equal(sample_token(cond, **options), expected)
-    finally:
-        torch.set_num_threads(threads)
+    for filters in ({}, {"top_k": 0}, {"top_p": 1.0}, {"top_k": 0, "top_p": 1.0}):
+        options = EVERYTHING | filters | {"uncond_logits": uncond}
+        set_threads(1)
+        expected = sample_token(cond, **options)
+        for count in (2, 3, 16):
+            set_threads(count)
+            assert torch.equal(sample_token(cond, **options), expected)
 
 
 @pytest.mark.parametrize("as_tensors", [False, True])

@@ -76,6 +76,17 @@ class PackableConv(Packable, nn.Conv2d):
                 options |= {"norm": norm.weight, "norm_bias": norm.bias}
                 options |= {"num_groups": norm.num_groups, "norm_eps": norm.eps}
             return conv3x3(x, self.weight, self.bias, **options)
+        return self.in_turn(x, norm=norm, upsample=upsample, residual=residual)
+
+    def in_turn(
+        self,
+        x: Tensor,
+        *,
+        norm: nn.GroupNorm | None = None,
+        upsample: bool = False,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """`forward` by PyTorch, one operation after the other."""
         if norm is not None:
             x = activated(norm, x)
         if upsample:

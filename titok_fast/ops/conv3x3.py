@@ -148,7 +148,20 @@ def _pixels(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).contiguous()
 
 
-def _run_cpu(
+def _normalised(
+    x: Tensor, norm: Tensor, norm_bias: Tensor, num_groups: int, norm_eps: float
+) -> Tensor:
+    """SiLU(GroupNorm(x)) by Triton, in channels_last."""
+    pixels = _pixels(x)
+    out = torch.empty_like(pixels)
+    launch = inspect.kernels("conv3x3").launch_norm_silu
+    # Triton launches on the current device, which need not be that of the tensors.
+    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+        launch(pixels, norm.contiguous(), norm_bias.contiguous(), num_groups, norm_eps, out)
+    return out.permute(0, 3, 1, 2)
+
+
+def _run(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -159,7 +172,19 @@ def _run_cpu(
     upsample: bool,
     residual: Tensor | None,
     packed: Tensor | None,
+    backend: str,
 ) -> Tensor:
+    inspect.require_backend(backend, x.device.type)
+    if backend == "triton":
+        if norm is not None and norm_bias is not None:
+            x = _normalised(x, norm, norm_bias, num_groups, norm_eps)
+        x = x.contiguous(memory_format=torch.channels_last)
+        if upsample:
+            x = F.interpolate(x, scale_factor=2.0)
+        with torch.autocast(x.device.type, enabled=False):
+            result = F.conv2d(x, weight, bias, padding=1)
+        result = result if residual is None else result.add_(residual)
+        return _pixels(result).permute(0, 3, 1, 2)
     extension, threads, dtype = inspect.extension(), torch.get_num_threads(), _name(x.dtype)
     (batch, channels, height, width), outputs = x.shape, weight.shape[0]
     if packed is None:
@@ -200,41 +225,6 @@ def _run_cpu(
         **sizes,
     )
     return out.permute(0, 3, 1, 2)
-
-
-def _run(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm: Tensor | None,
-    norm_bias: Tensor | None,
-    num_groups: int,
-    norm_eps: float,
-    upsample: bool,
-    residual: Tensor | None,
-    packed: Tensor | None,
-    backend: str,
-) -> Tensor:
-    inspect.require_backend(backend, x.device.type)
-    if backend == "cpu":
-        return _run_cpu(
-            x, weight, bias, norm, norm_bias, num_groups, norm_eps, upsample, residual, packed
-        )
-    h = _pixels(x)
-    if norm is not None and norm_bias is not None:
-        launch = inspect.kernels("conv3x3").launch_norm_silu
-        normalised = torch.empty_like(h)
-        # Triton launches on the current device, which need not be that of the tensors.
-        with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
-            launch(h, norm.contiguous(), norm_bias.contiguous(), num_groups, norm_eps, normalised)
-        h = normalised
-    h = h.permute(0, 3, 1, 2)
-    if upsample:
-        h = F.interpolate(h, scale_factor=2.0)
-    with torch.autocast(x.device.type, enabled=False):
-        out = F.conv2d(h, weight, bias, padding=1)
-    out = out if residual is None else out.add_(residual)
-    return _pixels(out).permute(0, 3, 1, 2)
 
 
 _op = _library.register(
