@@ -10,7 +10,7 @@ import torch
 from tests.kernels import assert_kernels_compile
 from titok_fast import decode_linear
 from titok_fast.ops import inspect
-from titok_fast.ops.decode_linear import MAX_ROWS, chosen_backend
+from titok_fast.ops.decode_linear import BACKENDS, MAX_ROWS
 from titok_fast.testing import relative_error
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -300,12 +300,13 @@ def test_more_rows_are_only_for_the_reference(backend, device):
 def test_auto_is_the_compiled_op_of_the_device(monkeypatch):
     tensors = inputs(2, 63, 33)
     assert torch.equal(run(tensors), run(tensors, backend="cpu"))
-    assert chosen_backend("auto", "cpu") == "cpu"
+    choose = inspect.choose_or_reference
+    assert choose("auto", "cpu", BACKENDS) == "cpu"
     monkeypatch.setattr(inspect, "why_not", lambda *_: None)
-    assert chosen_backend("auto", "cuda") == "triton"
+    assert choose("auto", "cuda", BACKENDS) == "triton"
     monkeypatch.setattr(inspect, "why_not", lambda *_: "triton is not installed")
-    assert chosen_backend("auto", "cuda") == "reference"
-    assert chosen_backend("triton", "cuda") == "triton"
+    assert choose("auto", "cuda", BACKENDS) == "reference"
+    assert choose("triton", "cuda", BACKENDS) == "triton"
 
 
 def test_meta_tensors_give_shapes():

@@ -34,9 +34,8 @@ FLOORS = {
     "testing": 6,
     "__init__": 6,
 }
-OPS = sorted(
-    p.stem for p in (PACKAGE / "ops").glob("*.py") if p.stem not in ("__init__", "inspect")
-)
+NOT_OPS = ("__init__", "arguments", "inspect")
+OPS = sorted(p.stem for p in (PACKAGE / "ops").glob("*.py") if p.stem not in NOT_OPS)
 OP_FILES = (
     "titok_fast/reference/{op}.py",
     "tests/test_{op}.py",

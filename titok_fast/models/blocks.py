@@ -12,8 +12,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from titok_fast.models.packed import PackableLinear, PackableMatrix
-from titok_fast.ops import attention, decode_attention, decode_linear
-from titok_fast.ops.decode_linear import MAX_ROWS, chosen_backend
+from titok_fast.ops.attention import attention
+from titok_fast.ops.decode_attention import decode_attention
+from titok_fast.ops.decode_linear import MAX_ROWS, decode_linear, has_fast_backend
 
 
 def attend(qkv: Tensor, num_heads: int, dropout: float = 0.0) -> Tensor:
@@ -262,7 +263,7 @@ def decode_layer(
         up: of `up_weight`.
         residual: what the output is added to, and the factor that it has then, [B, N] each.
     """
-    if len(x) <= MAX_ROWS and chosen_backend("auto", x.device.type) != "reference":
+    if len(x) <= MAX_ROWS and has_fast_backend(x.device.type):
         options: dict[str, Any] = {}
         if norm is not None:
             module, scale, shift = norm

@@ -16,8 +16,7 @@ from titok_fast.models.checks import check_floating, check_tokens
 from titok_fast.models.packed import Packable, plain
 from titok_fast.models.pretrained import PretrainedModel, Release
 from titok_fast.ops import conv3x3, inspect, pack_conv3x3
-from titok_fast.ops.decode_linear import chosen_backend
-from titok_fast.ops.nearest_code import DTYPES
+from titok_fast.ops.arguments import DTYPES
 
 VQGAN_CODEBOOK_SIZE = 1024
 
@@ -96,7 +95,7 @@ class PackableConv(Packable, nn.Conv2d):
 
 
 def _fused_on_gpu(dtype: torch.dtype) -> bool:
-    return dtype in DTYPES and chosen_backend("auto", "cuda") == "triton"
+    return dtype in DTYPES and inspect.why_not("triton", "cuda") is None
 
 
 def activated(norm: nn.GroupNorm, x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from titok_fast import _library, reference
 from titok_fast.ops import inspect
-from titok_fast.ops.nearest_code import DTYPES
+from titok_fast.ops.arguments import DTYPES
 
 BACKENDS: dict[str, tuple[str, ...]] = {
     "cpu": ("torch", "triton"),

@@ -9,15 +9,15 @@ from torch import Tensor
 
 from titok_fast import _library, reference
 from titok_fast.ops import inspect
-from titok_fast.ops.decode_linear import BACKENDS as BACKENDS
-from titok_fast.ops.decode_linear import NO_GRADIENT, chosen_backend
-from titok_fast.ops.maskgit_step import address, check_tensor
-from titok_fast.ops.nearest_code import DTYPES
+from titok_fast.ops.arguments import DTYPES, NO_GRADIENT, address, check_tensor
 
+BACKENDS: dict[str, tuple[str, ...]] = {
+    "cpu": ("cpu", "triton"),
+    "cuda": ("triton",),
+    "meta": ("cpu", "triton"),
+}
 # Winograd's G of F(2x2, 3x3): a 3x3 filter g becomes the 4x4 matrix G g G^T.
 _FILTER = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
-
-
 _PACKED = (torch.float32, torch.bfloat16)
 
 
@@ -298,7 +298,7 @@ def conv3x3(
     """
     others = {"bias": bias, "norm": norm, "norm_bias": norm_bias, "residual": residual}
     _check(x, weight, packed, others, num_groups, norm_eps, upsample, backend)
-    chosen = chosen_backend(backend, x.device.type)
+    chosen = inspect.choose_or_reference(backend, x.device.type, BACKENDS)
     if chosen == "reference":
         return reference.conv3x3(
             x, weight, num_groups=num_groups, norm_eps=norm_eps, upsample=upsample, **others

@@ -7,11 +7,13 @@ from torch import Tensor
 
 from titok_fast import _library, reference
 from titok_fast.ops import inspect
-from titok_fast.ops.decode_linear import BACKENDS as BACKENDS
-from titok_fast.ops.decode_linear import NO_GRADIENT, chosen_backend
-from titok_fast.ops.maskgit_step import check_tensor
-from titok_fast.ops.nearest_code import DTYPES, dense_rows
+from titok_fast.ops.arguments import DTYPES, NO_GRADIENT, check_tensor, dense_rows
 
+BACKENDS: dict[str, tuple[str, ...]] = {
+    "cpu": ("cpu", "triton"),
+    "cuda": ("triton",),
+    "meta": ("cpu", "triton"),
+}
 MAX_HEAD_WIDTH = 256
 
 
@@ -170,7 +172,7 @@ def decode_attention(
     _check(qkv, keys, values, rotation, position, backend)
     if not isinstance(position, Tensor):
         position = torch.full((), position, dtype=torch.int64, device=qkv.device)
-    chosen = chosen_backend(backend, qkv.device.type)
+    chosen = inspect.choose_or_reference(backend, qkv.device.type, BACKENDS)
     if chosen == "reference":
         if not torch.compiler.is_compiling():
             _known(position, keys.shape[2])

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from titok_fast import _library, reference
 from titok_fast.ops import inspect
-from titok_fast.ops.maskgit_step import address, check_tensor
-from titok_fast.ops.nearest_code import DTYPES, dense_rows
+from titok_fast.ops.arguments import DTYPES, NO_GRADIENT, address, check_tensor, dense_rows
 
 BACKENDS: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu", "triton"),
@@ -17,7 +16,6 @@ BACKENDS: dict[str, tuple[str, ...]] = {
     "meta": ("cpu", "triton"),
 }
 MAX_ROWS = 16  # beyond, a product of matrices is no longer bound by reading the weights
-NO_GRADIENT = "has no gradient here; call it under torch.no_grad(), or with backend='reference'"
 
 
 def _check(
@@ -127,12 +125,9 @@ _op = _library.register(
 )
 
 
-def chosen_backend(backend: str, device_type: str) -> str:
-    """As `inspect.choose_backend`; "auto" is the reference on a device that has no other."""
-    bare = device_type == "cuda" and inspect.why_not("triton", "cuda") is not None
-    if backend == "auto" and (device_type not in BACKENDS or bare):
-        return "reference"
-    return inspect.choose_backend(backend, device_type, BACKENDS)
+def has_fast_backend(device_type: str) -> bool:
+    """Whether "auto" is another backend than the reference for tensors of `device_type`."""
+    return inspect.choose_or_reference("auto", device_type, BACKENDS) != "reference"
 
 
 def decode_linear(
@@ -197,7 +192,7 @@ def decode_linear(
         "residual_scale": residual_scale,
     }
     _check(x, weight, norm_eps, others, backend)
-    chosen = chosen_backend(backend, x.device.type)
+    chosen = inspect.choose_or_reference(backend, x.device.type, BACKENDS)
     if chosen == "reference":
         return reference.decode_linear(x, weight, norm_eps=norm_eps, **others)
     for name, tensor in {"x": x, "weight": weight, **others}.items():

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from titok_fast import _library, reference
 from titok_fast.ops import inspect
-from titok_fast.ops.nearest_code import DTYPES, check_rows_and_codes, dense_rows, nearest_code
+from titok_fast.ops.arguments import DTYPES, dense_rows
+from titok_fast.ops.nearest_code import check_rows_and_codes, nearest_code
 from titok_fast.reference.index_propagation import EPS, mean_over_ranks
 from titok_fast.reference.index_propagation_streaming import add_rows, wide_dtype
 

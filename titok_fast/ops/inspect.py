@@ -24,7 +24,7 @@ OPS = tuple(
     sorted(
         module.name
         for module in pkgutil.iter_modules([str(Path(__file__).parent)])
-        if module.name != "inspect"
+        if module.name not in ("arguments", "inspect")
     )
 )
 TRITON_OPS = (
@@ -123,6 +123,14 @@ def choose_backend(backend: str, device_type: str, order: dict[str, tuple[str, .
     if backend != "reference" and backend not in here:
         raise RuntimeError(f"backend {backend!r} is not available: it has no {device_type} version")
     return backend
+
+
+def choose_or_reference(backend: str, device_type: str, order: dict[str, tuple[str, ...]]) -> str:
+    """As `choose_backend`; "auto" is the reference on a device where no other can run."""
+    bare = device_type == "cuda" and why_not("triton", "cuda") is not None
+    if backend == "auto" and (device_type not in order or bare):
+        return "reference"
+    return choose_backend(backend, device_type, order)
 
 
 def require_backend(backend: str, device_type: str) -> None:

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from titok_fast import _library, reference
 from titok_fast.ops import inspect
+from titok_fast.ops.arguments import DTYPES, dense_rows
 
 METRICS = ("l2", "cosine", "dot")
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BACKENDS = {"cpu": ("cpu", "triton"), "cuda": ("triton",), "meta": ("cpu", "triton")}
 
 
@@ -47,11 +47,6 @@ def _check(z: Tensor, codebook: Tensor, metric: str) -> None:
 def _fake(z: Tensor, codebook: Tensor, metric: str, backend: str) -> tuple[Tensor, Tensor]:
     n = z.shape[0]
     return z.new_empty(n, dtype=torch.int64), z.new_empty(n, dtype=torch.float32)
-
-
-def dense_rows(x: Tensor) -> Tensor:
-    """`x` itself where each row is contiguous, otherwise a copy."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def _cpu(

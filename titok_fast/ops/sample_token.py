@@ -7,7 +7,8 @@ from torch import Tensor
 
 from titok_fast import _library, reference
 from titok_fast.ops import inspect
-from titok_fast.ops.maskgit_step import (
+from titok_fast.ops.arguments import (
+    DTYPES,
     Count,
     Number,
     address,
@@ -16,8 +17,8 @@ from titok_fast.ops.maskgit_step import (
     check_counters,
     check_number,
     check_tensor,
+    dense_rows,
 )
-from titok_fast.ops.nearest_code import DTYPES, dense_rows
 
 BACKENDS: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("cuda",), "meta": ("cpu",)}
 COUNTS = ("top_k", "seed", "step")

@@ -1,0 +1,109 @@
+"""What the ops share of their arguments: dtypes, checks and how they are passed to C++."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+NO_GRADIENT = "has no gradient here; call it under torch.no_grad(), or with backend='reference'"
+
+Number = float | Tensor
+Count = int | Tensor
+
+
+def check_tensor(
+    name: str,
+    tensor: object,
+    shape: list[int],
+    dtypes: tuple[torch.dtype, ...],
+    like: Tensor,
+    like_name: str,
+) -> None:
+    """`tensor` has this shape, one of these dtypes and the device of `like`."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in dtypes:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{name}: dtype {tensor.dtype} is not {names}")
+    if list(tensor.shape) != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got {list(tensor.shape)}")
+    if tensor.device != like.device:
+        raise ValueError(f"{name}: on {tensor.device}, but {like_name} is on {like.device}")
+
+
+def check_number(
+    name: str,
+    value: object,
+    whole: bool,
+    shapes: tuple[list[int], ...],
+    like: Tensor,
+    like_name: str,
+) -> None:
+    """`value` is a finite number, whole or not, or such a tensor on the device of `like`."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point() == whole or value.is_complex() or value.dtype == torch.bool:
+            kind = "an integer" if whole else "a floating"
+            raise TypeError(f"{name}: dtype {value.dtype} is not {kind} dtype")
+        if list(value.shape) not in shapes:
+            allowed = " or ".join(map(str, shapes))
+            raise ValueError(f"{name}: expected shape {allowed}, got {list(value.shape)}")
+        if value.device != like.device:
+            raise ValueError(f"{name}: on {value.device}, but {like_name} is on {like.device}")
+        return
+    kinds = (int, torch.SymInt) if whole else (int, float, torch.SymInt, torch.SymFloat)
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        kind = "an int" if whole else "a float"
+        raise TypeError(f"{name}: expected {kind} or a Tensor, got {type(value).__name__}")
+    if not whole and not -math.inf < value < math.inf:
+        raise ValueError(f"{name}: {value} is not finite")
+
+
+def check_counters(fixed: dict[str, Any]) -> None:
+    """`seed` and `step`, where they are numbers, are Philox's."""
+    for name in ("seed", "step"):
+        if not 0 <= fixed.get(name, 0) < 2**63:
+            raise ValueError(f"{name}: {fixed[name]} is not in [0, 2**63)")
+
+
+def dense_rows(x: Tensor) -> Tensor:
+    """`x` itself where each row is contiguous, otherwise a copy."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def address(tensor: Tensor | None) -> int:
+    """Where a tensor's memory begins; 0 for None."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def by_address(
+    count_names: tuple[str, ...],
+    factor_names: tuple[str, ...],
+    counts: list[int],
+    factors: list[float],
+    tensors: list[Tensor | None],
+) -> tuple[dict[str, tuple[float, int]], list[Tensor | None]]:
+    """For each name (number, address of its tensor or 0), and the tensors, to be kept alive."""
+    dtypes = [torch.int64] * len(counts) + [torch.float32] * len(factors)
+    tensors = [None if x is None else x.to(t) for x, t in zip(tensors, dtypes, strict=True)]
+    names, numbers = (*count_names, *factor_names), [*counts, *factors]
+    pairs = zip(numbers, map(address, tensors), strict=True)
+    return dict(zip(names, pairs, strict=True)), tensors
+
+
+def as_tensors(
+    count_names: tuple[str, ...],
+    numbers: dict[str, Any],
+    given: list[Tensor | None],
+    device: torch.device,
+) -> dict[str, Tensor]:
+    """The numbers, or the tensors given for them, as the reference takes them."""
+    return {
+        name: torch.as_tensor(
+            number if tensor is None else tensor,
+            dtype=torch.int64 if name in count_names else torch.float32,
+            device=device,
+        )
+        for (name, number), tensor in zip(numbers.items(), given, strict=True)
+    }
