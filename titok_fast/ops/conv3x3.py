@@ -262,7 +262,7 @@ def conv3x3(
     "cpu" multiplies by Winograd's F(2x2, 3x3), 4 products for 9. Everything is in float32 and
     rounded once, but in bfloat16, where the CPU multiplies it, the transformed inputs and weights
     are rounded to it: with GroupNorm the error is that of PyTorch's sequence of operations, of a
-    bare convolution up to three times as large. An input next to an output's own nine has a share
+    bare convolution some twice as large. An input next to an output's own nine has a share
     in its rounding error, and if infinite or NaN may make it NaN.
     The same bits for any number of threads, from run to run, and for an image whatever the others
     are. "triton" does GroupNorm and SiLU, rounds, and leaves the convolution to PyTorch, whose
