@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench import harness
-from bench.harness import Bench, Call, Provider
+from bench.harness import Bench, Call, Provider, own_providers
 from titok_fast import attention
 from titok_fast.testing import relative_error
 
@@ -41,12 +41,13 @@ class Case(harness.Case):
 
 def cases(device: str, quick: bool) -> list[Case]:
     batch, heads = (64, 16) if device == "cuda" else (2, 8)
-    dtypes = (torch.float32, torch.bfloat16) if device == "cuda" else (torch.float32,)
     return [
         Case(b=batch, l=length, h=heads, d=64, direction=direction, device=device, dtype=dtype)
-        for dtype in dtypes
+        for dtype in (torch.float32, torch.bfloat16)
         for length in (LENGTHS[:2] if quick else LENGTHS)
         for direction in ("forward", "backward")
+        # Who trains on a CPU does it in float32.
+        if device == "cuda" or dtype == torch.float32 or direction == "forward"
     ]
 
 
@@ -108,6 +109,20 @@ def matrices(case: Case) -> str | None:
     return harness.over_budget(8 * case.b * case.h * case.l**2 * case.dtype.itemsize)
 
 
+def without_gradient(case: Case) -> str | None:
+    return "has no gradient" if case.direction == "backward" else None
+
+
+def own() -> Iterator[Provider]:
+    for provider in own_providers(prepare, gpu="triton", bf16=True):
+        if provider.name == "reference":
+            yield replace(provider, too_much=matrices)
+        elif provider.devices == ("cpu",):
+            yield replace(provider, too_much=without_gradient)
+        else:
+            yield provider
+
+
 def slow(case: Case, provider: Provider) -> bool:
     gpu_float32 = case.device == "cuda" and case.dtype == torch.float32
     return provider.name == "reference" or (gpu_float32 and provider.name.startswith("sdpa-"))
@@ -117,7 +132,7 @@ BENCH = Bench(
     op="attention",
     cases=cases,
     providers=(
-        Provider("titok_fast-triton", prepare("triton"), devices=("cuda",), ours=True),
+        *own(),
         Provider("sdpa", prepare("torch")),
         *(
             Provider(
@@ -129,7 +144,6 @@ BENCH = Bench(
             )
             for name, (backend, devices) in SDPA.items()
         ),
-        Provider("reference", prepare("reference"), ours=True, too_much=matrices),
     ),
     inputs=inputs,
     work=work,

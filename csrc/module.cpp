@@ -7,6 +7,7 @@ void bind_nearest_code(py::module_& m);
 void bind_index_propagation(py::module_& m);
 void bind_maskgit_step(py::module_& m);
 void bind_sample_token(py::module_& m);
+void bind_attention(py::module_& m);
 void bind_decode_attention(py::module_& m);
 void bind_decode_linear(py::module_& m);
 void bind_conv3x3(py::module_& m);
@@ -18,6 +19,7 @@ PYBIND11_MODULE(_C, m) {
   bind_index_propagation(m);
   bind_maskgit_step(m);
   bind_sample_token(m);
+  bind_attention(m);
   bind_decode_attention(m);
   bind_decode_linear(m);
   bind_conv3x3(m);

@@ -783,6 +783,21 @@ inline Native::V exp(Native::V x) {
   return S::zero_below(S::scale(p, shifted), x, kLowest);
 }
 
+// 2^x for x <= 127, to 2^-23 of it; 0 below -87; NaN stays.
+inline Native::V exp2(Native::V x) {
+  using S = Native;
+  constexpr float kLowest = -87.0f, kMagic = 12582912.0f;  // as in exp()
+  const S::V y = S::max(S::broadcast(kLowest), x);
+  const S::V shifted = S::add(y, S::broadcast(kMagic));
+  const S::V r = S::sub(y, S::sub(shifted, S::broadcast(kMagic)));
+  S::V p = S::broadcast(1.5345811e-4f);
+  for (const float c :
+       {1.3399931e-3f, 9.6184890e-3f, 5.5503288e-2f, 0.24022647f, 0.69314721f, 1.0f}) {
+    p = S::fmadd(p, r, S::broadcast(c));
+  }
+  return S::zero_below(S::scale(p, shifted), x, kLowest);
+}
+
 // v sigmoid(v).
 inline Native::V silu(Native::V v) {
   using S = Native;

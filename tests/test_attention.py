@@ -1,5 +1,7 @@
 """attention against float64: no worse than the eager arithmetic of the same dtype."""
 
+import importlib
+
 import pytest
 import torch
 
@@ -8,7 +10,7 @@ from titok_fast import attention
 from titok_fast.ops import inspect
 from titok_fast.ops.attention import TRITON_UP_TO
 from titok_fast.reference.attention import dropout_mask, philox
-from titok_fast.testing import relative_error
+from titok_fast.testing import cpu_isa, relative_error, supported_isas
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -16,10 +18,32 @@ ROUNDING = 2 * torch.finfo(torch.float32).eps  # of sums in another order
 SEED = 0x1234567_89ABCDEF
 
 
+@pytest.fixture(params=["portable", "avx2", "avx512", "avx512bf16"])
+def isa(request):
+    """Each instruction set of the C++, in turn."""
+    if request.param not in supported_isas():
+        pytest.skip(f"this CPU has no {request.param}")
+    with cpu_isa(request.param):
+        yield request.param
+
+
 def packed(b, length, h, d, dtype=torch.float32, scale=1.0):
     """qkv and a gradient of the output."""
     qkv = scale * torch.randn(b, length, 3, h, d)
     return qkv.to(DEVICE, dtype), torch.randn(b, length, h, d).to(DEVICE, dtype)
+
+
+def on_cpu(b, length, h, d, dtype=torch.float32, scale=1.0):
+    return (scale * torch.randn(b, length, 3, h, d)).to(dtype)
+
+
+def assert_cpu_accurate(qkv):
+    """As near to float64 as the reference in the inputs' dtype."""
+    truth = attention(qkv.double(), backend="reference")
+    actual, eager = (attention(qkv, backend=backend) for backend in ("cpu", "reference"))
+    assert actual.dtype == qkv.dtype and actual.is_contiguous() and actual.shape == truth.shape
+    error, allowed = relative_error(actual, truth), relative_error(eager, truth) + ROUNDING
+    assert error <= allowed, f"{error:.3e}, allowed {allowed:.3e}"
 
 
 def with_gradient(qkv, grad, **options):
@@ -59,6 +83,140 @@ def test_long_sequences(dtype, length, d):
 @pytest.mark.parametrize("backend", ["torch", "auto"])
 def test_other_backends(backend):
     assert_accurate(*packed(2, 33, 3, 48), backend=backend)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("d", [8, 24, 40, 48, 64, 120, 128])
+@pytest.mark.parametrize("length", [1, 2, 7, 16, 23, 24, 25, 33, 64, 65, 129])
+def test_cpp(isa, dtype, length, d):
+    assert_cpu_accurate(on_cpu(2, length, 2, d, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("length", "d"), [(289, 64), (577, 48), (4096, 8)])
+def test_cpp_long_sequences(isa, dtype, length, d):
+    assert_cpu_accurate(on_cpu(1, length, 1, d, dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [1e-3, 4.0, 20.0])
+def test_cpp_flat_and_sharp_softmax(isa, dtype, scale):
+    assert_cpu_accurate(on_cpu(1, 37, 2, 32, dtype, scale))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cpp_large_scores_do_not_overflow(isa, dtype):
+    """Each query takes the value of the key with the largest score, as in float64."""
+    qkv = on_cpu(1, 20, 1, 16, dtype, scale=1e8)
+    expected = attention(qkv.double(), backend="reference")
+    torch.testing.assert_close(attention(qkv, backend="cpu").double(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("part", ["query", "key", "value"])
+@pytest.mark.parametrize("number", [torch.inf, -torch.inf, torch.nan])
+def test_cpp_infinite_and_nan_inputs_are_those_of_the_reference(isa, dtype, part, number):
+    qkv = on_cpu(2, 21, 2, 8, dtype)
+    qkv[0, 20, ("query", "key", "value").index(part), 1, 3] = number
+    expected = attention(qkv.double(), backend="reference")
+    actual = attention(qkv, backend="cpu").double()
+    assert not expected.isfinite().all() and expected[1].isfinite().all()
+    for kind in (torch.isnan, torch.isposinf, torch.isneginf):
+        assert torch.equal(kind(actual), kind(expected))
+    finite = expected.isfinite()
+    torch.testing.assert_close(actual[finite], expected[finite], rtol=0.02, atol=0.02)
+
+
+def test_cpp_strided_input(isa):
+    qkv = on_cpu(2, 33, 2, 16, torch.bfloat16)
+    expected = attention(qkv, backend="cpu")
+    wide = torch.full((2, 40, 4, 3, 35), torch.nan, dtype=qkv.dtype)
+    wide[:, 4:37, :3, 1:, 9:25] = qkv
+    views = (
+        wide[:, 4:37, :3, 1:, 9:25],
+        qkv.permute(3, 2, 0, 1, 4).contiguous().permute(2, 3, 1, 0, 4),
+        qkv.transpose(3, 4).contiguous().transpose(3, 4),
+    )
+    for view in views:
+        assert torch.equal(view, qkv) and not view.is_contiguous()
+        assert torch.equal(attention(view, backend="cpu"), expected)
+
+
+def test_cpp_rows_beyond_2_to_the_31_elements(isa):
+    qkv = on_cpu(2, 3, 1, 8, torch.float16)
+    stride = 2**31 + 8
+    storage = torch.Tensor.new_empty(qkv, 2 * stride + 128)  # touched only where written
+    for strides in ((stride, 24, 8, 8, 1), (96, stride, 8, 8, 1)):
+        far = storage.as_strided(qkv.shape, strides)
+        far.copy_(qkv)
+        assert torch.equal(attention(far, backend="cpu"), attention(qkv, backend="cpu"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cpp_same_bits_with_any_number_of_threads_and_in_any_batch(isa, dtype, set_threads):
+    qkv = on_cpu(3, 150, 5, 32, dtype)
+    expected = attention(qkv, backend="cpu")
+    for threads in (1, 2, 3, 64):
+        set_threads(threads)
+        assert torch.equal(attention(qkv, backend="cpu"), expected)
+        assert torch.equal(attention(qkv[1:2], backend="cpu"), expected[1:2])
+
+
+def test_cpp_memory_is_that_of_one_head(peak, set_threads):
+    """Of a thread: a head's keys and values, and the scores of a few queries."""
+    set_threads(2)
+    qkv = on_cpu(4, 1089, 8, 64)
+    attention(qkv[:1, :33], backend="cpu")
+    out = 4 * 1089 * 8 * 64 * 4
+    assert peak(lambda: attention(qkv, backend="cpu")) - out < 2 * 1089 * (2 * 64 + 24) * 4 + 2**17
+
+
+def test_cpp_opcheck():
+    torch.library.opcheck(torch.ops.titok_fast.attention_cpu.default, (on_cpu(1, 9, 2, 8),))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("backend", ["cpu", "auto"])
+def test_cpp_compiles_whole(dynamic, backend):
+    def f(qkv):
+        return attention(qkv * 2, backend=backend) + 1
+
+    compiled = torch.compile(f, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    with torch.no_grad():
+        for b in (2, 3):
+            qkv = on_cpu(b, 9, 2, 8)
+            assert torch.equal(compiled(qkv), f(qkv))
+
+
+def test_cpp_autocast():
+    qkv = on_cpu(1, 9, 2, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = attention(qkv, backend="cpu")
+    assert torch.equal(out, attention(qkv.bfloat16(), backend="cpu"))
+
+
+def test_cpp_has_neither_gradient_nor_dropout():
+    qkv = on_cpu(1, 5, 1, 8)
+    with pytest.raises(ValueError, match=r"^dropout_p: must be 0 with backend 'cpu', got 0.5$"):
+        attention(qkv, dropout_p=0.5, backend="cpu")
+    leaf = qkv.clone().requires_grad_()
+    with pytest.raises(RuntimeError, match="qkv: has no gradient here;"):
+        attention(leaf, backend="cpu")
+    with torch.no_grad():
+        assert torch.equal(attention(leaf, backend="cpu"), attention(qkv, backend="cpu"))
+
+
+def test_auto_on_a_cpu(monkeypatch):
+    op = importlib.import_module("titok_fast.ops.attention")
+    qkv = torch.randn(1, 65, 3, 2, 16, dtype=torch.bfloat16)
+    cpp, plain = (attention(qkv, backend=backend) for backend in ("cpu", "torch"))
+    assert not torch.equal(cpp, plain)
+    monkeypatch.setattr(op, "_X86", True)
+    assert torch.equal(attention(qkv), cpp)
+    assert attention(qkv, dropout_p=0.5).shape == cpp.shape
+    assert torch.equal(attention(qkv.clone().requires_grad_()), plain)
+    monkeypatch.setattr(op, "_X86", False)
+    assert torch.equal(attention(qkv), plain)
 
 
 def test_reference_is_softmax_attention():
@@ -234,6 +392,7 @@ def test_same_bits_from_run_to_run_and_in_any_batch(length):
 
 @pytest.mark.parametrize("backend", ["triton", "torch", "reference"])
 def test_empty_batch(backend):
+    assert attention(on_cpu(0, 5, 2, 16), backend="cpu").shape == (0, 5, 2, 16)
     qkv, grad = packed(0, 5, 2, 16)
     out, gradient = with_gradient(qkv, grad, backend=backend)
     assert out.shape == (0, 5, 2, 16) and gradient.shape == (0, 5, 3, 2, 16)
@@ -310,7 +469,7 @@ def test_double_backward_is_refused():
         ({"seed": torch.zeros(2).long()}, ValueError, "seed: expected one int64, got torch.int64"),
         ({"seed": torch.zeros(())}, ValueError, "seed: expected one int64, got torch.float32"),
         ({"seed": torch.zeros((), dtype=torch.int64, device="meta")}, ValueError, "seed: on meta"),
-        ({"backend": "flash"}, ValueError, "backend: 'flash' is not one of 'auto', 'torch', 'tri"),
+        ({"backend": "flash"}, ValueError, "backend: 'flash' is not one of 'auto', 'cpu', 'torch'"),
     ],
 )
 def test_bad_input(change, error, words):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from titok_fast import index_propagation, maskgit_step, nearest_code, sample_token
+from titok_fast import attention, index_propagation, maskgit_step, nearest_code, sample_token
 
 TASKS = Path("/proc/self/task")
 
@@ -24,19 +24,24 @@ def _two_threads() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(params=["nearest_code", "index_propagation", "maskgit_step", "sample_token"])
+OPS = ("nearest_code", "index_propagation", "attention", "maskgit_step", "sample_token")
+
+
+@pytest.fixture(params=OPS)
 def call(request: pytest.FixtureRequest) -> Callable[[], list[Tensor]]:
     """An op on inputs that two threads share; its outputs.
 
-    index_propagation's rows are few, and it has no entropy, because torch's own operations wait
-    forever in a forked child once torch or MKL shares them among threads.
+    attention's and index_propagation's rows are few, and there is no entropy, because torch's own
+    operations wait forever in a forked child once torch or MKL shares them among threads.
     """
     z, codebook = torch.randn(40, 64), torch.randn(4096, 64)
     logits, ids = torch.randn(4, 2**18), torch.full((4, 64), 4096)
     masked = logits.view(4, 64, 4096)
+    qkv = torch.randn(1, 100, 3, 4, 64)
     calls = {
         "nearest_code": lambda: [nearest_code(z, codebook)],
         "index_propagation": lambda: list(index_propagation(z, codebook, entropy=False)),
+        "attention": lambda: [attention(qkv, backend="cpu")],
         "maskgit_step": lambda: list(
             maskgit_step(masked, ids, mask_id=4096, num_masked=20, seed=0, step=0)
         ),

@@ -1,5 +1,6 @@
 """Bidirectional attention: schemas, checks, backends, autograd and the public function."""
 
+import platform
 from contextlib import nullcontext
 from typing import Any
 
@@ -9,13 +10,15 @@ from torch import Tensor
 
 from titok_fast import _library, reference
 from titok_fast.ops import inspect
-from titok_fast.ops.arguments import DTYPES
+from titok_fast.ops.arguments import DTYPES, NO_GRADIENT
 
 BACKENDS: dict[str, tuple[str, ...]] = {
-    "cpu": ("torch", "triton"),
+    "cpu": ("cpu", "torch", "triton"),
     "cuda": ("triton", "torch"),
-    "meta": ("torch", "triton"),
+    "meta": ("torch", "cpu", "triton"),
 }
+# Elsewhere the C++ has vectors of 16 bytes only, and PyTorch's own products are faster.
+_X86 = platform.machine().lower() in ("x86_64", "amd64")
 MAX_LENGTH = 4096
 MAX_HEAD_WIDTH = 128
 
@@ -134,6 +137,43 @@ _bwd_op = _library.register(
 )
 
 
+def _fake_cpu(qkv: Tensor) -> Tensor:
+    b, length, _, h, d = qkv.shape
+    return qkv.new_empty(b, length, h, d)
+
+
+def _cpu(qkv: Tensor) -> Tensor:
+    inspect.require_backend("cpu", qkv.device.type)
+    if qkv.stride(-1) != 1:
+        qkv = qkv.contiguous()
+    batch, length, _, heads, width = qkv.shape
+    extension, threads = inspect.extension(), torch.get_num_threads()
+    out = torch.empty((batch, length, heads, width), dtype=qkv.dtype, device="cpu")
+    size = extension.attention_cpu_workspace(length, width, threads)
+    workspace = torch.empty(size, dtype=torch.uint8, device="cpu")
+    extension.attention_cpu(
+        qkv=qkv.data_ptr(),
+        batch_stride=qkv.stride(0),
+        row_stride=qkv.stride(1),
+        part_stride=qkv.stride(2),
+        head_stride=qkv.stride(3),
+        out=out.data_ptr(),
+        batch=batch,
+        length=length,
+        heads=heads,
+        width=width,
+        dtype=str(qkv.dtype).removeprefix("torch."),
+        workspace=workspace.data_ptr(),
+        threads=threads,
+    )
+    return out
+
+
+_cpu_op = _library.register(
+    "attention_cpu(Tensor qkv) -> Tensor", cpu=_cpu, cuda=_cpu, fake=_fake_cpu
+)
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -157,6 +197,9 @@ class _Attention(torch.autograd.Function):
 
 def _automatic(qkv: Tensor, dropout_p: float) -> str:
     """The backend that "auto" stands for."""
+    if qkv.device.type == "cpu":
+        differentiable = qkv.requires_grad and torch.is_grad_enabled()
+        return "cpu" if _X86 and not differentiable and dropout_p == 0 else "torch"
     if not qkv.is_cuda or inspect.why_not("triton", "cuda") is not None:
         return "torch"
     width = min(width for _, width in TRITON_UP_TO if qkv.shape[-1] <= width)
@@ -184,9 +227,13 @@ def attention(
         out = dropout(softmax(Q K^T / sqrt(Dh))) V, for each head
 
     The packed tensor is read where it lies, without a permutation or a copy, if its last dimension
-    is dense and its other strides are multiples of 8; other inputs are copied first. With "triton"
-    the results and gradients are the same from run to run, and those of an image do not depend on
-    the batch around it, its dropout aside, which goes by its place in the batch.
+    is dense and, for "triton", its other strides are multiples of 8; other inputs are copied first.
+    With "triton" and "cpu" the results and gradients are the same from run to run and for any
+    number of threads, and those of an image do not depend on the batch around it, its dropout
+    aside, which goes by its place in the batch.
+
+    "cpu" computes in float32, and in bfloat16, where the CPU multiplies it, with probabilities
+    rounded to it. It has neither gradient nor dropout.
 
     A probability is dropped by its own word of Philox4x32-10, with `seed` as the key and (image,
     head, query, key) as the counter: the same for a seed on every backend and device, forward and
@@ -205,19 +252,19 @@ def attention(
         seed: of the dropout; an int, or [] int64 on the device of `qkv`, which a captured CUDA
             graph can change between replays. None draws one from PyTorch's generator. Ignored
             without dropout.
-        backend: "triton" (GPU, or CPU tensors in Triton's interpreter), "torch"
+        backend: "triton" (GPU, or CPU tensors in Triton's interpreter), "cpu" (C++), "torch"
             (`scaled_dot_product_attention`), "reference" (every L x L matrix in memory), or "auto":
-            "torch" on CPU; on CUDA "triton" with dropout and up to the length in `TRITON_UP_TO`,
-            "torch" beyond.
+            on an x86-64 CPU "cpu", with a gradient or dropout "torch", as on other CPUs; on CUDA
+            "triton" with dropout and up to the length in `TRITON_UP_TO`, "torch" beyond.
 
     Returns:
-        [B, L, H, Dh], contiguous with "triton", in the dtype of `qkv`.
+        [B, L, H, Dh], contiguous with "triton" and "cpu", in the dtype of `qkv`.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
         ValueError: a wrong shape or device, a probability or seed out of range, an unknown backend.
-        RuntimeError: the backend is not available, the message says what is missing; or a second
-            derivative is asked for.
+        RuntimeError: the backend is not available or has no gradient, the message says what is
+            missing; or a second derivative is asked for.
 
     Source: "Attention Is All You Need" (arXiv 1706.03762, section 3.2), computed block by block
     as in FlashAttention-2 (arXiv 2307.08691).
@@ -236,6 +283,13 @@ def attention(
             qkv, key, float(dropout_p), chosen
         )
         return out
+    if chosen == "cpu":
+        if dropout_p > 0:
+            raise ValueError(f"dropout_p: must be 0 with backend 'cpu', got {dropout_p}")
+        if qkv.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(f"qkv: {NO_GRADIENT}")
+        result: Tensor = _cpu_op(qkv)
+        return result
     if chosen == "reference" or dropout_p > 0:
         return reference.attention(qkv, dropout_p, key)
     query, keys, values = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, L, Dh]
