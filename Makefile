@@ -28,10 +28,10 @@ $(VENV)/.bench-gpu: $(VENV)/.bench
 	touch $@
 
 bench: $(VENV)/.bench
-	$(BIN)/python -m bench.run
+	$(BIN)/python -m bench.run --visits 3
 
 bench-full: $(VENV)/.bench
-	$(BIN)/python -m bench.run --bench-full
+	$(BIN)/python -m bench.run --visits 3 --bench-full
 
 bench-gpu: venv
 	$(BIN)/python -m bench.run --gpu --check

@@ -27,6 +27,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="the slow rows too: the largest sizes, forced instruction sets, the references",
     )
+    parser.addoption("--bench-goals", action="store_true", help="the rows of a goal alone")
     parser.addoption("--bench-device", choices=["cpu", "cuda"], help="one device instead of all")
     parser.addoption(
         "--bench-minutes",
@@ -94,14 +95,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if path:
         done = record.started(record.read(path))
         items[:] = [item for item in items if row_of(item).name not in done]
-    if config.getoption("bench_minutes") is None:
-        return
 
     def of_no_goal(item: Any) -> bool:
         case, provider = case_and_provider(item)
         return not goals.asks_for({"op": item.module.BENCH.op, **case.info()}, provider.name)
 
-    items.sort(key=of_no_goal)
+    if config.getoption("bench_goals"):
+        items[:] = [item for item in items if not of_no_goal(item)]
+    if config.getoption("bench_minutes") is not None:
+        items.sort(key=of_no_goal)
 
 
 @pytest.fixture

@@ -1,10 +1,11 @@
-"""`python -m bench.run [--gpu] [--check] [--into DIR] [pytest options]`: every benchmark, saved.
+"""`python -m bench.run [--gpu] [--check] [--visits N] [--into DIR] [pytest options]`: all, saved.
 
 The file is <host kind>-<date>.json in bench/results/ or DIR, and names the rows that failed or were
 left out; no time is in it for a wrong answer. The rows are kept as they come: where a process dies,
-loses the GPU or is stuck, another does the rows that are left. `--gpu` runs the GPU's rows alone,
-those of a goal first, and stops after eight minutes; it needs a CUDA device, and `--check` only
-says whether there is one.
+loses the GPU or is stuck, another does the rows that are left. With `--visits 3` a CPU's rows of a
+goal are run again twice, after all others, and the median visit is kept. `--gpu` runs the GPU's
+rows alone, those of a goal first, and stops after eight minutes; it needs a CUDA device, and
+`--check` only says whether there is one.
 """
 
 import argparse
@@ -25,6 +26,7 @@ GPU_MINUTES = 8.0
 GPU = ("--bench-device=cuda", "--benchmark-max-time=0.3")
 PATIENCE = 150.0  # seconds that a row of a GPU may take
 ENDED = (0, 1, 2, 4, 5)  # pytest's exit codes, after which there is nothing more to do
+NO_ROWS = 5
 
 
 def main(arguments: list[str]) -> int:
@@ -32,7 +34,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--gpu", action="store_true")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--into", type=Path, default=ROOT / "bench" / "results")
+    parser.add_argument("--visits", type=int, default=1)
     own, options = parser.parse_known_args(arguments)
+    if own.visits < 1 or (own.gpu and own.visits > 1):
+        allowed = "1 with --gpu" if own.gpu else "1 or more"
+        print(f"bench.run: --visits: must be {allowed}, got {own.visits}", file=sys.stderr)
+        return 2
     if own.gpu and "cuda" not in devices():
         print("bench.run: --gpu: torch finds no CUDA device here", file=sys.stderr)
         return 2
@@ -41,23 +48,28 @@ def main(arguments: list[str]) -> int:
     quick = "-quick" if "--bench-quick" in options else ""
     target = own.into / f"{host_kind()}-{date.today()}{quick}.json"
     own.into.mkdir(parents=True, exist_ok=True)
-    part = target.with_suffix(".part")
-    part.unlink(missing_ok=True)
+    parts = [target.with_suffix(f".part{visit}") for visit in range(own.visits)]
+    for part in parts:
+        part.unlink(missing_ok=True)
     try:
-        status = rows(part, list(GPU) if own.gpu else [], options)
+        status = rows(parts[0], [*(GPU if own.gpu else ()), *options], own.gpu)
+        for part in parts[1:]:
+            again = rows(part, ["--bench-device=cpu", "--bench-goals", *options])
+            status = status or (again if again != NO_ROWS else 0)
     finally:
-        found = record.results(record.read(part))
+        found = record.results(*map(record.read, parts))
         if found is not None:
             with replacing(target) as temporary:
                 temporary.write_text(json.dumps(found, indent=2) + "\n")
             print(f"saved {target}: {len(found['benchmarks'])} rows")
             for name, gate in found["machine_info"]["failed"].items():
                 print(f"{name}: {gate}")
-        part.unlink(missing_ok=True)
+        for part in parts:
+            part.unlink(missing_ok=True)
     return status
 
 
-def rows(part: Path, gpu: list[str], options: list[str]) -> int:
+def rows(part: Path, options: list[str], gpu: bool = False) -> int:
     """Runs what is not in the record, in as many processes as it takes; pytest's exit code."""
     end, patience = math.inf, math.inf
     if gpu:
@@ -65,7 +77,7 @@ def rows(part: Path, gpu: list[str], options: list[str]) -> int:
     lost = False
     while True:
         before = len(record.read(part))
-        command = ["pytest", "bench/", "--benchmark-only", f"--bench-record={part}", *gpu, *options]
+        command = ["pytest", "bench/", "--benchmark-only", f"--bench-record={part}", *options]
         if gpu:
             command.append(f"--bench-minutes={(end - time.monotonic()) / 60:.3f}")
         status = watched([sys.executable, "-m", *command], part, end, patience)

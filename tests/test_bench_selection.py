@@ -221,6 +221,56 @@ def test_the_rows_after_a_crash_are_run_by_another_process(monkeypatch, tmp_path
     assert machine["failed"] == {"b": "failed: wrong", "c": record.CRASHED, "e": record.CRASHED}
 
 
+def test_the_median_visit_is_kept(monkeypatch, tmp_path):
+    """Row "a" was slow once, "b" is no goal's, and "c" was wrong in its second visit."""
+    visits = [{"a": 9.0, "b": 5.0, "c": 1.0, "d": 1.0}, {"a": 2.0, "c": None}]
+    visits.append({"a": 3.0, "c": 1.5, "d": 1.5})
+    turns, commands = iter(visits), []
+
+    def watched(command, part, end, patience):
+        commands.append(command)
+        record.add(part, machine={}, selected=[*"abcd"])
+        for name, seconds in next(turns).items():
+            timed = {"name": name, "stats": {"median": seconds}, "extra_info": {}}
+            record.add(part, start=name)
+            record.add(part, end=name, gate="exact (1)" if seconds else "failed: wrong",
+                       benchmark=timed if seconds else None)  # fmt: skip
+        return 1 if None in visits[len(commands) - 1].values() else 0
+
+    monkeypatch.setattr(run, "watched", watched)
+    monkeypatch.setattr(run, "host_kind", lambda: "a-cpu")
+    assert run.main(["--into", str(tmp_path), "--visits", "3", "-k", "K4096"]) == 1
+    goals_alone = ["--bench-goals" in command for command in commands]
+    assert goals_alone == [False, True, True] and all(c[-2:] == ["-k", "K4096"] for c in commands)
+    (path,) = tmp_path.iterdir()
+    found = json.loads(path.read_text())
+    assert found["machine_info"]["failed"] == {"c": "failed: wrong"}
+    a, b, d = found["benchmarks"]
+    assert a["stats"]["median"] == 3.0 and a["extra_info"] == {"visits_ms": [9e3, 2e3, 3e3]}
+    assert b["stats"]["median"] == 5.0 and b["extra_info"] == {}
+    assert d["stats"]["median"] == 1.0  # of two, the lower
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [(["--visits=0"], "1 or more, got 0"), (["--gpu", "--visits=2"], "1 with")],
+)
+def test_visits_that_cannot_be(capsys, options, words):
+    assert run.main(options) == 2
+    assert capsys.readouterr().err.startswith(f"bench.run: --visits: must be {words}")
+
+
+def test_rows_of_a_goal_alone(tmp_path):
+    """What the further visits collect."""
+    command = [sys.executable, "-m", "pytest", "bench/bench_nearest_code.py", "--collect-only",
+               "-q", "--bench-goals", "--bench-device=cpu"]  # fmt: skip
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    rows = [line for line in done.stdout.splitlines() if "::" in line]
+    assert any("official" in row for row in rows) and any("titok_fast-cpu" in row for row in rows)
+    assert not any("vector-quantize" in row for row in rows)
+
+
 def test_a_process_that_is_stuck_is_killed(tmp_path):
     part, soon = tmp_path / "part", time.monotonic() + 60
     sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
