@@ -29,7 +29,6 @@ struct AttentionPlan {
   int64_t score_stride;                       // floats from one query's scores to the next
   std::size_t queries, keys, values, scores;  // in the workspace, of the first thread
   std::size_t thread_bytes;
-  int threads;
 };
 
 // One per instruction set; see attention_simd.h.

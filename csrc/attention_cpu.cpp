@@ -23,7 +23,7 @@ AttentionRun kernel() {
   return attention_portable;
 }
 
-AttentionPlan make_plan(int64_t length, int64_t width, int threads) {
+AttentionPlan make_plan(int64_t length, int64_t width) {
   AttentionPlan plan{};
   plan.blocks = (length + kAttentionRows - 1) / kAttentionRows;
   plan.score_stride = round_up(length, 16);
@@ -33,26 +33,24 @@ AttentionPlan make_plan(int64_t length, int64_t width, int threads) {
   plan.values = workspace.take(length * round_up(width, 16) * 4);
   plan.scores = workspace.take(kAttentionRows * plan.score_stride * 4);
   plan.thread_bytes = workspace.size;
-  plan.threads = threads;
   return plan;
 }
 
 }  // namespace
 
 std::size_t attention_cpu_workspace(int64_t length, int64_t width, int threads) {
-  return make_plan(length, width, threads).thread_bytes * static_cast<std::size_t>(threads);
+  return make_plan(length, width).thread_bytes * static_cast<std::size_t>(threads);
 }
 
 void attention_cpu(const AttentionArgs& args) {
   if (args.batch == 0) return;
-  AttentionPlan plan = make_plan(args.length, args.width, args.threads);
+  const AttentionPlan plan = make_plan(args.length, args.width);
   // A thread may have to be woken: give each at least a million operations.
   const double work = 4.0 * static_cast<double>(args.batch * args.heads) *
                       static_cast<double>(args.length * args.length * args.width);
-  plan.threads = static_cast<int>(std::max(1.0, std::min<double>(args.threads, work / 1e6)));
+  const int threads = static_cast<int>(std::max(1.0, std::min<double>(args.threads, work / 1e6)));
   const AttentionRun run = kernel();
-  Team::run(plan.threads, args.threads,
-            [&](const Team::Member& member) { run(args, plan, member); });
+  Team::run(threads, args.threads, [&](const Team::Member& member) { run(args, plan, member); });
 }
 
 }  // namespace titok

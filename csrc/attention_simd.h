@@ -16,6 +16,10 @@ using V = S::V;
 using simd::kTileColumns;
 using simd::kTileRows;
 using simd::kTileVectors;
+static_assert(kAttentionRows % kTileRows == 0, "a block is whole tiles");
+
+// Sums over the keys are of parts, each of so many terms at most: shorter chains round less.
+constexpr int64_t kChain = 128;
 
 // fn(vectors of a panel), a constant of the type, for 1 to kTileVectors.
 template <int vectors = kTileVectors, class Fn>
@@ -135,15 +139,21 @@ struct Attention {
       V largest = tail;
       for (int64_t j = 0; j < last; j += S::lanes) largest = S::max(S::load(scores + j), largest);
       const V top = S::broadcast(S::largest(largest));
-      V sum = S::broadcast(0.0f);
+      V sum = S::broadcast(0.0f), part = sum;
       auto* out = reinterpret_cast<typename Words::Value*>(scores);
       const auto weigh = [&](int64_t j, V score) {
         const V weight = simd::exp2(S::mul(S::sub(score, top), scale));
-        sum = S::add(sum, weight);
+        part = S::add(part, weight);
         Words::store(out + j, weight);
       };
-      for (int64_t j = 0; j < last; j += S::lanes) weigh(j, S::load(scores + j));
+      for (int64_t j = 0; j < last;) {
+        const int64_t end = last - j < kChain ? last : j + kChain;
+        for (; j < end; j += S::lanes) weigh(j, S::load(scores + j));
+        sum = S::add(sum, part);
+        part = S::broadcast(0.0f);
+      }
       weigh(last, tail);
+      sum = S::add(sum, part);
       sums[r] = S::sum(sum);
     }
   }
@@ -161,13 +171,17 @@ struct Attention {
       const float* values = own(plan.values) + c * steps();
       with_vectors(panel(args.width, c), [&](auto vectors) {
         for (int64_t r = 0; r < rows; r += kTileRows) {
-          V acc[kTileRows][vectors];
-          simd::clear(acc);
-          simd::multiply<Words>(acc, own(plan.scores) + r * plan.score_stride, plan.score_stride, 1,
-                                values, steps());
-          // By way of memory: with what follows in registers too, some tiles would not fit.
           float products[kTileRows * kTileColumns];
-          simd::store_tile(acc, products, kTileColumns);
+          for (int64_t step = 0; step < steps(); step += kChain) {
+            const int64_t left = steps() - step;
+            V acc[kTileRows][vectors];
+            simd::clear(acc);
+            simd::multiply<Words>(acc, own(plan.scores) + r * plan.score_stride + step,
+                                  plan.score_stride, 1, values + step * vectors * S::lanes,
+                                  left < kChain ? left : kChain);
+            if (step > 0) simd::add_tile(acc, products, kTileColumns);
+            simd::store_tile(acc, products, kTileColumns);
+          }
           for (int64_t i = 0; i < kTileRows && r + i < rows; ++i) {
             const V factor = S::broadcast(1.0f / sums[r + i]);
             T* row = out + (r + i) * args.heads * args.width + c;
@@ -181,17 +195,6 @@ struct Attention {
     }
   }
 
-  // Asks for the keys and values of the head that comes next.
-  void fetch(const T* rows) const {
-    constexpr int64_t line = 64 / static_cast<int64_t>(sizeof(T));
-    for (int64_t j = 0; j < args.length; ++j, rows += args.row_stride) {
-      for (int64_t i = 0; i < args.width; i += line) {
-        __builtin_prefetch(rows + args.part_stride + i, 0, 2);
-        __builtin_prefetch(rows + 2 * args.part_stride + i, 0, 2);
-      }
-    }
-  }
-
   void run() const {
     const auto mine = member.share(args.batch * args.heads * plan.blocks);
     int64_t packed = -1;
@@ -200,7 +203,6 @@ struct Attention {
       const T* first =
           static_cast<const T*>(args.qkv) + b * args.batch_stride + h * args.head_stride;
       if (head != packed) {
-        if (h + 1 < args.heads) fetch(first + args.head_stride);
         pack_keys(first + args.part_stride);
         pack_values(first + 2 * args.part_stride);
         packed = head;

@@ -780,7 +780,7 @@ inline Native::V exp(Native::V x) {
        {1.3888889e-3f, 8.3333333e-3f, 4.1666667e-2f, 0.16666667f, 0.5f, 1.0f, 1.0f}) {
     p = S::fmadd(p, r, S::broadcast(c));
   }
-  return S::zero_below(S::scale(p, shifted), x, kLowest);
+  return S::zero_below(S::mul(p, S::scale(S::broadcast(1.0f), shifted)), x, kLowest);
 }
 
 // 2^x for x <= 127, to 2^-23 of it; 0 below -87; NaN stays.
@@ -795,7 +795,7 @@ inline Native::V exp2(Native::V x) {
        {1.3399931e-3f, 9.6184890e-3f, 5.5503288e-2f, 0.24022647f, 0.69314721f, 1.0f}) {
     p = S::fmadd(p, r, S::broadcast(c));
   }
-  return S::zero_below(S::scale(p, shifted), x, kLowest);
+  return S::zero_below(S::mul(p, S::scale(S::broadcast(1.0f), shifted)), x, kLowest);
 }
 
 // v sigmoid(v).

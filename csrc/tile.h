@@ -45,6 +45,14 @@ inline void load_tile(Tile& acc, const float* out, int64_t stride) {
   }
 }
 template <int vectors>
+inline void add_tile(Native::V (&acc)[kTileRows][vectors], const float* in, int64_t stride) {
+  for (int r = 0; r < kTileRows; ++r) {
+    for (int v = 0; v < vectors; ++v) {
+      acc[r][v] = Native::add(Native::load(in + r * stride + v * Native::lanes), acc[r][v]);
+    }
+  }
+}
+template <int vectors>
 inline void store_tile(const Native::V (&acc)[kTileRows][vectors], float* out, int64_t stride) {
   for (int r = 0; r < kTileRows; ++r) {
     for (int v = 0; v < vectors; ++v) {

@@ -4,6 +4,8 @@ import importlib
 
 import pytest
 import torch
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tests.kernels import assert_kernels_compile
 from titok_fast import attention
@@ -93,7 +95,7 @@ def test_cpp(isa, dtype, length, d):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("length", "d"), [(289, 64), (577, 48), (4096, 8)])
+@pytest.mark.parametrize(("length", "d"), [(289, 64), (1089, 64), (4096, 8)])
 def test_cpp_long_sequences(isa, dtype, length, d):
     assert_cpu_accurate(on_cpu(1, length, 1, d, dtype))
 
@@ -125,6 +127,15 @@ def test_cpp_infinite_and_nan_inputs_are_those_of_the_reference(isa, dtype, part
         assert torch.equal(kind(actual), kind(expected))
     finite = expected.isfinite()
     torch.testing.assert_close(actual[finite], expected[finite], rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("bits", [0x7FC00001, 0x7F800001, 0xFFFFFFFF - 2**32])
+@pytest.mark.parametrize("part", [0, 1, 2])
+def test_cpp_every_nan_stays(isa, part, bits):
+    qkv = on_cpu(1, 5, 1, 8)
+    qkv.view(torch.int32)[0, 2, part, 0, 3] = bits
+    expected = attention(qkv, backend="reference").isnan()
+    assert expected.any() and torch.equal(attention(qkv, backend="cpu").isnan(), expected)
 
 
 def test_cpp_strided_input(isa):
@@ -204,6 +215,12 @@ def test_cpp_has_neither_gradient_nor_dropout():
         attention(leaf, backend="cpu")
     with torch.no_grad():
         assert torch.equal(attention(leaf, backend="cpu"), attention(qkv, backend="cpu"))
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(qkv, torch.ones_like(qkv))
+        with pytest.raises(RuntimeError, match="qkv: has no gradient here;"):
+            attention(dual, backend="cpu")
+        with sdpa_kernel(SDPBackend.MATH):
+            assert forward_ad.unpack_dual(attention(dual)).tangent.abs().max() > 0
 
 
 def test_auto_on_a_cpu(monkeypatch):
@@ -392,10 +409,13 @@ def test_same_bits_from_run_to_run_and_in_any_batch(length):
 
 @pytest.mark.parametrize("backend", ["triton", "torch", "reference"])
 def test_empty_batch(backend):
-    assert attention(on_cpu(0, 5, 2, 16), backend="cpu").shape == (0, 5, 2, 16)
     qkv, grad = packed(0, 5, 2, 16)
     out, gradient = with_gradient(qkv, grad, backend=backend)
     assert out.shape == (0, 5, 2, 16) and gradient.shape == (0, 5, 3, 2, 16)
+
+
+def test_cpp_empty_batch(isa):
+    assert attention(on_cpu(0, 5, 2, 16), backend="cpu").shape == (0, 5, 2, 16)
 
 
 def test_meta_tensors_give_shapes():

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 
 from tests.kernels import assert_kernels_compile
 from titok_fast import conv3x3, pack_conv3x3
@@ -318,6 +319,10 @@ def test_a_gradient_is_refused(name):
     for context in (torch.no_grad, torch.inference_mode):
         with context():
             assert torch.equal(run(arguments), expected)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(arguments[name].detach(), arguments[name].detach())
+        with pytest.raises(RuntimeError, match=f"{name}: has no gradient here"):
+            run(arguments | {name: dual}, backend="cpu")
 
 
 def test_reference_has_gradients():

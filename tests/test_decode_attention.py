@@ -198,8 +198,9 @@ def test_infinite_and_nan_scores_are_those_of_the_reference(backend, device):
         (1, 1, 0, slice(None)),
         (2, 1, 0, 0),
     ]
+    low_bits = torch.tensor(0x7FC00001, dtype=torch.int32).view(torch.float32)  # a NaN too
     for which, batch, where, channels in changes:
-        for value in (torch.nan, torch.inf, -torch.inf):
+        for value in (torch.nan, low_bits, torch.inf, -torch.inf):
             tensors = [tensor.clone() for tensor in clean]
             if which == 0:
                 tensors[0][batch, where] = value

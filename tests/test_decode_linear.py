@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from tests.kernels import assert_kernels_compile
 from titok_fast import decode_linear
@@ -350,6 +351,10 @@ def test_a_gradient_is_refused(name):
     for context in (torch.no_grad, torch.inference_mode):
         with context():
             assert torch.equal(run(tensors), expected)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(tensors[name].detach(), tensors[name].detach())
+        with pytest.raises(RuntimeError, match=f"{name}: has no gradient here"):
+            run(tensors | {name: dual}, backend="cpu")
 
 
 def test_reference_has_gradients():

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from titok_fast.ops.arguments import differentiated
+
 
 class _Packed:
     """A copy of a weight in another order; a copy or a pickle of a model leaves it out."""
@@ -34,7 +36,7 @@ def plain(*tensors: Tensor | None) -> bool:
     if torch.compiler.is_compiling():
         return False
     given = [tensor for tensor in tensors if tensor is not None]
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
+    if any(map(differentiated, given)):
         return False
     first = given[0]
     same = all(tensor.numel() and tensor.dtype == first.dtype for tensor in given)

@@ -5,10 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-NO_GRADIENT = "has no gradient here; call it under torch.no_grad(), or with backend='reference'"
-
 Number = float | Tensor
 Count = int | Tensor
 
@@ -65,6 +64,24 @@ def check_counters(fixed: dict[str, Any]) -> None:
     for name in ("seed", "step"):
         if not 0 <= fixed.get(name, 0) < 2**63:
             raise ValueError(f"{name}: {fixed[name]} is not in [0, 2**63)")
+
+
+def differentiated(tensor: Tensor | None) -> bool:
+    """Whether a gradient of `tensor` is asked for, backward or forward."""
+    if tensor is None:
+        return False
+    backward = torch.is_grad_enabled() and tensor.requires_grad
+    return backward or forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def check_no_gradient(tensors: dict[str, Tensor | None]) -> None:
+    """RuntimeError if a gradient is asked for, of an op that has none."""
+    for name, tensor in tensors.items():
+        if differentiated(tensor):
+            raise RuntimeError(
+                f"{name}: has no gradient here; call it under torch.no_grad(), or with "
+                "backend='reference'"
+            )
 
 
 def dense_rows(x: Tensor) -> Tensor:

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from titok_fast import _library, reference
 from titok_fast.ops import inspect
-from titok_fast.ops.arguments import DTYPES, NO_GRADIENT
+from titok_fast.ops.arguments import DTYPES, check_no_gradient, differentiated
 
 BACKENDS: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu", "torch", "triton"),
     "cuda": ("triton", "torch"),
     "meta": ("torch", "cpu", "triton"),
 }
-# Elsewhere the C++ has vectors of 16 bytes only, and PyTorch's own products are faster.
+# Elsewhere the C++ has vectors of 16 bytes only, and PyTorch's own products may be faster.
 _X86 = platform.machine().lower() in ("x86_64", "amd64")
 MAX_LENGTH = 4096
 MAX_HEAD_WIDTH = 128
@@ -198,8 +198,7 @@ class _Attention(torch.autograd.Function):
 def _automatic(qkv: Tensor, dropout_p: float) -> str:
     """The backend that "auto" stands for."""
     if qkv.device.type == "cpu":
-        differentiable = qkv.requires_grad and torch.is_grad_enabled()
-        return "cpu" if _X86 and not differentiable and dropout_p == 0 else "torch"
+        return "cpu" if _X86 and dropout_p == 0 and not differentiated(qkv) else "torch"
     if not qkv.is_cuda or inspect.why_not("triton", "cuda") is not None:
         return "torch"
     width = min(width for _, width in TRITON_UP_TO if qkv.shape[-1] <= width)
@@ -286,8 +285,7 @@ def attention(
     if chosen == "cpu":
         if dropout_p > 0:
             raise ValueError(f"dropout_p: must be 0 with backend 'cpu', got {dropout_p}")
-        if qkv.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError(f"qkv: {NO_GRADIENT}")
+        check_no_gradient({"qkv": qkv})
         result: Tensor = _cpu_op(qkv)
         return result
     if chosen == "reference" or dropout_p > 0:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from titok_fast import _library, reference
 from titok_fast.ops import inspect
-from titok_fast.ops.arguments import DTYPES, NO_GRADIENT, address, check_tensor
+from titok_fast.ops.arguments import DTYPES, address, check_no_gradient, check_tensor
 
 BACKENDS: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu", "triton"),
@@ -303,9 +303,7 @@ def conv3x3(
         return reference.conv3x3(
             x, weight, num_groups=num_groups, norm_eps=norm_eps, upsample=upsample, **others
         )
-    for name, tensor in {"x": x, "weight": weight, **others}.items():
-        if torch.is_grad_enabled() and tensor is not None and tensor.requires_grad:
-            raise RuntimeError(f"{name}: {NO_GRADIENT}")
+    check_no_gradient({"x": x, "weight": weight, **others})
     out: Tensor = _op(
         x, weight, bias, norm, norm_bias, num_groups, norm_eps, upsample, residual, packed, chosen
     )

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from titok_fast import _library, reference
 from titok_fast.ops import inspect
-from titok_fast.ops.arguments import DTYPES, NO_GRADIENT, check_tensor, dense_rows
+from titok_fast.ops.arguments import DTYPES, check_no_gradient, check_tensor, dense_rows
 
 BACKENDS: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu", "triton"),
@@ -178,9 +178,6 @@ def decode_attention(
             _known(position, keys.shape[2])
         position = position.reshape(1).clamp(0, keys.shape[2] - 1)
         return reference.decode_attention(qkv, keys, values, rotation, position)
-    given = {"qkv": qkv, "keys": keys, "values": values, "rotation": rotation}
-    for name, tensor in given.items():
-        if torch.is_grad_enabled() and tensor.requires_grad:
-            raise RuntimeError(f"{name}: {NO_GRADIENT}")
+    check_no_gradient({"qkv": qkv, "keys": keys, "values": values, "rotation": rotation})
     out: Tensor = _op(qkv, keys, values, rotation, position, chosen)
     return out

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from titok_fast import _library, reference
 from titok_fast.ops import inspect
-from titok_fast.ops.arguments import DTYPES, NO_GRADIENT, address, check_tensor, dense_rows
+from titok_fast.ops.arguments import DTYPES, address, check_no_gradient, check_tensor, dense_rows
 
 BACKENDS: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu", "triton"),
@@ -195,9 +195,7 @@ def decode_linear(
     chosen = inspect.choose_or_reference(backend, x.device.type, BACKENDS)
     if chosen == "reference":
         return reference.decode_linear(x, weight, norm_eps=norm_eps, **others)
-    for name, tensor in {"x": x, "weight": weight, **others}.items():
-        if torch.is_grad_enabled() and tensor is not None and tensor.requires_grad:
-            raise RuntimeError(f"{name}: {NO_GRADIENT}")
+    check_no_gradient({"x": x, "weight": weight, **others})
     out: Tensor = _op(
         x, weight, norm, norm_eps, scale, shift, up_weight, residual, residual_scale, chosen
     )
