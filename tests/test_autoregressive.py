@@ -1,5 +1,7 @@
 """IBQ's autoregressive transformer against the official implementation, and how it samples."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,22 @@ from titok_fast.testing import relative_error
 
 LABELS = torch.tensor([3, 7])
 CONFIG = {"vocab_size": 50, "block_size": 9, "n_layer": 2, "n_head": 2, "n_embd": 32}
+
+
+class Negated(nn.Module):
+    """The negative of a layer, whose parameters it still shows, as adapters do."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def __getattr__(self, name):
+        if name in ("weight", "eps"):
+            return getattr(self.layer, name)
+        return super().__getattr__(name)
+
+    def forward(self, x):
+        return -self.layer(x)
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +79,39 @@ def test_sizes_of_the_paper(name, millions):
     with torch.device("meta"):
         model = ARTransformer.from_config(f"ibq-ar-{name}")
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=0.03)
+
+
+@pytest.mark.parametrize("kind", ["hook", "replacement"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "blocks.0.attention.wqkv",
+        "blocks.1.attention.wo",
+        "blocks.0.attention_norm",
+        "blocks.1.feed_forward.w1",
+        "blocks.0.feed_forward.w3",
+        "blocks.0.feed_forward.w2",
+        "head_nm.rmsnorm",
+        "head",
+    ],
+)
+def test_decoding_calls_a_layer_that_is_watched_or_replaced(name, kind):
+    """One whose output is negated draws the tokens of one whose weight is."""
+    model = ARTransformer.from_config(CONFIG).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(0.2 * torch.randn_like(parameter) + (parameter == 1))
+    negated = copy.deepcopy(model)
+    with torch.no_grad():
+        negated.get_submodule(name).weight.neg_()
+    plain, expected = (m.generate(LABELS, temperature=0.0) for m in (model, negated))
+    assert not torch.equal(plain, expected)
+    layer = model.get_submodule(name)
+    if kind == "hook":
+        layer.register_forward_hook(lambda module, inputs, output: -output)
+    else:
+        model.set_submodule(name, Negated(layer))
+    assert torch.equal(model.generate(LABELS, temperature=0.0), expected)
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.0])

@@ -11,8 +11,8 @@ import titok_fast
 from titok_fast import IBQTokenizer, MaskGIT, MaskGITVQGAN, TiTok, pack_weights
 from titok_fast.models.generate import pack_pair
 from titok_fast.models.ibq import ResidualBlock
-from titok_fast.models.maskgit_vqgan import PackableConv
-from titok_fast.models.packed import PackableLinear, _can_pack, packable, packed
+from titok_fast.models.maskgit_vqgan import PackableConv, convolve
+from titok_fast.models.packed import PackableLinear, _can_pack, gelu_of, packable, packed
 from titok_fast.testing import relative_error
 from titok_fast.training.data import digits
 
@@ -81,7 +81,7 @@ def test_an_image_does_not_depend_on_the_batch(tokenizer):
 
 
 def test_a_changed_weight_is_used():
-    layer, x = PackableLinear(32, 48, gelu=True), torch.randn(5, 32)
+    layer, x = PackableLinear(32, 48), torch.randn(5, 32)
     with torch.no_grad():
         for change in (
             lambda: layer.weight.mul_(2),
@@ -92,12 +92,13 @@ def test_a_changed_weight_is_used():
             layer.pack()
             layer(x)
             change()
-            expected = F.gelu(F.linear(x, layer.weight, layer.bias))
+            expected = F.linear(x, layer.weight, layer.bias)
             assert relative_error(layer(x), expected) < 1e-6
+            assert relative_error(gelu_of(layer, x), F.gelu(expected)) < 1e-6
 
 
 def test_gradients_autocast_and_nothing():
-    layer, x = PackableLinear(32, 48, gelu=True), torch.randn(2, 5, 32)
+    layer, x = PackableLinear(32, 48), torch.randn(2, 5, 32)
     layer.pack()
     layer(x).sum().backward()
     assert layer.weight.grad is not None and layer._packed is not None
@@ -220,7 +221,86 @@ def test_a_changed_convolution_is_used():
         ):
             change()
             expected = F.conv2d(F.silu(norm(x)), layer.weight, layer.bias, padding=1) + residual
-            assert relative_error(layer(x, norm=norm, residual=residual), expected) < 1e-5
+            assert relative_error(convolve(layer, x, norm=norm, residual=residual), expected) < 1e-5
+
+
+class Adapter(torch.nn.Module):
+    """What LoRA puts in a layer's place: its output, and another layer's of the same input."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.more = layer, copy.deepcopy(layer)
+
+    @property
+    def weight(self):
+        return self.layer.weight
+
+    @property
+    def in_channels(self):
+        return self.layer.in_channels
+
+    def forward(self, x):
+        return self.layer(x) + self.more(x) / 2
+
+
+def layers_of(model, kind):
+    """The modules of a kind: parent, name and module."""
+    return [
+        (parent, name, child)
+        for parent in list(model.modules())
+        for name, child in parent.named_children()
+        if type(child) is kind
+    ]
+
+
+def small_titok():
+    return TiTok.from_pretrained("titok-digits"), digits("test")[0][:4], None
+
+
+@pytest.mark.parametrize("small", [small_titok, small_vqgan, small_ibq])
+@pytest.mark.parametrize("kind", [PackableLinear, PackableConv, torch.nn.GroupNorm])
+def test_a_layer_that_is_replaced_or_watched_is_called(small, kind):
+    """With its own inputs, and nobody writes to its outputs; the others are packed."""
+    model, images, _ = small()
+    if not layers_of(model, kind):
+        pytest.skip("the model has none")
+
+    def reconstruct():
+        with torch.no_grad():
+            return model.decode(model.encode(images))
+
+    for parent, name, layer in layers_of(model, kind)[::2]:
+        parent.add_module(name, Adapter(layer))
+    expected = reconstruct()
+    pack_weights(model)
+    assert relative_error(reconstruct(), expected) < 1e-5
+
+    calls = []
+    watched = [layer for _, _, layer in layers_of(model, kind)[::2]]
+    hooks = [
+        layer.register_forward_hook(
+            lambda *call: calls.append((call[0], call[1][0].clone(), call[2]))
+        )
+        for layer in watched
+    ]
+    assert relative_error(reconstruct(), expected) < 1e-5
+    assert {layer for layer, _, _ in calls} == set(watched)
+    for hook in hooks:
+        hook.remove()
+    with torch.no_grad():
+        for layer, x, out in calls:
+            assert relative_error(out, layer(x)) < 1e-5
+
+
+def test_a_norm_that_is_left_out():
+    block, x = ResidualBlock(64, 64, 0.0), torch.randn(1, 64, 4, 4)
+    block.norm1 = torch.nn.Identity()
+    before = x.clone()
+    expected = block(x)
+    pack_weights(block)
+    with torch.no_grad():
+        assert relative_error(block(x), expected) < 1e-5
+    assert torch.equal(x, before)
 
 
 def test_a_generating_pair_is_packed_but_for_its_encoder():

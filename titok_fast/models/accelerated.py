@@ -55,7 +55,8 @@ def pack_weights(model: Model) -> Model:
     their 16 bits). A weight that changes afterwards is used in its own order until it is packed
     again; a change through `weight.data` is not seen, and must be followed by another call. A
     linear layer is not packed where PyTorch has no oneDNN, or oneDNN no product of the weight's
-    dtype on this CPU: float32 always, bfloat16 with AVX-512.
+    dtype on this CPU: float32 always, bfloat16 with AVX-512. One that is replaced, by an adapter
+    say, or has a forward hook is called as it is.
     `ARTransformer.generate` has no use for it: it reads weights as they are for up to 16 rows, and
     packs them by itself for more.
 

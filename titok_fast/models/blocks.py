@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from titok_fast.models.packed import PackableLinear, PackableMatrix
+from titok_fast.models.packed import PackableLinear, PackableMatrix, gelu_of, untouched
 from titok_fast.ops.attention import attention
 from titok_fast.ops.decode_attention import decode_attention
 from titok_fast.ops.decode_linear import MAX_ROWS, decode_linear, has_fast_backend
+from titok_fast.reference.decode_attention import rotate
 
 
 def attend(qkv: Tensor, num_heads: int, dropout: float = 0.0) -> Tensor:
@@ -23,14 +24,24 @@ def attend(qkv: Tensor, num_heads: int, dropout: float = 0.0) -> Tensor:
     return attention(qkv, dropout_p=dropout).flatten(2)
 
 
-def mlp(width: int, hidden_width: int) -> nn.Sequential:
-    """Linear, GELU, linear, under the names c_fc and c_proj."""
-    return nn.Sequential(
-        OrderedDict(
-            c_fc=PackableLinear(width, hidden_width, gelu=True),
-            c_proj=PackableLinear(hidden_width, width),
-        )
-    )
+class MLP(nn.Sequential):
+    """Linear, GELU, linear.
+
+    Args:
+        width: number of channels.
+        hidden_width: channels inside.
+        names: of the two linear layers.
+    """
+
+    def __init__(self, width: int, hidden_width: int, names: tuple[str, str]) -> None:
+        layers = PackableLinear(width, hidden_width), PackableLinear(hidden_width, width)
+        super().__init__(OrderedDict(zip(names, layers, strict=True)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps [..., W] to [..., W]."""
+        first, second = self
+        out: Tensor = second(gelu_of(first, x))
+        return out
 
 
 class PackedSelfAttention(PackableMatrix):
@@ -72,7 +83,7 @@ class ResidualAttentionBlock(nn.Module):
         self.ln_1 = nn.LayerNorm(width)
         self.attn = PackedSelfAttention(width, num_heads)
         self.ln_2 = nn.LayerNorm(width)
-        self.mlp = mlp(width, 4 * width)
+        self.mlp = MLP(width, 4 * width, ("c_fc", "c_proj"))
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps [B, L, W] to [B, L, W]."""
@@ -159,7 +170,7 @@ class BertBlock(nn.Module):
                 "output": _DenseAndNorm(width, width),
             }
         )
-        self.intermediate = nn.ModuleDict({"dense": PackableLinear(width, hidden_width, gelu=True)})
+        self.intermediate = nn.ModuleDict({"dense": PackableLinear(width, hidden_width)})
         self.output = _DenseAndNorm(hidden_width, width)
         self.dropout = nn.Dropout(dropout)
 
@@ -167,7 +178,7 @@ class BertBlock(nn.Module):
         """Maps [B, L, W] to [B, L, W]."""
         attention: Any = self.attention
         x = self._residual(attention["output"], attention["self"](x), x)
-        return self._residual(self.output, self.intermediate["dense"](x), x)
+        return self._residual(self.output, gelu_of(self.intermediate["dense"], x), x)
 
     def _residual(self, half: _DenseAndNorm, hidden: Tensor, x: Tensor) -> Tensor:
         out: Tensor = half.LayerNorm(x + self.dropout(half.dense(hidden)))
@@ -211,12 +222,7 @@ class UViTBlock(nn.Module):
         self.norm1 = nn.LayerNorm(width)
         self.attn = FusedSelfAttention(width, num_heads)
         self.norm2 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(
-            OrderedDict(
-                fc1=PackableLinear(width, hidden_width, gelu=True),
-                fc2=PackableLinear(hidden_width, width),
-            )
-        )
+        self.mlp = MLP(width, hidden_width, ("fc1", "fc2"))
         if skip:
             self.skip_linear = PackableLinear(2 * width, width)
 
@@ -254,7 +260,9 @@ def decode_layer(
     up: PackableLinear | None = None,
     residual: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """`decode_linear` of layers without a bias, and for more rows than it takes the same in parts.
+    """`decode_linear` of layers without a bias; the same in parts where it cannot take them.
+
+    That is for more rows, and for layers that are replaced or watched.
 
     Args:
         x: [B, W].
@@ -263,7 +271,11 @@ def decode_layer(
         up: of `up_weight`.
         residual: what the output is added to, and the factor that it has then, [B, N] each.
     """
-    if len(x) <= MAX_ROWS and has_fast_backend(x.device.type):
+    layers = (layer,) if up is None else (layer, up)
+    ours = all(untouched(each, PackableLinear) for each in layers)
+    if norm is not None:
+        ours = ours and untouched(norm[0], nn.RMSNorm)
+    if ours and len(x) <= MAX_ROWS and has_fast_backend(x.device.type):
         options: dict[str, Any] = {}
         if norm is not None:
             module, scale, shift = norm
@@ -318,7 +330,7 @@ class CausalSelfAttention(nn.Module):
         qkv = self.wqkv(x).unflatten(2, (-1, self.head_dim)).transpose(1, 2)  # [B, heads, T, Dh]
         queries, keys, values = self.heads
         qk, v = qkv.split([queries + keys, values], dim=1)
-        q, k = _rotated(qk, rotation).to(v.dtype).split([queries, keys], dim=1)
+        q, k = rotate(qk.float(), rotation).to(v.dtype).split([queries, keys], dim=1)
         if cache is not None:
             cache.begin(k, v)
         out = F.scaled_dot_product_attention(
@@ -427,10 +439,3 @@ class LlamaBlock(nn.Module):
             return h
         kept = torch.rand(len(h), 1, 1, device=h.device) >= self.drop_path
         return h * kept / (1 - self.drop_path)
-
-
-def _rotated(x: Tensor, rotation: Tensor) -> Tensor:
-    """Channels of [B, H, T, Dh], in pairs as complex numbers, times [T, Dh / 2, 2]; float32."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    turned = torch.view_as_real(pairs * torch.view_as_complex(rotation))
-    return turned.flatten(-2)

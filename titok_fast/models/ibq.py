@@ -15,6 +15,7 @@ from titok_fast.models.maskgit_vqgan import (
     PackableConv,
     activated,
     added,
+    convolve,
     group_norm,
     image_by_image,
 )
@@ -60,12 +61,11 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps [B, in_channels, H, W] to [B, out_channels, H, W]."""
-        h: Tensor = self.conv1(x, norm=self.norm1)
+        h = convolve(self.conv1, x, norm=self.norm1)
         x = self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x
         if self.dropout.training and self.dropout.p > 0:
-            return added(self.conv2(self.dropout(activated(self.norm2, h))), x)
-        h = self.conv2(h, norm=self.norm2, residual=x)
-        return h
+            return convolve(self.conv2, self.dropout(activated(self.norm2, h)), residual=x)
+        return convolve(self.conv2, h, norm=self.norm2, residual=x)
 
 
 class SpatialAttention(nn.Module):
@@ -82,7 +82,7 @@ class SpatialAttention(nn.Module):
         rows = (part(hidden).flatten(2).transpose(1, 2) for part in (self.q, self.k, self.v))
         out = F.scaled_dot_product_attention(*rows).transpose(1, 2).reshape(x.shape)
         projected: Tensor = self.proj_out(out)
-        return added(projected, x)
+        return added(self.proj_out, projected, x)
 
 
 class Resample(nn.Module):
@@ -97,10 +97,10 @@ class Resample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps [B, C, H, W] to [B, C, H / 2, W / 2] or [B, C, 2 H, 2 W]."""
-        out: Tensor = (
-            self.conv(F.pad(x, (0, 1, 0, 1))) if self.down else self.conv(x, upsample=True)
-        )
-        return out
+        if self.down:
+            out: Tensor = self.conv(F.pad(x, (0, 1, 0, 1)))
+            return out
+        return convolve(self.conv, x, upsample=True)
 
 
 class Level(nn.Module):
@@ -173,13 +173,12 @@ class IBQEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Maps [B, 3, H, W] in [-1, 1] to [B, C, H / f, W / f]."""
-        x = self.conv_in(images.contiguous(memory_format=torch.channels_last))
+        x = convolve(self.conv_in, images.contiguous(memory_format=torch.channels_last))
         for level in self.down:
             x = level(x)
         for block in self.mid.values():
             x = block(x)
-        out: Tensor = self.conv_out(x, norm=self.norm_out)
-        return out
+        return convolve(self.conv_out, x, norm=self.norm_out)
 
 
 class IBQDecoder(nn.Module):
@@ -210,13 +209,12 @@ class IBQDecoder(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """Maps [B, C, h, w] to [B, 3, f h, f w], in the scale of [-1, 1], not clamped."""
-        x = self.conv_in(z.contiguous(memory_format=torch.channels_last))
+        x = convolve(self.conv_in, z.contiguous(memory_format=torch.channels_last))
         for block in self.mid.values():
             x = block(x)
         for level in reversed(self.up):
             x = level(x)
-        out: Tensor = self.conv_out(x, norm=self.norm_out)
-        return out
+        return convolve(self.conv_out, x, norm=self.norm_out)
 
 
 class IBQTokenizer(PretrainedModel):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from titok_fast.layers import VectorQuantizer
 from titok_fast.models.checks import check_floating, check_tokens
-from titok_fast.models.packed import Packable, plain
+from titok_fast.models.packed import Packable, plain, untouched
 from titok_fast.models.pretrained import PretrainedModel, Release
 from titok_fast.ops import conv3x3, inspect, pack_conv3x3
 from titok_fast.ops.arguments import DTYPES
@@ -38,10 +38,7 @@ def group_norm(channels: int) -> nn.GroupNorm:
 
 
 class PackableConv(Packable, nn.Conv2d):
-    """A 3x3 convolution with its neighbours, by the op `conv3x3` where that is faster.
-
-    On a CPU that is after `pack_weights`.
-    """
+    """A 3x3 convolution, of which `convolve` makes the op `conv3x3` where that is faster."""
 
     _LEAST = 64  # channels; with fewer PyTorch is as fast
 
@@ -53,59 +50,72 @@ class PackableConv(Packable, nn.Conv2d):
         missing = inspect.why_not("cpu", "cpu") is not None
         return None if small or missing or weight.dtype not in DTYPES else pack_conv3x3(weight)
 
-    def forward(
-        self,
-        x: Tensor,
-        *,
-        norm: nn.GroupNorm | None = None,
-        upsample: bool = False,
-        residual: Tensor | None = None,
-    ) -> Tensor:
-        """residual + conv(SiLU(norm(x))), with `upsample` at twice the height and width.
 
-        Maps [B, in_channels, H, W] to [B, out_channels, H, W].
-        """
-        others = (self.bias, residual, *(norm.parameters() if norm is not None else ()))
-        copy = self._copy_for(x, *others)
-        if copy is not None or (
-            x.is_cuda and plain(x, self.weight, *others) and _fused_on_gpu(x.dtype)
-        ):
-            options: dict[str, Any] = {"upsample": upsample, "residual": residual, "packed": copy}
-            if norm is not None:
-                options |= {"norm": norm.weight, "norm_bias": norm.bias}
-                options |= {"num_groups": norm.num_groups, "norm_eps": norm.eps}
-            return conv3x3(x, self.weight, self.bias, **options)
-        return self.in_turn(x, norm=norm, upsample=upsample, residual=residual)
+def convolve(
+    conv: nn.Module,
+    x: Tensor,
+    *,
+    norm: nn.Module | None = None,
+    upsample: bool = False,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """residual + conv(SiLU(norm(x))), with `upsample` at twice the height and width.
 
-    def in_turn(
-        self,
-        x: Tensor,
-        *,
-        norm: nn.GroupNorm | None = None,
-        upsample: bool = False,
-        residual: Tensor | None = None,
-    ) -> Tensor:
-        """`forward` by PyTorch, one operation after the other."""
-        if norm is not None:
-            x = activated(norm, x)
-        if upsample:
-            x = F.interpolate(x, scale_factor=2.0)
-        out = super().forward(x)
-        return out if residual is None else added(out, residual)
+    One op on a CPU after `pack_weights`, and on a GPU with Triton; PyTorch's in turn otherwise.
+
+    Args:
+        conv: a `PackableConv`, or what a user has put in its place.
+        x: [B, in_channels, H, W].
+        norm: a GroupNorm or its replacement.
+        upsample: nearest neighbours.
+        residual: [B, out_channels, H, W], or twice the height and width.
+    """
+    fused = _fused(conv, x, norm, upsample, residual)
+    if fused is not None:
+        return fused
+    if norm is not None:
+        x = activated(norm, x)
+    if upsample:
+        x = F.interpolate(x, scale_factor=2.0)
+    out: Tensor = conv(x)
+    return out if residual is None else added(conv, out, residual)
 
 
-def _fused_on_gpu(dtype: torch.dtype) -> bool:
+def _fused(
+    conv: Any, x: Tensor, norm: Any, upsample: bool, residual: Tensor | None
+) -> Tensor | None:
+    if not untouched(conv, PackableConv) or not (norm is None or untouched(norm, nn.GroupNorm)):
+        return None
+    others = (conv.bias, residual, *(norm.parameters() if norm is not None else ()))
+    copy = conv._copy_for(x, *others)
+    on_gpu = x.is_cuda and plain(x, conv.weight, *others) and _triton_takes(x.dtype)
+    if copy is None and not on_gpu:
+        return None
+    options: dict[str, Any] = {"upsample": upsample, "residual": residual, "packed": copy}
+    if norm is not None:
+        options |= {"norm": norm.weight, "norm_bias": norm.bias}
+        options |= {"num_groups": norm.num_groups, "norm_eps": norm.eps}
+    return conv3x3(x, conv.weight, conv.bias, **options)
+
+
+def _triton_takes(dtype: torch.dtype) -> bool:
     return dtype in DTYPES and inspect.why_not("triton", "cuda") is None
 
 
-def activated(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-    """SiLU of the normalised x, in one new tensor where no gradient is asked for."""
-    return F.silu(norm(x), inplace=not torch.is_grad_enabled())
+def activated(norm: nn.Module, x: Tensor) -> Tensor:
+    """SiLU of norm(x), in its memory where nobody else needs that."""
+    return F.silu(norm(x), inplace=_is_ours_alone(norm))
 
 
-def added(h: Tensor, x: Tensor) -> Tensor:
-    """h + x, in h's memory where no gradient is asked for."""
-    return h + x if torch.is_grad_enabled() else h.add_(x)
+def added(module: nn.Module, h: Tensor, x: Tensor) -> Tensor:
+    """h + x for a module's output h, in its memory where nobody else needs that."""
+    return h.add_(x) if _is_ours_alone(module) else h + x
+
+
+def _is_ours_alone(module: nn.Module) -> bool:
+    """Whether the module's output is new, without a gradient, and seen by no hook."""
+    kinds = (nn.GroupNorm, nn.Conv2d, PackableConv)
+    return not torch.is_grad_enabled() and any(untouched(module, kind) for kind in kinds)
 
 
 def image_by_image(network: nn.Module, x: Tensor) -> Tensor:
@@ -134,13 +144,12 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps [B, in_channels, H, W] to [B, out_channels, H, W]."""
-        h: Tensor = self.conv1(x, norm=self.norm1)  # [B, out, H, W]
+        h = convolve(self.conv1, x, norm=self.norm1)  # [B, out, H, W]
         if not hasattr(self, "nin_shortcut"):
-            h = self.conv2(h, norm=self.norm2, residual=x)
-            return h
+            return convolve(self.conv2, h, norm=self.norm2, residual=x)
         # The released weights expect the shortcut of the block's output, not of its input.
-        h = self.conv2(h, norm=self.norm2)
-        return added(h, self.nin_shortcut(h))
+        h = convolve(self.conv2, h, norm=self.norm2)
+        return added(self.conv2, h, self.nin_shortcut(h))
 
 
 class Level(nn.Module):
@@ -158,7 +167,7 @@ class Level(nn.Module):
         """Maps [B, in_channels, H, W] to [B, out_channels, H, W], or to twice the H and W."""
         x = self.block(x)
         if hasattr(self, "upsample_conv"):
-            x = self.upsample_conv(x, upsample=True)
+            x = convolve(self.upsample_conv, x, upsample=True)
         return x
 
 
@@ -189,7 +198,7 @@ class PixelEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Maps [B, 3, H, W] to [B, D, H / 16, W / 16] (for five levels)."""
-        x = self.conv_in(images.contiguous(memory_format=torch.channels_last))
+        x = convolve(self.conv_in, images.contiguous(memory_format=torch.channels_last))
         for i, level in enumerate(self.down):
             x = level(x if i == 0 else F.avg_pool2d(x, 2))
         x = activated(self.norm_out, self.mid(x))
@@ -219,11 +228,10 @@ class PixelDecoder(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """Maps [B, D, h, w] to [B, 3, 16 h, 16 w] (for five levels), not clamped."""
-        x = self.mid(self.conv_in(z.contiguous(memory_format=torch.channels_last)))
+        x = self.mid(convolve(self.conv_in, z.contiguous(memory_format=torch.channels_last)))
         for level in reversed(self.up):
             x = level(x)
-        out: Tensor = self.conv_out(x, norm=self.norm_out)  # [B, 3, H, W]
-        return out
+        return convolve(self.conv_out, x, norm=self.norm_out)  # [B, 3, H, W]
 
 
 class MaskGITVQGAN(PretrainedModel):

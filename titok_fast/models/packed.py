@@ -43,6 +43,14 @@ def plain(*tensors: Tensor | None) -> bool:
     return same and not torch.is_autocast_enabled(first.device.type)
 
 
+def untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether the module is of this very kind, not replaced, by an adapter say, and has no hook.
+
+    Only then may an op do the module's work from its parameters, without calling it.
+    """
+    return type(module) is kind and not (module._forward_hooks or module._forward_pre_hooks)
+
+
 class Packable(nn.Module):
     """A layer with a weight of which `pack_weights` makes it keep a copy."""
 
@@ -82,30 +90,35 @@ class PackableMatrix(Packable):
         copy: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
         return copy
 
-    def product(self, x: Tensor, bias: Tensor | None, *, gelu: bool = False) -> Tensor:
-        """x W^T + b, or GELU of it, for x [..., in], W [out, in] and b [out]; [..., out]."""
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """x W^T + b for x [..., in], W [out, in] and b [out]; [..., out]."""
         copy = self._copy_for(x)
         if copy is None:
-            out = F.linear(x, getattr(self, self._weight), bias)
-            return F.gelu(out) if gelu else out
-        activation: tuple[Any, ...] = ("gelu", [], "none") if gelu else ("none", [], "")
-        product = torch.ops.mkldnn._linear_pointwise
-        result: Tensor = product(x, copy, bias, *activation)
-        return result
+            return F.linear(x, getattr(self, self._weight), bias)
+        return _multiply(x, copy, bias, "none", [], "")
 
 
 class PackableLinear(PackableMatrix, nn.Linear):
-    """`nn.Linear`, followed by GELU if `gelu`."""
-
-    def __init__(
-        self, in_features: int, out_features: int, bias: bool = True, *, gelu: bool = False
-    ) -> None:
-        super().__init__(in_features, out_features, bias)
-        self.gelu = gelu
+    """`nn.Linear`."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps [..., in_features] to [..., out_features]."""
-        return self.product(x, self.bias, gelu=self.gelu)
+        return self.product(x, self.bias)
+
+
+def gelu_of(layer: nn.Module, x: Tensor) -> Tensor:
+    """GELU of layer(x), in one product with a packed weight."""
+    if untouched(layer, PackableLinear):
+        linear: Any = layer
+        copy = linear._copy_for(x)
+        if copy is not None:
+            return _multiply(x, copy, linear.bias, "gelu", [], "none")
+    return F.gelu(layer(x))
+
+
+def _multiply(x: Tensor, copy: Tensor, bias: Tensor | None, *activation: Any) -> Tensor:
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(x, copy, bias, *activation)
+    return result
 
 
 def packable(model: nn.Module) -> list[Packable]:
