@@ -127,15 +127,16 @@ struct Attention {
   void softmax(int64_t rows, float* sums) const {
     const int64_t last = round_up(args.length, S::lanes) - S::lanes;
     float bounds[S::lanes];  // -inf where the last vector has no key
-    for (int64_t i = 0; i < S::lanes; ++i)
+    for (int64_t i = 0; i < S::lanes; ++i) {
       bounds[i] = last + i < args.length ? INFINITY : -INFINITY;
+    }
     const V bound = S::load(bounds);
     const V scale = S::broadcast(
         static_cast<float>(1.4426950408889634 / std::sqrt(static_cast<double>(args.width))));
     for (int64_t r = 0; r < rows; ++r) {
       float* scores = own(plan.scores) + r * plan.score_stride;
-      const V tail =
-          S::min(bound, S::load(scores + last));  // min keeps its second operand for a NaN
+      // min keeps its second operand for a NaN.
+      const V tail = S::min(bound, S::load(scores + last));
       V largest = tail;
       for (int64_t j = 0; j < last; j += S::lanes) largest = S::max(S::load(scores + j), largest);
       const V top = S::broadcast(S::largest(largest));

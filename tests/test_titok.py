@@ -251,6 +251,32 @@ def test_results_do_not_depend_on_the_batch(kind):
     assert relative_error(model.decode(encoded[1:]), model.decode(encoded)[1:]) < 2e-4
 
 
+@pytest.mark.parametrize("kind", ["vq", "vae", "stage2"])
+def test_the_last_block_makes_what_is_used(kind):
+    """Latent tokens in the encoder and patches in the decoder; all of it for who watches."""
+    model, images = small(kind), batch(32)
+    patches = 4 if kind == "stage2" else 16
+    encoded = model.encode(images)
+    decoded = model.decode(encoded)
+    lengths = {}
+    for part in ("encoder", "decoder"):
+        for name in ("0", "1", "1.mlp"):
+
+            def record(module, inputs, out, key=(part, name)):
+                lengths[key] = out.shape[1]
+
+            hook = model.get_submodule(f"{part}.transformer.{name}").register_forward_hook(record)
+            torch.testing.assert_close(model.encode(images), encoded)
+            assert relative_error(model.decode(encoded), decoded) < 2e-4
+            hook.remove()
+    every = 1 + patches + 6
+    assert lengths == {
+        **{(part, name): every for part in ("encoder", "decoder") for name in "01"},
+        ("encoder", "1.mlp"): 6,
+        ("decoder", "1.mlp"): patches,
+    }
+
+
 def test_empty_batch():
     model = small("vq")
     tokens = model.encode(torch.zeros(0, 3, 32, 32))
@@ -555,6 +581,7 @@ def test_methods_of_other_variants_refuse():
         (variant("vq", quantize_mode="fsq"), ValueError, "quantize_mode is 'fsq'"),
         (variant("vq", vit_dec_model_size="huge"), ValueError, "vit_dec_model_size is 'huge'"),
         (variant("vq", vit_enc_model_size={"width": 8}), ValueError, "vit_enc_model_size"),
+        (variant("vq", vit_enc_model_size=SIZE | {"num_layers": 0}), ValueError, "one layer or"),
         (variant("vq", finetune_decoder=True), ValueError, "finetune_decoder is true"),
         ({"dataset": {"preprocessing": {"crop_size": 32}}}, ValueError, "lacks token_size"),
     ],

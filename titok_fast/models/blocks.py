@@ -63,10 +63,10 @@ class PackedSelfAttention(PackableMatrix):
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps [B, L, W] to [B, L, W]."""
+    def forward(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
+        """Maps [B, L, W] to these rows of [B, L, W]."""
         qkv = self.product(x, self.in_proj_bias)  # [B, L, 3 W]
-        out: Tensor = self.out_proj(attend(qkv, self.num_heads))  # [B, L, W]
+        out: Tensor = self.out_proj(attend(qkv, self.num_heads)[:, rows].contiguous())
         return out
 
 
@@ -85,9 +85,9 @@ class ResidualAttentionBlock(nn.Module):
         self.ln_2 = nn.LayerNorm(width)
         self.mlp = MLP(width, 4 * width, ("c_fc", "c_proj"))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps [B, L, W] to [B, L, W]."""
-        x = x + self.attn(self.ln_1(x))
+    def forward(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
+        """Maps [B, L, W] to these rows of [B, L, W]."""
+        x = x[:, rows] + self.attn(self.ln_1(x), rows)
         x = x + self.mlp(self.ln_2(x))
         return x
 

@@ -21,6 +21,7 @@ from titok_fast.models.maskgit_vqgan import (
     PixelDecoder,
     image_by_image,
 )
+from titok_fast.models.packed import untouched
 from titok_fast.models.pretrained import PretrainedModel, Release
 
 _SIZES: Mapping[str, Mapping[str, int]] = {
@@ -125,14 +126,17 @@ class _ViT(nn.Module):
         )
         self.ln_post = nn.LayerNorm(self.width)
 
-    def transform(self, patches: Tensor, latents: Tensor) -> Tensor:
-        """Maps patches [B, P, W] and latent tokens [B, L, W] to [B, 1 + P + L, W]."""
+    def transform(self, patches: Tensor, latents: Tensor, rows: slice) -> Tensor:
+        """Maps patches [B, P, W] and latent tokens [B, L, W] to these rows of [B, 1 + P + L, W]."""
         start = self.class_embedding.expand(len(patches), 1, self.width)  # [B, 1, W]
         patches = torch.cat([start, patches], dim=1) + self.positional_embedding  # [B, 1 + P, W]
         latents = latents + self.latent_token_positional_embedding  # [B, L, W]
         x: Tensor = self.ln_pre(torch.cat([patches, latents], dim=1))  # [B, 1 + P + L, W]
-        for block in self.transformer:
+        *blocks, last = self.transformer
+        for block in blocks:
             x = block(x)
+        whole = not untouched(last, ResidualAttentionBlock)
+        x = last(x)[:, rows] if whole else last(x, rows)
         return x
 
 
@@ -157,8 +161,8 @@ class TiTokEncoder(_ViT):
     def forward(self, images: Tensor, latent_tokens: Tensor) -> Tensor:
         """Maps [B, 3, S, S] and [L, W] to [B, C, 1, L]."""
         patches = self.patch_embed(images).flatten(2).transpose(1, 2)  # [B, P, W]
-        x = self.transform(patches, latent_tokens.expand(len(images), -1, -1))
-        x = self.ln_post(x[:, 1 + self.grid_size**2 :])  # [B, L, W]
+        latents = latent_tokens.expand(len(images), -1, -1)  # [B, L, W]
+        x = self.ln_post(self.transform(patches, latents, slice(1 + patches.shape[1], None)))
         if self.is_legacy:
             # The legacy weights were trained on this reinterpretation of memory, not a transpose.
             x = x.reshape(len(x), self.width, 1, x.shape[1])  # [B, W, 1, L]
@@ -204,8 +208,8 @@ class TiTokDecoder(_ViT):
         """Maps [B, C, 1, L] to proxy logits [B, 1024, G, G] (legacy) or pixels [B, 3, S, S]."""
         latents = self.decoder_embed(z.squeeze(2).transpose(1, 2))  # [B, L, W]
         num_patches = self.grid_size**2
-        x = self.transform(self.mask_token.expand(len(z), num_patches, -1), latents)
-        x = self.ln_post(x[:, 1 : 1 + num_patches])  # [B, P, W]
+        patches = self.mask_token.expand(len(z), num_patches, -1)  # [B, P, W]
+        x = self.ln_post(self.transform(patches, latents, slice(1, 1 + num_patches)))
         x = rearrange(x, "b (g h) w -> b w g h", g=self.grid_size)  # [B, W, G, G]
         out: Tensor = self.conv_out(self.ffn(x))
         return out
@@ -556,11 +560,12 @@ def _check_config(config: Mapping[str, Any]) -> None:
                 f"{crop_size}"
             )
         size = _SIZES.get(size, {}) if isinstance(size, str) else size
-        if not _SIZES["base"].keys() <= size.keys() or size["width"] % size["num_heads"]:
+        known = _SIZES["base"].keys() <= size.keys() and size["num_layers"] > 0
+        if not known or size["width"] % size["num_heads"]:
             raise ValueError(
                 f"config: vit_{part}_model_size is {vq[f'vit_{part}_model_size']!r}, allowed are "
                 f"{', '.join(_SIZES)} or a mapping of width, num_layers and num_heads, "
-                "with width a multiple of num_heads"
+                "one layer or more, with width a multiple of num_heads"
             )
     if vq.get("finetune_decoder", True) and (mode == "vae" or not vq.get("is_legacy", True)):
         raise ValueError(
