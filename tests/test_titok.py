@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import gc
 import json
 
 import pytest
@@ -642,3 +643,18 @@ def test_captured_encode_and_decode():
     assert relative_error(decode(tokens), model.decode(tokens)) < 1e-4
     with pytest.raises(ValueError, match=r"capture: argument 0 is torch\.float32"):
         encode(images[:1])
+
+
+@pytest.mark.gpu
+def test_a_captured_function_outlives_the_model():
+    model = small("stage2").cuda()
+    encode, decode = model.capture(2)
+    images = torch.rand(2, 3, 32, 32, device="cuda")
+    tokens = model.encode(images)
+    decoded = decode(tokens)
+    del model
+    gc.collect()
+    torch.cuda.empty_cache()
+    taken = [torch.full((2**20,), torch.nan, device="cuda") for _ in range(64)]
+    assert torch.equal(encode(images), tokens) and torch.equal(decode(tokens), decoded)
+    assert all(tensor.isnan().all() for tensor in taken)

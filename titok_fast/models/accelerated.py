@@ -126,4 +126,6 @@ def capture(function: Callable[..., Tensor], *examples: Tensor) -> Callable[...,
             graph.replay()
             return result.clone()
 
+    # The graph reads and writes what the function holds: parameters, caches.
+    replay.__dict__["function"] = function
     return replay

@@ -436,7 +436,8 @@ class MaskGIT(PretrainedModel):
         Raises:
             RuntimeError: the model is not on a CUDA device.
         """
-        labels = torch.zeros(batch_size, dtype=torch.int64, device=self._head_layer.weight.device)
+        # Of as many labels as may be, for the first step runs once for each.
+        labels = torch.arange(batch_size, device=self._head_layer.weight.device) % self.num_classes
 
         def run(labels: Tensor, seed: Tensor, image_ids: Tensor) -> Tensor:
             return self.generate(labels, seed=seed, image_ids=image_ids, **options)
