@@ -24,6 +24,22 @@ def attend(qkv: Tensor, num_heads: int, dropout: float = 0.0) -> Tensor:
     return attention(qkv, dropout_p=dropout).flatten(2)
 
 
+class PointwiseConv(nn.Conv2d):
+    """A 1x1 convolution that rounds as a linear layer does; cuDNN's rounds float32 to TF32.
+
+    Args:
+        in_channels: of the input.
+        out_channels: of the output.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps [B, in_channels, H, W] to [B, out_channels, H, W]."""
+        return F.linear(x.movedim(1, -1), self.weight.flatten(1), self.bias).movedim(-1, 1)
+
+
 class MLP(nn.Sequential):
     """Linear, GELU, linear.
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titok_fast.layers import IndexPropagationQuantize
+from titok_fast.models.blocks import PointwiseConv
 from titok_fast.models.checks import check_floating, check_tokens
 from titok_fast.models.maskgit_vqgan import (
     PackableConv,
@@ -263,7 +264,7 @@ class IBQTokenizer(PretrainedModel):
         self.quantize = IndexPropagationQuantize(
             config["n_embed"], width, **{key: config[key] for key in options if key in config}
         )
-        self.quant_conv = nn.Conv2d(layers["z_channels"], width, 1)
+        self.quant_conv = PointwiseConv(layers["z_channels"], width)
         self.post_quant_conv = nn.Conv2d(width, layers["z_channels"], 1)
         self.image_size: int = layers["resolution"]
         self.stride: int = 2 ** (len(layers["ch_mult"]) - 1)

@@ -12,6 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from titok_fast.layers import VectorQuantizer
+from titok_fast.models.blocks import PointwiseConv
 from titok_fast.models.checks import check_floating, check_tokens
 from titok_fast.models.packed import Packable, plain, untouched
 from titok_fast.models.pretrained import PretrainedModel, Release
@@ -194,7 +195,7 @@ class PixelEncoder(nn.Module):
         )
         self.mid = _blocks(channels[-1], channels[-1], num_blocks)
         self.norm_out = group_norm(channels[-1])
-        self.conv_out = nn.Conv2d(channels[-1], config["z_channels"], 1)
+        self.conv_out = PointwiseConv(channels[-1], config["z_channels"])
 
     def forward(self, images: Tensor) -> Tensor:
         """Maps [B, 3, H, W] to [B, D, H / 16, W / 16] (for five levels)."""

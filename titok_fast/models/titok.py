@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from titok_fast.layers import VectorQuantizer
 from titok_fast.models.accelerated import capture
-from titok_fast.models.blocks import ResidualAttentionBlock
+from titok_fast.models.blocks import PointwiseConv, ResidualAttentionBlock
 from titok_fast.models.checks import check_floating, check_tokens
 from titok_fast.models.maskgit_vqgan import (
     VQGAN_CODEBOOK_SIZE,
@@ -156,7 +156,7 @@ class TiTokEncoder(_ViT):
         super().__init__(size, image_size // patch_size, num_latent_tokens)
         self.is_legacy = is_legacy
         self.patch_embed = nn.Conv2d(3, self.width, patch_size, stride=patch_size)
-        self.conv_out = nn.Conv2d(self.width, out_channels, 1)
+        self.conv_out = PointwiseConv(self.width, out_channels)
 
     def forward(self, images: Tensor, latent_tokens: Tensor) -> Tensor:
         """Maps [B, 3, S, S] and [L, W] to [B, C, 1, L]."""
