@@ -57,7 +57,7 @@ def sharpness(*temperatures: Tensor) -> Tensor:
     product = torch.ones_like(temperatures[0], dtype=torch.float64)
     for temperature in temperatures:
         product = product * temperature.double()
-    factor = LOG2_E / product
+    factor = torch.full_like(product, LOG2_E) / product  # a number / x rounds twice
     return torch.where(factor > 0, factor, 0.0).clamp(max=FLOAT_MAX).float()
 
 
