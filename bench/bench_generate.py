@@ -1,6 +1,5 @@
 """From class labels to images, every model: MaskGIT's tokens and TiTok's decoder, whole."""
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -43,7 +42,7 @@ def work(case: Case) -> tuple[int, int]:
 def prepare_official(dtype: torch.dtype) -> Callable[[Case, Tensor], Call]:
     def prepare(case: Case, labels: Tensor) -> Call:
         tokenizer = models.official_tokenizer(case.model, case.device, dtype)
-        generator = copy.deepcopy(pair(case)[1]).to(dtype)
+        generator = models.official_generator(models.GENERATORS[case.model], case.device, dtype)
 
         def call() -> Tensor:
             tokens = models.official_generate(generator, labels)

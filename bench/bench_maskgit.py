@@ -1,6 +1,5 @@
 """MaskGIT's generate, whole, against the official sequence of operations in float32."""
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -34,7 +33,7 @@ def work(case: Case) -> tuple[int, int]:
 
 def prepare_official(dtype: torch.dtype) -> Callable[[Case, Tensor], Call]:
     def prepare(case: Case, labels: Tensor) -> Call:
-        model = copy.deepcopy(models.generator(case.model, case.device)).to(dtype)
+        model = models.official_generator(case.model, case.device, dtype)
         return lambda: models.official_generate(model, labels)
 
     return prepare

@@ -96,10 +96,11 @@ def check(case: Case, output: Tensor) -> tuple[int, int]:
     """Tokens whose code is clearly farther from the official latent than the best, or images that
     are not the official ones; 16-bit networks have a tolerance of their own."""
     if case.task == "decode":
-        official = truth(case)
-        official = official.clamp(0, 1) if case.device == "cuda" else official
-        difference = (output.float() - official).flatten(1).norm(dim=1)
         allowed = models.tolerance(case, output)
+        official, output = truth(case), output.float()
+        if case.device == "cuda":  # what is captured clamps
+            official, output = official.clamp(0, 1), output.clamp(0, 1)
+        difference = (output - official).flatten(1).norm(dim=1)
         return int((~(difference <= allowed * official.flatten(1).norm(dim=1))).sum()), case.b
     rows = F.normalize(truth(case), dim=-1)
     codes = F.normalize(models.tokenizer(case.model, case.device).quantize.embedding.weight, dim=-1)

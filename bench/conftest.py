@@ -100,10 +100,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         case, provider = case_and_provider(item)
         return not goals.asks_for({"op": item.module.BENCH.op, **case.info()}, provider.name)
 
+    def compiles(item: Any) -> bool:
+        return case_and_provider(item)[1].name == "compiled"  # for seconds
+
     if config.getoption("bench_goals"):
         items[:] = [item for item in items if not of_no_goal(item)]
     if config.getoption("bench_minutes") is not None:
-        items.sort(key=of_no_goal)
+        items.sort(key=lambda item: (of_no_goal(item), compiles(item)))
 
 
 @pytest.fixture

@@ -14,7 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.harness import Call, Case, Provider
 from titok_fast.models import MaskGIT, TiTok, pack_weights
-from titok_fast.models.blocks import ResidualAttentionBlock
+from titok_fast.models.blocks import (
+    FusedSelfAttention,
+    ResidualAttentionBlock,
+    SeparateSelfAttention,
+)
 from titok_fast.models.generate import PAIRS, Generator
 from titok_fast.models.maskgit_vqgan import PackableConv
 from titok_fast.models.pretrained import PretrainedModel
@@ -183,6 +187,41 @@ def official_decode(model: TiTok, tokens: Tensor) -> Tensor:
     for level in reversed(pixels.up):
         x = level(x)
     return pixels.conv_out(F.silu(pixels.norm_out(x)))
+
+
+class OfficialAttention(nn.Module):
+    """Self-attention as BERT's and UViT's code has it: PyTorch's own, of separate projections."""
+
+    def __init__(self, own: SeparateSelfAttention | FusedSelfAttention) -> None:
+        super().__init__()
+        self.num_heads = own.num_heads
+        if isinstance(own, FusedSelfAttention):
+            self.projections, self.proj = nn.ModuleList([own.qkv]), own.proj
+            return
+        self.projections, self.proj = nn.ModuleList(), nn.Identity()
+        weights = own.in_proj_weight.chunk(3), own.in_proj_bias.chunk(3)
+        for weight, bias in zip(*weights, strict=True):
+            with torch.device("meta"):
+                projection = nn.Linear(weight.shape[1], weight.shape[0])
+            projection.weight, projection.bias = nn.Parameter(weight), nn.Parameter(bias)
+            self.projections.append(projection)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = [projection(x) for projection in self.projections]
+        parts = parts[0].chunk(3, -1) if len(parts) == 1 else parts
+        heads = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in parts)
+        out: Tensor = self.proj(F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2))
+        return out
+
+
+def official_generator(name: str, device: str, dtype: torch.dtype) -> MaskGIT:
+    """A generator with the official attention; `official_generate` samples it."""
+    model = copy.deepcopy(generator(name, device))
+    for parent in list(model.modules()):
+        for child_name, child in parent.named_children():
+            if isinstance(child, (SeparateSelfAttention, FusedSelfAttention)):
+                parent.add_module(child_name, OfficialAttention(child))
+    return model.to(dtype)
 
 
 def official_generate(model: MaskGIT, labels: Tensor) -> Tensor:

@@ -69,7 +69,6 @@ def peak_extra_bytes(call: Callable[[], object], device: str = "cpu") -> int | N
     trimmed first, so that freed pages count again when they are reused; exact to some 100 kB.
     None where the system has no such counter.
     """
-    gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -78,6 +77,7 @@ def peak_extra_bytes(call: Callable[[], object], device: str = "cpu") -> int | N
         torch.cuda.synchronize()
         peak = torch.cuda.max_memory_allocated()
     else:
+        gc.collect()
         try:
             ctypes.CDLL(None).malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5")
