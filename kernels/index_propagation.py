@@ -8,7 +8,7 @@ of it, as a table of block maxima tells. float32 inputs enter as two fp16 parts,
 products are taken. Derivation: docs/ops/index_propagation.md.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,6 +32,7 @@ _LOWEST = tl.constexpr(-200.0)
 _TABLE_BYTES = 64 << 20
 _COPY_BYTES = 64 << 20
 _PARTIAL_BYTES = 64 << 20
+_PREPARE_REGISTERS = 128  # left alone, ptxas spills
 
 # Columns of `statistics`.
 _TOP = tl.constexpr(0)
@@ -143,7 +144,7 @@ def _up(top, PARTS: tl.constexpr):
     return up
 
 
-@triton.jit(do_not_specialize=["n", "stride"])
+@triton.jit(do_not_specialize=["n"])
 def index_propagation_measure_kernel(
     x,  # [N, D]
     norm,  # [N], or [blocks] with FOLD: the largest; inf: not representable, NaN: has a NaN
@@ -181,7 +182,7 @@ def index_propagation_measure_kernel(
     tl.store(top + tl.program_id(0), largest)
 
 
-@triton.jit(do_not_specialize=["first", "n", "rows", "stride"])
+@triton.jit(do_not_specialize=["first", "n", "rows"])
 def index_propagation_copy_kernel(
     x,  # [N, D]
     top,  # []
@@ -487,11 +488,7 @@ def _sharpen(
     return total, weighted
 
 
-@triton.jit(
-    do_not_specialize=[
-        "first", "n", "k", "inverse_t", "blocks", "slots", "z_stride", "codebook_stride"
-    ]
-)  # fmt: skip
+@triton.jit(do_not_specialize=["first", "n", "k", "inverse_t", "blocks", "slots"])
 def index_propagation_fwd_rows_kernel(
     z,  # [N, D]
     codebook,  # [K, D]
@@ -689,7 +686,7 @@ def index_propagation_fwd_codes_kernel(
     tl.store(code_probability + code, total, mask=inside)
 
 
-@triton.jit(do_not_specialize=["n", "inverse_t", "grad_stride"])
+@triton.jit(do_not_specialize=["n", "inverse_t"])
 def index_propagation_bwd_prepare_kernel(
     grad,  # [N, D]
     grad_norm,  # [N]
@@ -940,19 +937,7 @@ def index_propagation_bwd_z_kernel(
     _store_tile(partial, sums, at + start, size - start, out, OUT_D)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "first",
-        "size",
-        "n",
-        "k",
-        "inverse_t",
-        "blocks",
-        "slots",
-        "z_stride",
-        "codebook_stride",
-    ]
-)
+@triton.jit(do_not_specialize=["first", "size", "n", "k", "inverse_t", "blocks", "slots"])
 def index_propagation_bwd_rows_kernel(
     z,  # [N, D]
     codebook,  # [K, D]
@@ -1151,7 +1136,7 @@ def index_propagation_bwd_codebook_kernel(
     _store_tile(grad_codebook, sums * up, first_code + start, k - start, out, OUT_D)
 
 
-@triton.jit(do_not_specialize=["n", "k", "inverse_t", "z_stride", "codebook_stride"])
+@triton.jit(do_not_specialize=["n", "k", "inverse_t"])
 def index_propagation_bwd_sparse_kernel(
     z,  # [N, D]
     grad,  # [N, D]
@@ -1253,6 +1238,12 @@ def _layout_of(d: int, parts: int, in_place: bool) -> _Layout:
 def _operand(x: Tensor) -> Tensor:
     """`x`, in float32 in the interpreter, which cannot multiply bfloat16."""
     return x.float() if x.device.type == "cpu" and x.dtype == torch.bfloat16 else x
+
+
+def _floats(count: int, size: int, device: torch.device) -> Sequence[Tensor]:
+    """So many new float32 tensors [size], each aligned as launches expect."""
+    rows = torch.empty(count, -(-size // 4) * 4, dtype=torch.float32, device=device)
+    return rows[:, :size].unbind()
 
 
 def _measure(x: Tensor, layout: _Layout, block: int | None = None) -> tuple[Tensor, Tensor]:
@@ -1417,10 +1408,11 @@ def _block_options(d: int, layout: _Layout, block: int, interpreted: bool) -> di
         "D": d,
         "WIDTH": layout.width,
         "BLOCK": block,
-        "PIECE": block if interpreted else min(block, max(1, 2048 // layout.width)),
+        "PIECE": block if interpreted else min(block, max(1, 4096 // layout.width)),
         "CHUNK": 1024,
-        "num_warps": 4,
-        "maxnreg": 168,  # left alone, ptxas spills to run more programs at a time
+        "num_warps": 8,
+        # Left alone, ptxas spills to run more programs at a time.
+        "maxnreg": 128 if layout.width <= 256 else 255,
         "enable_fp_fusion": False,
     }
 
@@ -1547,12 +1539,12 @@ def launch_index_propagation_bwd(
     block_norm, code_top = _measure(codebook, layout, tile.codes)
     rows, z_part, z_stride = _rows(z, z_top, layout)
     grads, _, _ = _rows(grad, grad_top, layout)
-    mean_score, bound, residual = torch.empty(3, n, dtype=torch.float32, device=device)
+    mean_score, bound, residual = _floats(3, n, device)
     own_rows = max(1, 4096 // layout.width)
     index_propagation_bwd_prepare_kernel[(triton.cdiv(n, own_rows),)](
         grad, grad_norm, mean_code, statistics, sample_weight, code_weight.abs().amax(),
         block_norm.amax(), mean_score, bound, n, inverse_t, grad.stride(0),
-        D=d, WIDTH=layout.width, ROWS=own_rows,
+        D=d, WIDTH=layout.width, ROWS=own_rows, maxnreg=_PREPARE_REGISTERS,
     )  # fmt: skip
     bound = bound.amax()
 
@@ -1561,7 +1553,7 @@ def launch_index_propagation_bwd(
     slots = plan.slots
     needed = torch.empty(blocks * n if entropy else 1, dtype=torch.int8, device=device)
     partial = torch.empty(slots * plan.chunk * d, dtype=torch.float32, device=device)
-    residuals, weights = torch.empty(2, slots, plan.chunk, dtype=torch.float32, device=device)
+    residuals, weights = _floats(2, slots * plan.chunk, device)
     mean_weight = torch.empty(n, dtype=torch.float32, device=device)
     options = _row_options(d, layout, tile.codes, interpreted)
     for first, size, row_tiles in plan.rows():
@@ -1574,7 +1566,7 @@ def launch_index_propagation_bwd(
                     count, inverse_t, code, here, row_tiles, plan.steps, part * plan.splits, z_part,
                     z_stride, code_part, code_stride, **_tile_options(tile, layout),
                 )  # fmt: skip
-            kept = weights.view(-1)[: slots * size].view(slots, size)
+            kept = weights[: slots * size].view(slots, size)
             torch.sum(kept, 0, out=mean_weight[first : first + size])
         for part, chunk in enumerate(_codes(codebook, code_top, layout, tile.codes)):
             code, count, codes, code_part, code_stride = chunk
@@ -1656,6 +1648,9 @@ def specializations(
             "stride z_part z_stride grad_stride code_part code_stride codebook_stride"
         )
         types |= dict.fromkeys(names.split(), "i32")
+        if d % 16 == 0:
+            strides = ("stride", "z_stride", "grad_stride", "codebook_stride")
+            types |= dict.fromkeys(strides, "i32:16")
         tensors = ["x", "z", "grad", "codebook", "grad_z", "grad_codebook"]
         types |= dict.fromkeys(tensors, f"*{dtype}")
         halves = types | dict.fromkeys(["z", "grad", "codes", "out"], f"*{half}")
@@ -1680,7 +1675,8 @@ def specializations(
 
         rows = max(1, 4096 // layout.width)
         sizes = {"D": d, "WIDTH": layout.width, "ROWS": rows}
-        yield index_propagation_bwd_prepare_kernel, types, sizes
+        prepare = {**sizes, "maxnreg": _PREPARE_REGISTERS}
+        yield index_propagation_bwd_prepare_kernel, types, prepare
         block = {"BLOCK": rows, "FOLD": False}
         yield index_propagation_measure_kernel, types, {**sizes, **block}
         if layout.copy:

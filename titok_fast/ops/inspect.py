@@ -428,12 +428,14 @@ def _compile(configuration: Configuration) -> KernelReport:
     kernel, types, constants = table[configuration.index]
     options = {key: value for key, value in constants.items() if hasattr(CUDAOptions, key)}
     constexprs = {key: value for key, value in constants.items() if key not in options}
-    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
-    # Launches pass pointers that torch aligned, and so do these.
+    given = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+    signature = {name: kind.removesuffix(":16") for name, kind in given.items()}
+    # Launches pass pointers that torch aligned and, as i32:16, numbers that 16 divides.
     aligned = {
         (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(kernel.arg_names)
-        if signature[name].startswith("*")
+        for i, (name, kind) in enumerate(given.items())
+        if kind.startswith("*")
+        or (kind.endswith(":16") and name not in (kernel.do_not_specialize or ()))
     }
     source = ASTSource(kernel, signature, constexprs, aligned)
     described = _described(kernel, types, constants)
