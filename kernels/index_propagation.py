@@ -580,7 +580,7 @@ def index_propagation_fwd_rows_kernel(
         hit = tl.min(tl.where(pending, block, _NONE), axis=0)
         while hit < _NONE:
             code = hit * BLOCK + tl.arange(0, BLOCK)[:, None]
-            score = _exact_scores(z_row, codebook, code, code < k, codebook_stride, D, DOT)
+            score = _exact_scores(z_row, codebook, code, code < k, codebook_stride, D, DOT, 4)
             here, index = _best_of(score, code, code < k)
             best, best_index = _merge(best, best_index, here, index)
             pending &= block != hit

@@ -469,6 +469,7 @@ def _exact_scores(
     codebook_stride,
     D: tl.constexpr,
     METRIC: tl.constexpr,
+    UNROLL: tl.constexpr = 8,  # loads under way
 ):
     code_row = codebook + code.to(tl.int64) * codebook_stride
     row = z_row[None, :]
@@ -488,7 +489,7 @@ def _exact_scores(
     else:  # eight threads to a score, so that loads are wide
         totals = tl.zeros([code.shape[0], code.shape[1], 8], tl.float64)
         squares = tl.zeros([code.shape[0], code.shape[1], 8], tl.float64)
-        for start in tl.range(0, D, 8, loop_unroll_factor=4):
+        for start in tl.range(0, D, 8, loop_unroll_factor=UNROLL):
             columns = start + tl.arange(0, 8)[None, None, :]
             a = _widen(tl.load(row[:, :, None] + columns, mask=columns < D, other=0.0))
             b = _widen(
