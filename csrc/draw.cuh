@@ -25,7 +25,8 @@ struct alignas(16) Vector {
   T values[size];
 };
 
-// A row of logits, as one block reads it.
+// A row of logits, as one block reads it. Where guidance, aligned and ragged are constants, loops
+// ask for them no more.
 template <class T>
 struct Row {
   static constexpr int kSize = Vector<T>::size;
@@ -35,10 +36,11 @@ struct Row {
   float scale;
   draw::Guidance guidance;
   bool aligned;
+  bool ragged;  // the last vector may be shorter
 
   __device__ Vector<T> load(const T* row, int64_t v) const {
     Vector<T> out;
-    if (aligned && v + kSize <= vocabulary) {
+    if (aligned && (!ragged || v + kSize <= vocabulary)) {
       const int4 bits = __ldg(reinterpret_cast<const int4*>(row + v));
       memcpy(&out, &bits, sizeof out);
     } else {
@@ -64,7 +66,7 @@ struct Row {
     for (int i = 0; i < kSize; ++i) {
       const float x = draw::combine(widen(loaded.cond.values[i]), widen(loaded.uncond.values[i]),
                                     scale, guidance);
-      out[i] = v + i < vocabulary ? x : draw::negative_infinity();
+      out[i] = !ragged || v + i < vocabulary ? x : draw::negative_infinity();
     }
   }
   __device__ float at(int64_t v) const {

@@ -80,7 +80,7 @@ TITOK_BOTH int64_t masked_again(const MaskgitStepArgs& args, int64_t b) {
 
 // `total` sums the weights at temperature softmax_temperature; only log-probabilities need it.
 TITOK_BOTH float confidence(const MaskgitStepArgs& args, float logit, float largest, uint64_t total,
-                            double uniform) {
+                            float noise) {
   if (!(logit > negative_infinity())) return negative_infinity();
   const float temperature = args.softmax_temperature.get();
   float score = logit / temperature;
@@ -90,7 +90,7 @@ TITOK_BOTH float confidence(const MaskgitStepArgs& args, float logit, float larg
     const double mass = mul(static_cast<double>(total > 0 ? total : 1), 0x1p-30);
     score = add(score, -static_cast<float>(natural_log(mass)));
   }
-  score = add(score, mul(args.confidence_temperature.get(), gumbel(uniform)));
+  score = add(score, mul(args.confidence_temperature.get(), noise));
   return score == score ? add(score, 0.0f) : negative_infinity();
 }
 

@@ -5,23 +5,99 @@
 namespace titok {
 namespace {
 
-constexpr int64_t kKept = 12032;  // logits that fit into 48 KiB of shared memory
-constexpr int kTile = 1024;       // keys of the selection in shared memory
+constexpr std::size_t kKeptBytes = 47 << 10;  // of combined logits, and no more than 48 KiB in all
+constexpr int kTile = 1024;                   // keys of the selection in shared memory
+
+// The vectors of a thread: its warp has one range of tokens, so that the draw looks into one range
+// only, and in each of its steps every lane has one vector, the same in all passes.
+template <class T>
+struct Share {
+  static constexpr int kSize = Row<T>::kSize, kStep = 32 * kSize;
+  int vocabulary, steps;
+
+  __device__ Share(int64_t vocabulary, int steps)
+      : vocabulary(static_cast<int>(vocabulary)), steps(steps) {}
+  __device__ int first(int step) const {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    return (warp * steps + step) * kStep + lane * kSize;
+  }
+  __device__ bool has(int step) const { return step < steps && first(step) < vocabulary; }
+};
+
+// Where the combined logits of a thread's vectors stay; nobody else reads them.
+template <int kSize>
+struct Kept {
+  float4* memory;
+  __device__ float4& at(int step, int j) const {
+    return memory[(step * (kSize / 4) + j / 4) * kThreads + threadIdx.x];
+  }
+  __device__ void store(int step, const float (&x)[kSize]) const {
+#pragma unroll
+    for (int j = 0; j < kSize; j += 4)
+      at(step, j) = make_float4(x[j], x[j + 1], x[j + 2], x[j + 3]);
+  }
+  __device__ void load(int step, float (&x)[kSize]) const {
+#pragma unroll
+    for (int j = 0; j < kSize; j += 4) {
+      const float4 part = at(step, j);
+      x[j] = part.x;
+      x[j + 1] = part.y;
+      x[j + 2] = part.z;
+      x[j + 3] = part.w;
+    }
+  }
+};
+
+// The largest combined logit of this thread; with `kept` all of them into `memory`.
+template <bool kept, class T>
+__device__ __forceinline__ float combine_all(const Row<T>& row, const Share<T>& share,
+                                             const Kept<Row<T>::kSize>& memory) {
+  constexpr int kBatch = 2;  // vectors that are loaded before one is used
+  float largest = draw::negative_infinity();
+  for (int step = 0; step < share.steps; step += kBatch) {
+    typename Row<T>::Loaded loaded[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      if (share.has(step + i)) loaded[i] = row.load(share.first(step + i));
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      if (!share.has(step + i)) break;
+      float x[Row<T>::kSize];
+      row.combine(loaded[i], share.first(step + i), x);
+#pragma unroll
+      for (int j = 0; j < Row<T>::kSize; ++j) largest = fmaxf(largest, x[j]);
+      if constexpr (kept) memory.store(step + i, x);
+    }
+  }
+  return largest;
+}
+
+// The same for whole vectors and one form of guidance.
+template <draw::Guidance guidance, bool kept, class T>
+__device__ float combine_whole(Row<T> row, const Share<T>& share,
+                               const Kept<Row<T>::kSize>& memory) {
+  row.guidance = guidance;
+  row.aligned = true;
+  row.ragged = false;
+  return combine_all<kept>(row, share, memory);
+}
 
 // One block per position: draws its token and scores it. kept: the combined logits stay in shared
 // memory, so that they are read once; otherwise they are combined again for each pass.
 template <class T, bool kept>
-__global__ void __launch_bounds__(kThreads, 3)
-    maskgit_step_draw_kernel(const MaskgitStepArgs args, bool aligned) {
+__global__ void __launch_bounds__(kThreads, 4)
+    maskgit_step_draw_kernel(const MaskgitStepArgs args, int steps, bool aligned) {
   constexpr int kSize = Row<T>::kSize;
-  constexpr int kBatch = 2;  // vectors that a thread loads before it uses one
   extern __shared__ float4 shared_logits[];
   __shared__ uint64_t scratch[kWarps];
   __shared__ float float_scratch[kWarps];
-  float* const logits = reinterpret_cast<float*>(shared_logits);
+  // What one thread finds out for all, while the logits come.
+  __shared__ uint32_t target_words[2];
+  __shared__ float plain_factor, factor, noise, shared_logit;
+  __shared__ int shared_token;
 
-  const int64_t position = blockIdx.x;
-  const int64_t b = position / args.length, l = position % args.length;
+  const auto position = blockIdx.x;
   const int64_t id = args.ids[position];
   if (id != args.mask_id) {
     if (threadIdx.x == 0) {
@@ -30,114 +106,110 @@ __global__ void __launch_bounds__(kThreads, 3)
     }
     return;
   }
-  const draw::Words words = draw::words_of(args, position);
+  const float softmax = args.softmax_temperature.get(), sharp = args.token_temperature.get();
+  if (threadIdx.x == 0) {
+    const draw::Words words = draw::words_of(args, position);
+    target_words[0] = words.w[0];
+    target_words[1] = words.w[1];
+    plain_factor = draw::sharpness(softmax);
+    factor = draw::sharpness(softmax, sharp);
+  } else if (threadIdx.x == 32) {
+    noise = draw::gumbel(args.token_noise ? static_cast<double>(args.confidence_noise[position])
+                                          : draw::uniform(draw::words_of(args, position).w[2]));
+  }
+
+  const auto length = static_cast<uint32_t>(args.length);
+  const int64_t b = position / length, l = position % length;
   const auto guidance = !args.uncond       ? draw::Guidance::none
                         : args.from_uncond ? draw::Guidance::uncond
                                            : draw::Guidance::cond;
+  const bool ragged = args.vocabulary % kSize != 0;
   const Row<T> row{
       static_cast<const T*>(args.cond) + b * args.cond_strides[0] + l * args.cond_strides[1],
       static_cast<const T*>(args.uncond) + b * args.uncond_strides[0] + l * args.uncond_strides[1],
       args.vocabulary,
       args.guidance_scale.get(),
       guidance,
-      aligned};
-  const int64_t vocabulary = args.vocabulary;
-
-  float largest = draw::negative_infinity();
-  for (int64_t first = threadIdx.x * kSize; first < vocabulary;
-       first += kBatch * kThreads * kSize) {
-    typename Row<T>::Loaded loaded[kBatch];
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const int64_t v = first + i * kThreads * kSize;
-      if (v < vocabulary) loaded[i] = row.load(v);
-    }
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const int64_t v = first + i * kThreads * kSize;
-      if (v >= vocabulary) break;
-      float x[kSize];
-      row.combine(loaded[i], v, x);
-#pragma unroll
-      for (int j = 0; j < kSize; ++j) largest = x[j] > largest ? x[j] : largest;
-      if constexpr (kept) {
-#pragma unroll
-        for (int j = 0; j < kSize; j += 4) {
-          shared_logits[(v + j) / 4] = make_float4(x[j], x[j + 1], x[j + 2], x[j + 3]);
-        }
-      }
-    }
+      aligned,
+      ragged};
+  const Share<T> share(args.vocabulary, steps);
+  const Kept<kSize> memory{shared_logits};
+  float largest;
+  if (!aligned || ragged) {
+    largest = combine_all<kept>(row, share, memory);
+  } else if (guidance == draw::Guidance::none) {
+    largest = combine_whole<draw::Guidance::none, kept>(row, share, memory);
+  } else if (guidance == draw::Guidance::cond) {
+    largest = combine_whole<draw::Guidance::cond, kept>(row, share, memory);
+  } else {
+    largest = combine_whole<draw::Guidance::uncond, kept>(row, share, memory);
   }
   largest = block_reduce(largest, float_scratch, [](float a, float c) { return a > c ? a : c; });
 
-  const auto combined = [&](int64_t v, float (&x)[kSize]) {
+  const auto combined = [&](int step, float (&x)[kSize]) {
     if constexpr (kept) {
-#pragma unroll
-      for (int j = 0; j < kSize; j += 4) {
-        const float4 part = shared_logits[(v + j) / 4];
-        x[j] = part.x;
-        x[j + 1] = part.y;
-        x[j + 2] = part.z;
-        x[j + 3] = part.w;
-      }
+      memory.load(step, x);
     } else {
-      row.combine(row.load(v), v, x);
+      row.combine(row.load(share.first(step)), share.first(step), x);
     }
   };
-
-  // Each warp has one range of tokens, so that the draw looks into one range only.
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  constexpr int64_t kStep = 32 * kSize;
-  const int64_t range = (vocabulary + kWarps * kStep - 1) / (kWarps * kStep) * kStep;
   const float top = draw::finite_largest(largest);
-  const auto sum_weights = [&](int64_t v, float factor) {
+  const auto sum_weights = [&](int step, float sharpness) {
     uint64_t sum = 0;
-    if (v < vocabulary) {
+    if (share.has(step)) {
       float x[kSize];
-      combined(v, x);
+      combined(step, x);
 #pragma unroll
-      for (int j = 0; j < kSize; ++j) sum += draw::weight(x[j], top, factor);
+      for (int j = 0; j < kSize; j += 2) {  // two of up to 2^30 are below 2^32
+        sum += draw::weight(x[j], top, sharpness) + draw::weight(x[j + 1], top, sharpness);
+      }
     }
     return sum;
   };
-  const auto plus = [](uint64_t a, uint64_t c) { return a + c; };
-  const auto total_weight = [&](float factor) {
+  const auto total_weight = [&](float sharpness) {
     uint64_t sum = 0;
-    for (int64_t v = warp * range; v < (warp + 1) * range; v += kStep) {
-      sum += sum_weights(v + lane * kSize, factor);
-    }
-    return block_reduce(sum, scratch, plus);
+    for (int step = 0; step < steps; ++step) sum += sum_weights(step, sharpness);
+    return block_reduce(sum, scratch, [](uint64_t a, uint64_t c) { return a + c; });
   };
 
-  const float softmax = args.softmax_temperature.get(), sharp = args.token_temperature.get();
-  const float plain_factor = draw::sharpness(softmax), factor = draw::sharpness(softmax, sharp);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   uint64_t total = 0;
-  __shared__ int64_t shared_token;
-  if (threadIdx.x == 0) shared_token = 0;
+  if (threadIdx.x == 0) {
+    shared_token = 0;
+    shared_logit = row.at(0);
+  }
   if (args.token_noise || sharp == 0.0f) {
     // The largest logit, or sum of logit and Gumbel noise; the lowest token of equal ones.
     uint64_t best = 0;
-    const float* noise = args.token_noise + position * vocabulary;
-    for (int64_t v = threadIdx.x; v < vocabulary; v += kThreads) {
-      float x = kept ? logits[v] : row.at(v);
-      if (sharp != 0.0f) {
-        x = draw::add(x / softmax, draw::mul(sharp, draw::gumbel(noise[v])));
+    const float* uniforms = args.token_noise + position * args.vocabulary;
+    for (int step = 0; share.has(step); ++step) {
+      float x[kSize];
+      combined(step, x);
+      for (int j = 0; j < kSize; ++j) {
+        const int v = share.first(step) + j;
+        if (v >= share.vocabulary) break;
+        if (sharp != 0.0f) {
+          x[j] = draw::add(x[j] / softmax, draw::mul(sharp, draw::gumbel(uniforms[v])));
+        }
+        if (!(x[j] > draw::negative_infinity())) continue;
+        const uint64_t key = uint64_t{draw::ordered(x[j])} << 32 | ~static_cast<uint32_t>(v);
+        best = key > best ? key : best;
       }
-      if (!(x > draw::negative_infinity())) continue;
-      const uint64_t key = uint64_t{draw::ordered(x)} << 32 | ~static_cast<uint32_t>(v);
-      best = key > best ? key : best;
     }
     best = block_reduce(best, scratch, [](uint64_t a, uint64_t c) { return a > c ? a : c; });
-    if (threadIdx.x == 0 && best > 0) shared_token = ~static_cast<uint32_t>(best);
+    if (threadIdx.x == 0 && best > 0) {
+      shared_token = static_cast<int>(~static_cast<uint32_t>(best));
+      shared_logit = row.at(shared_token);
+    }
   } else {
     total = total_weight(factor);
     if (total > 0) {
-      uint64_t target = draw::scaled_uniform(words.w[0], words.w[1], total);
+      uint64_t target = draw::scaled_uniform(target_words[0], target_words[1], total);
       int chosen = 0;
       for (; target >= scratch[chosen]; ++chosen) target -= scratch[chosen];
       if (warp == chosen) {
-        for (int64_t v = warp * range;; v += kStep) {
-          const uint64_t mine = sum_weights(v + lane * kSize, factor);
+        for (int step = 0;; ++step) {
+          const uint64_t mine = sum_weights(step, factor);
           uint64_t upto = mine;
 #pragma unroll
           for (int distance = 1; distance < 32; distance *= 2) {
@@ -152,19 +224,18 @@ __global__ void __launch_bounds__(kThreads, 3)
           if (target < upto && target >= upto - mine) {
             uint64_t left = target - (upto - mine);
             float x[kSize];
-            combined(v + lane * kSize, x);
-            int token = 0;
+            combined(step, x);
             bool found = false;
 #pragma unroll
             for (int j = 0; j < kSize; ++j) {
               const uint64_t w = draw::weight(x[j], top, factor);
               if (!found && left < w) {
                 found = true;
-                token = j;
+                shared_token = share.first(step) + j;
+                shared_logit = x[j];
               }
               if (!found) left -= w;
             }
-            shared_token = v + lane * kSize + token;
           }
           break;
         }
@@ -175,12 +246,8 @@ __global__ void __launch_bounds__(kThreads, 3)
   if (args.kind == Confidence::log_probability && !weighed) total = total_weight(plain_factor);
   __syncthreads();
   if (threadIdx.x == 0) {
-    const int64_t token = shared_token;
-    const double uniform = args.token_noise ? static_cast<double>(args.confidence_noise[position])
-                                            : draw::uniform(words.w[2]);
-    const float logit = kept ? logits[token] : row.at(token);
-    args.tokens[position] = token;
-    args.confidence[position] = draw::confidence(args, logit, largest, total, uniform);
+    args.tokens[position] = shared_token;
+    args.confidence[position] = draw::confidence(args, shared_logit, largest, total, noise);
   }
 }
 
@@ -222,12 +289,13 @@ void launch(const MaskgitStepArgs& args) {
   const bool aligned = is_aligned_as(args.cond, args.cond_strides) &&
                        is_aligned_as(args.uncond, args.uncond_strides);
   const auto positions = static_cast<unsigned>(args.batch * args.length);
-  if (args.vocabulary <= kKept) {
-    const int64_t padded = (args.vocabulary + Row<T>::kSize - 1) / Row<T>::kSize * Row<T>::kSize;
-    maskgit_step_draw_kernel<T, true>
-        <<<positions, kThreads, padded * sizeof(float), stream>>>(args, aligned);
+  const int64_t step = kWarps * Share<T>::kStep;
+  const int steps = static_cast<int>((args.vocabulary + step - 1) / step);
+  const std::size_t bytes = steps * step * sizeof(float);
+  if (bytes <= kKeptBytes) {
+    maskgit_step_draw_kernel<T, true><<<positions, kThreads, bytes, stream>>>(args, steps, aligned);
   } else {
-    maskgit_step_draw_kernel<T, false><<<positions, kThreads, 0, stream>>>(args, aligned);
+    maskgit_step_draw_kernel<T, false><<<positions, kThreads, 0, stream>>>(args, steps, aligned);
   }
   TITOK_CHECK_CUDA(cudaGetLastError());
   maskgit_step_mask_kernel<<<static_cast<unsigned>(args.batch), kThreads, 0, stream>>>(args);

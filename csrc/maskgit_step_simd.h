@@ -124,7 +124,8 @@ struct Step {
       total = sum_weights(top, plain_factor);
     }
     args.tokens[position] = token;
-    args.confidence[position] = draw::confidence(args, logits()[token], largest, total, uniform);
+    args.confidence[position] =
+        draw::confidence(args, logits()[token], largest, total, draw::gumbel(uniform));
   }
 
   void sample_all() const {

@@ -83,7 +83,8 @@ struct Part {
             args.vocabulary,
             args.guidance_scale.get(),
             draw::guidance_of(args),
-            aligned},
+            aligned,
+            true},
         memory(static_cast<char*>(args.workspace) + b * plan.row_bytes) {
     begin = block * plan.range;
     end = begin + plan.range < args.vocabulary ? begin + plan.range : args.vocabulary;
@@ -184,10 +185,29 @@ __device__ Found locate(int64_t count, uint64_t target, uint64_t* scratch, const
   return found;
 }
 
+// Adds a value below 2^41 to `sums[index]` in shared memory for each lane with `real`. Lanes of one
+// index, as most are, add up first: 64-bit additions there are loops that wait for each other.
+__device__ void add_together(Count* sums, bool real, int index, uint64_t value) {
+  constexpr int kGroups = 4, kLow = 20;
+  const auto low = static_cast<uint32_t>(value & ((1u << kLow) - 1));
+  const auto high = static_cast<uint32_t>(value >> kLow);
+  const int lane = threadIdx.x % 32;
+  unsigned left = __ballot_sync(kAll, real);
+  for (int group = 0; left != 0 && group < kGroups; ++group) {
+    const int leader = __ffs(left) - 1, this_index = __shfl_sync(kAll, index, leader);
+    const bool mine = real && index == this_index;
+    const Count sum_low = __reduce_add_sync(kAll, mine ? low : 0);
+    const Count sum_high = __reduce_add_sync(kAll, mine ? high : 0);
+    if (lane == leader) atomicAdd(sums + index, (sum_high << kLow) + sum_low);
+    left &= ~__ballot_sync(kAll, mine);
+  }
+  if (left >> lane & 1) atomicAdd(sums + index, static_cast<Count>(value));
+}
+
 // The key, among those listed from `cut` on, with which the measure passes `left`: a byte a round.
 template <class T>
 __device__ uint32_t select(const Part<T>& part, draw::Measure measure, uint64_t* scratch) {
-  __shared__ uint64_t digits[256];
+  __shared__ Count digits[256];
   static_assert(kThreads == 256, "a thread for each digit");
   const State state = part.state();
   uint64_t left = state.left;
@@ -196,11 +216,12 @@ __device__ uint32_t select(const Part<T>& part, draw::Measure measure, uint64_t*
     __syncthreads();
     digits[threadIdx.x] = 0;
     __syncthreads();
-    for (unsigned i = threadIdx.x; i < state.listed; i += kThreads) {
-      const draw::Listed x = part.list()[i];
-      if (x.key < state.cut || (uint64_t{x.key ^ key} >> shift) >> 8) continue;
-      atomicAdd(reinterpret_cast<Count*>(digits + (x.key >> shift & 0xff)),
-                static_cast<Count>(measure == draw::by_weight ? x.weight : 1));
+    for (unsigned first = 0; first < state.listed; first += kThreads) {
+      const unsigned i = first + threadIdx.x;
+      const draw::Listed x = i < state.listed ? part.list()[i] : draw::Listed{};
+      const bool real =
+          i < state.listed && x.key >= state.cut && (uint64_t{x.key ^ key} >> shift) >> 8 == 0;
+      add_together(digits, real, x.key >> shift & 0xff, measure == draw::by_weight ? x.weight : 1);
     }
     __syncthreads();
     const Found found = locate(256, left, scratch, [&](int64_t i) { return digits[255 - i]; });
