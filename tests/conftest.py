@@ -115,10 +115,11 @@ def peak() -> Callable[[Callable[[], object]], int]:
 
 @pytest.fixture
 def titok_fast(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Runs a command in this process; arguments after the first are strings or paths."""
+    """Runs a command in this process, on the CPU; arguments are strings or paths."""
     from titok_fast import cli
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # results to the bit
 
     def run(*arguments: object) -> SimpleNamespace:
         monkeypatch.setattr(sys, "argv", ["titok-fast", *map(str, arguments)])

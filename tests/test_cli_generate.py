@@ -17,7 +17,11 @@ from titok_fast.models import ARTransformer, IBQTokenizer, MaskGIT, TiTok
 from titok_fast.tokens import TokenFile
 
 COMMAND = Path(sys.executable).with_name("titok-fast")
-ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = os.environ | {
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+}
 DIGITS = ("generate", "--model", "titok-digits")
 
 
