@@ -32,6 +32,7 @@ _LOWEST = tl.constexpr(-200.0)
 _TABLE_BYTES = 64 << 20
 _COPY_BYTES = 64 << 20
 _PARTIAL_BYTES = 64 << 20
+_LONGEST_SUM = 256  # blocks; tensor cores truncate each partial sum, which float32 inputs notice
 _PREPARE_REGISTERS = 128  # left alone, ptxas spills
 
 # Columns of `statistics`.
@@ -1357,7 +1358,8 @@ def _plan(
     """Chunks of rows that keep partial sums, and a table of block maxima, within bounds."""
     codes = _codes_to_a_chunk(layout, k, tile.codes)
     chunks, blocks = triton.cdiv(k, codes), triton.cdiv(codes, tile.codes)
-    most = _PARTIAL_BYTES // (4 * d * chunks)
+    least = triton.cdiv(blocks, _LONGEST_SUM) if layout.parts == 2 else 1  # programs to a chunk
+    most = _PARTIAL_BYTES // (4 * d * chunks * least)
     if table:
         most = min(most, _TABLE_BYTES // (4 * triton.cdiv(k, tile.codes)))
     chunk = min(n, max(1, most // tile.rows) * tile.rows)
@@ -1369,7 +1371,7 @@ def _plan(
         waves = triton.cdiv(row_tiles * triton.cdiv(blocks, steps), multiprocessors)
         return waves * (steps + 2)
 
-    choices = (max(1, min(most, waves * multiprocessors // row_tiles)) for waves in range(1, 9))
+    choices = (max(least, min(most, waves * multiprocessors // row_tiles)) for waves in range(1, 9))
     steps = min((triton.cdiv(blocks, splits) for splits in choices), key=cost)
     splits = triton.cdiv(blocks, steps)
     last = triton.cdiv(triton.cdiv(k - (chunks - 1) * codes, tile.codes), steps)

@@ -140,6 +140,23 @@ def test_equals_float64_over_many_tiles(backend, device, small, n, k, d):
     assert_right(z / math.sqrt(d), codebook, backend, slack=1e-7)
 
 
+@pytest.mark.skipif(inspect.why_not("triton", "cpu") is not None, reason="needs triton")
+def test_sums_of_float32_on_tensor_cores_are_short(monkeypatch):
+    """They truncate each partial sum; what short ones leave to add stays within bounds."""
+    module = inspect.kernels("index_propagation")
+    sizes = (1024, 2**18, 256), (2**14, 2**18, 256), (2**16, 2**20, 64), (2**12, 2**17, 512)
+    for n, k, d in sizes:
+        layout = module._layout_of(d, 2, False)
+        config = module._choose(module.CONFIGS[90], layout)
+        for tile, table in ((config.fwd, True), (config.bwd_z, False)):
+            plan = module._plan(n, k, d, layout, tile, 132, table)
+            assert plan.steps <= 256
+            assert 4 * d * plan.slots * max(plan.chunk, tile.rows) <= 2**26
+    monkeypatch.setattr(module, "_LONGEST_SUM", 2)
+    z, codebook = rows_and_codes(70, 2000, 24)
+    assert_right(z / math.sqrt(24), codebook, "triton", slack=1e-7)
+
+
 def _collapsed(n, k, d):
     return torch.randn(n, d), torch.randn(1, d).expand(k, d).contiguous()
 
