@@ -48,8 +48,9 @@ struct Step {
     uint64_t total = 0;
     for (int64_t first = 0; first < plan.padded; first += kChunk) {
       S::Sum sum{};
-      for (int64_t v = first; v < first + kChunk; v += S::lanes) {
-        S::add_rounded(sum, draw::weights(S::load(logits() + v), top, factor));
+      for (int64_t v = first; v < first + kChunk; v += 2 * S::lanes) {
+        S::add_rounded(sum, draw::weights(S::load(logits() + v), top, factor),
+                       draw::weights(S::load(logits() + v + S::lanes), top, factor));
       }
       const uint64_t of_chunk = S::total(sum);
       sums()[first / kChunk] = of_chunk;

@@ -314,8 +314,12 @@ struct Avx512 {
   struct Sum {
     __m512i even, odd;
   };
-  static void add_rounded(Sum& sum, V x) {
-    const __m512i integers = _mm512_cvtps_epi32(x);
+  static void add_rounded(Sum& sum, V x) { add_integers(sum, _mm512_cvtps_epi32(x)); }
+  // Both, whose rounded lanes sum to less than 2^32.
+  static void add_rounded(Sum& sum, V x, V y) {
+    add_integers(sum, _mm512_add_epi32(_mm512_cvtps_epi32(x), _mm512_cvtps_epi32(y)));
+  }
+  static void add_integers(Sum& sum, __m512i integers) {
     sum.even =
         _mm512_add_epi64(sum.even, _mm512_and_si512(integers, _mm512_set1_epi64(0xffffffff)));
     sum.odd = _mm512_add_epi64(sum.odd, _mm512_srli_epi64(integers, 32));
@@ -500,8 +504,11 @@ struct Avx2 {
   struct Sum {
     __m256i even, odd;
   };
-  static void add_rounded(Sum& sum, V x) {
-    const __m256i integers = _mm256_cvtps_epi32(x);
+  static void add_rounded(Sum& sum, V x) { add_integers(sum, _mm256_cvtps_epi32(x)); }
+  static void add_rounded(Sum& sum, V x, V y) {
+    add_integers(sum, _mm256_add_epi32(_mm256_cvtps_epi32(x), _mm256_cvtps_epi32(y)));
+  }
+  static void add_integers(Sum& sum, __m256i integers) {
     sum.even =
         _mm256_add_epi64(sum.even, _mm256_and_si256(integers, _mm256_set1_epi64x(0xffffffff)));
     sum.odd = _mm256_add_epi64(sum.odd, _mm256_srli_epi64(integers, 32));
@@ -641,6 +648,10 @@ struct Portable {
   };
   static void add_rounded(Sum& sum, V x) {
     for (int i = 0; i < lanes; ++i) sum.value += static_cast<uint64_t>(lrintf(x[i]));
+  }
+  static void add_rounded(Sum& sum, V x, V y) {
+    add_rounded(sum, x);
+    add_rounded(sum, y);
   }
   static uint64_t total(Sum sum) { return sum.value; }
   struct Wide {
