@@ -149,15 +149,24 @@ class OfficialStack(nn.Module):
         return x.permute(1, 0, 2)
 
 
-def official_convolutions(model: nn.Module) -> None:
-    """Replaces the convolutions of a model's pixel networks by PyTorch's own."""
+def replace(model: nn.Module, kind: Any, make: Callable[[Any], nn.Module]) -> None:
+    """Puts make(layer) in the place of each layer of a kind, or of a union of kinds."""
     for parent in list(model.modules()):
         for name, child in parent.named_children():
-            if isinstance(child, PackableConv):
-                with torch.device("meta"):
-                    layer = nn.Conv2d(child.in_channels, child.out_channels, 3, padding=1)
-                layer.weight, layer.bias = child.weight, child.bias
-                parent.add_module(name, layer)
+            if isinstance(child, kind):
+                parent.add_module(name, make(child))
+
+
+def official_convolutions(model: nn.Module) -> None:
+    """Replaces the convolutions of a model's pixel networks by PyTorch's own."""
+
+    def official(own: PackableConv) -> nn.Module:
+        with torch.device("meta"):
+            layer = nn.Conv2d(own.in_channels, own.out_channels, 3, padding=1)
+        layer.weight, layer.bias = own.weight, own.bias
+        return layer
+
+    replace(model, PackableConv, official)
 
 
 @lru_cache(maxsize=1)
@@ -217,10 +226,7 @@ class OfficialAttention(nn.Module):
 def official_generator(name: str, device: str, dtype: torch.dtype) -> MaskGIT:
     """A generator with the official attention; `official_generate` samples it."""
     model = copy.deepcopy(generator(name, device))
-    for parent in list(model.modules()):
-        for child_name, child in parent.named_children():
-            if isinstance(child, (SeparateSelfAttention, FusedSelfAttention)):
-                parent.add_module(child_name, OfficialAttention(child))
+    replace(model, SeparateSelfAttention | FusedSelfAttention, OfficialAttention)
     return model.to(dtype)
 
 

@@ -6,6 +6,7 @@ namespace titok {
 namespace {
 
 constexpr std::size_t kKeptBytes = 47 << 10;  // of combined logits, and no more than 48 KiB in all
+constexpr int kNone = -1;                     // of tokens
 constexpr int kTile = 1024;                   // keys of the selection in shared memory
 
 // The vectors of a thread: its warp has one range of tokens, so that the draw looks into one range
@@ -15,8 +16,6 @@ struct Share {
   static constexpr int kSize = Row<T>::kSize, kStep = 32 * kSize;
   int vocabulary, steps;
 
-  __device__ Share(int64_t vocabulary, int steps)
-      : vocabulary(static_cast<int>(vocabulary)), steps(steps) {}
   __device__ int first(int step) const {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     return (warp * steps + step) * kStep + lane * kSize;
@@ -132,7 +131,7 @@ __global__ void __launch_bounds__(kThreads, 4)
       guidance,
       aligned,
       ragged};
-  const Share<T> share(args.vocabulary, steps);
+  const Share<T> share{static_cast<int>(args.vocabulary), steps};
   const Kept<kSize> memory{shared_logits};
   float largest;
   if (!aligned || ragged) {
@@ -174,10 +173,7 @@ __global__ void __launch_bounds__(kThreads, 4)
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   uint64_t total = 0;
-  if (threadIdx.x == 0) {
-    shared_token = 0;
-    shared_logit = row.at(0);
-  }
+  if (threadIdx.x == 0) shared_token = kNone;
   if (args.token_noise || sharp == 0.0f) {
     // The largest logit, or sum of logit and Gumbel noise; the lowest token of equal ones.
     uint64_t best = 0;
@@ -246,8 +242,10 @@ __global__ void __launch_bounds__(kThreads, 4)
   if (args.kind == Confidence::log_probability && !weighed) total = total_weight(plain_factor);
   __syncthreads();
   if (threadIdx.x == 0) {
-    args.tokens[position] = shared_token;
-    args.confidence[position] = draw::confidence(args, shared_logit, largest, total, noise);
+    const bool none = shared_token == kNone;
+    args.tokens[position] = none ? 0 : shared_token;
+    args.confidence[position] =
+        draw::confidence(args, none ? row.at(0) : shared_logit, largest, total, noise);
   }
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -111,6 +112,7 @@ def capture(function: Callable[..., Tensor], *examples: Tensor) -> Callable[...,
         with torch.cuda.graph(graph):
             result = function(*static)
 
+    @functools.wraps(function)  # keeps what the graph reads and writes: parameters, caches
     def replay(*arguments: Tensor) -> Tensor:
         if len(arguments) != len(static):
             raise ValueError(f"capture: got {len(arguments)} arguments, allowed is {len(static)}")
@@ -126,6 +128,4 @@ def capture(function: Callable[..., Tensor], *examples: Tensor) -> Callable[...,
             graph.replay()
             return result.clone()
 
-    # The graph reads and writes what the function holds: parameters, caches.
-    replay.__dict__["function"] = function
     return replay

@@ -135,8 +135,7 @@ class _ViT(nn.Module):
         *blocks, last = self.transformer
         for block in blocks:
             x = block(x)
-        whole = not untouched(last, ResidualAttentionBlock)
-        x = last(x)[:, rows] if whole else last(x, rows)
+        x = last(x, rows) if untouched(last, ResidualAttentionBlock) else last(x)[:, rows]
         return x
 
 
