@@ -8,14 +8,14 @@ of it, as a table of block maxima tells. float32 inputs enter as two fp16 parts,
 products are taken. Derivation: docs/ops/index_propagation.md.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from titok_fast.kernels.nearest_code import DOT, _best_of, _exact_scores, _merge
+from titok_fast.kernels.nearest_code import DOT, _best_of, _exact_scores, _floats, _merge
 from torch import Tensor
 
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -33,6 +33,7 @@ _TABLE_BYTES = 64 << 20
 _COPY_BYTES = 64 << 20
 _PARTIAL_BYTES = 64 << 20
 _LONGEST_SUM = 256  # blocks; tensor cores truncate each partial sum, which float32 inputs notice
+_MEANS_ROWS = 128
 _PREPARE_REGISTERS = 128  # left alone, ptxas spills
 
 # Columns of `statistics`.
@@ -261,11 +262,14 @@ def _store_tile(
 
 
 @triton.jit
-def _product(a, a_low, b, b_low, total, PARTS: tl.constexpr):
-    # total + a b^T
+def _product(a, a_low, b, b_low, total, PARTS: tl.constexpr, CODES_FIRST: tl.constexpr = False):
+    # total + a b^T; the same bits for rows by codes as, with CODES_FIRST, for codes by rows
     if PARTS == 2:
+        if CODES_FIRST:
+            total = tl.dot(a, tl.trans(b_low), total)
         total = tl.dot(a_low, tl.trans(b), total)
-        total = tl.dot(a, tl.trans(b_low), total)
+        if not CODES_FIRST:
+            total = tl.dot(a, tl.trans(b_low), total)
     return tl.dot(a, tl.trans(b), total, input_precision="ieee")
 
 
@@ -273,14 +277,14 @@ def _product(a, a_low, b, b_low, total, PARTS: tl.constexpr):
 def _sliced(
     x, x_first, x_size, y, y_first, y_size,
     D: tl.constexpr, DEPTH: tl.constexpr, X_ROWS: tl.constexpr, Y_ROWS: tl.constexpr,
-    PARTS: tl.constexpr, EVEN: tl.constexpr,
+    PARTS: tl.constexpr, EVEN: tl.constexpr, CODES_FIRST: tl.constexpr = False,
 ):  # fmt: skip
     # x y^T of rows that are too wide to be held, a slice of columns at a time.
     total = tl.zeros([X_ROWS, Y_ROWS], tl.float32)
     for at in tl.range(0, D, DEPTH):
         a, a_low = _load(x, x_first, x_size, at, D, DEPTH, X_ROWS, PARTS, False)
         b, b_low = _load(y, y_first, y_size, at, D, DEPTH, Y_ROWS, PARTS, EVEN)
-        total = _product(a, a_low, b, b_low, total, PARTS)
+        total = _product(a, a_low, b, b_low, total, PARTS, CODES_FIRST)
     return total
 
 
@@ -676,9 +680,12 @@ def index_propagation_fwd_codes_kernel(
             log_sum = tl.load(own + _SHARP_LOG_SUM)
             if D <= DEPTH:
                 a, a_low = _load(rows, first, n, 0, D, DEPTH, ROWS, PARTS, False)
-                s = _product(e, e_low, a, a_low, tl.zeros([CODES, ROWS], tl.float32), PARTS)
+                zeros = tl.zeros([CODES, ROWS], tl.float32)
+                s = _product(e, e_low, a, a_low, zeros, PARTS, True)
             else:
-                s = _sliced(book, start, k, rows, first, n, D, DEPTH, CODES, ROWS, PARTS, False)
+                s = _sliced(
+                    book, start, k, rows, first, n, D, DEPTH, CODES, ROWS, PARTS, False, True
+                )
             x = (s * scale - top[None, :]) * inverse_t - log_sum[None, :]
             sums += tl.exp2(x * _LOG2E)
         total += tl.sum(sums, axis=1)
@@ -749,7 +756,7 @@ def _sharp_gradient(x, q, mean_exponent, mean_weight, sample_weight, weight):
 @triton.jit(
     do_not_specialize=[
         "first", "n", "k", "inverse_t", "first_code", "blocks", "row_tiles", "steps", "slot",
-        "z_part", "z_stride", "code_part", "code_stride",
+        "slots", "z_part", "z_stride", "code_part", "code_stride",
     ]
 )  # fmt: skip
 def index_propagation_bwd_weights_kernel(
@@ -759,7 +766,7 @@ def index_propagation_bwd_weights_kernel(
     code_top,  # []
     statistics,  # [N, 8]
     code_weight,  # [K]
-    weights,  # [slots, n] sum of q code_weight, of rows in float
+    sharp_sums,  # [3, slots, n] of rows in float: sums of q, q (s - top) / T and q code_weight
     first,  # row
     n,  # rows of this launch
     k,
@@ -769,6 +776,7 @@ def index_propagation_bwd_weights_kernel(
     row_tiles,
     steps,
     slot,
+    slots,
     z_part,
     z_stride,
     code_part,
@@ -785,6 +793,8 @@ def index_propagation_bwd_weights_kernel(
     own = statistics + (first + tl.minimum(entry, n - 1)).to(tl.int64) * 8
     in_float = tl.load(own + _IN_FLOAT) > 0
     total = tl.zeros([ROWS], tl.float32)
+    exponent = tl.zeros([ROWS], tl.float32)
+    average = tl.zeros([ROWS], tl.float32)
     if tl.max(in_float.to(tl.int32), axis=0) == 1:
         top = tl.load(own + _SHARP_TOP)[:, None]
         log_sum = tl.where(in_float, tl.load(own + _SHARP_LOG_SUM), float("inf"))[:, None]
@@ -804,10 +814,50 @@ def index_propagation_bwd_weights_kernel(
                 s = _product(a, a_low, e, e_low, tl.zeros([ROWS, CODES], tl.float32), PARTS)
             else:
                 s = _sliced(rows, first, last, book, code, k, D, DEPTH, ROWS, CODES, PARTS, False)
-            _, q = _sharp(s * scale - top, log_sum, inverse_t)
-            total += tl.sum(q * weight[None, :], axis=1)
-    to = weights + (slot + split).to(tl.int64) * n + entry
+            x, q = _sharp(s * scale - top, log_sum, inverse_t)
+            q = tl.where((within < k - code)[None, :], q, 0.0)
+            total += tl.sum(q, axis=1)
+            exponent += tl.sum(q * x, axis=1)
+            average += tl.sum(q * weight[None, :], axis=1)
+    to = sharp_sums + (slot + split).to(tl.int64) * n + entry
+    plane = tl.cast(slots, tl.int64) * n
     tl.store(to, total, mask=entry < n)
+    tl.store(to + plane, exponent, mask=entry < n)
+    tl.store(to + 2 * plane, average, mask=entry < n)
+
+
+@triton.jit(do_not_specialize=["first", "size", "n", "slots"])
+def index_propagation_bwd_means_kernel(
+    sharp_sums,  # [3, slots, size]
+    statistics,  # [N, 8]
+    sharp_means,  # [3, N] of rows in float: log sum exp(x) for x = (s - top) / T; under q the means
+    first,  # of x and of code_weight. 0 in other rows
+    size,
+    n,
+    slots,
+    ROWS: tl.constexpr,
+):
+    # All of the backward's own logits, so that in each row the gradients of s sum to zero: those of
+    # the forward may differ in the last bit, and 1 / T makes that a hundred times larger.
+    entry = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = entry < size
+    plane = tl.cast(slots, tl.int64) * size
+    total = tl.zeros([ROWS], tl.float32)
+    exponent = tl.zeros([ROWS], tl.float32)
+    average = tl.zeros([ROWS], tl.float32)
+    for slot in range(slots):
+        part = sharp_sums + tl.cast(slot, tl.int64) * size + entry
+        total += tl.load(part, inside, 0.0)
+        exponent += tl.load(part + plane, inside, 0.0)
+        average += tl.load(part + 2 * plane, inside, 0.0)
+    row = first + entry
+    own = statistics + row.to(tl.int64) * 8
+    in_float = inside & (tl.load(own + _IN_FLOAT, inside, 0.0) > 0)
+    log_sum = tl.load(own + _SHARP_LOG_SUM, inside, 0.0) + tl.log(total)
+    to, plane = sharp_means + row, tl.cast(n, tl.int64)
+    tl.store(to, tl.where(in_float, log_sum, 0.0), mask=inside)
+    tl.store(to + plane, tl.where(in_float, exponent / total, 0.0), mask=inside)
+    tl.store(to + 2 * plane, tl.where(in_float, average / total, 0.0), mask=inside)
 
 
 @triton.jit(
@@ -829,7 +879,7 @@ def index_propagation_bwd_z_kernel(
     z_norm,  # [N]
     block_norm,  # [all blocks]
     code_weight,  # [K]
-    mean_weight,  # [N]
+    sharp_means,  # [3, N]
     sample_weight,  # []
     partial,  # [slots, size, D] ds E, scaled
     residuals,  # [slots, size] of the straight-through ds, which sum to 0 but for rounding, scaled
@@ -889,10 +939,11 @@ def index_propagation_bwd_z_kernel(
     score = tl.load(mean_score + row)[:, None]
     if SHARP:
         # The two softmaxes of a row in float have one top.
-        sharp_log_sum = tl.load(own + _SHARP_LOG_SUM) - tl.log(down) - tl.log(inverse_t / n)
+        means, plane = sharp_means + row, tl.cast(n, tl.int64)
+        sharp_log_sum = tl.load(means) - tl.log(down) - tl.log(inverse_t / n)
         sharp_log_sum = tl.where(in_float, sharp_log_sum, float("inf"))[:, None]
-        mean_exponent = tl.load(own + _MEAN_EXPONENT)[:, None]
-        mean = tl.load(mean_weight + row)[:, None]
+        mean_exponent = tl.load(means + plane)[:, None]
+        mean = tl.load(means + 2 * plane)[:, None]
         spread = tl.load(sample_weight)
 
     within = tl.arange(0, CODES)
@@ -1058,7 +1109,7 @@ def index_propagation_bwd_codebook_kernel(
     mean_score,  # [N]
     residual,  # [N]
     code_weight,  # [K]
-    mean_weight,  # [N]
+    sharp_means,  # [3, N]
     sample_weight,  # []
     grad_codebook,  # [K, OUT_D]
     n,
@@ -1094,7 +1145,7 @@ def index_propagation_bwd_codebook_kernel(
     if SHARP:
         code = tl.arange(0, CODES)[:, None]
         weight = tl.load(code_weight + first_code + start + code, mask=code < k - start, other=0.0)
-        unit = tl.log(down) + tl.log(inverse_t / n)
+        unit, plane = tl.log(down) + tl.log(inverse_t / n), tl.cast(n, tl.int64)
         spread = tl.load(sample_weight)
     sums = tl.zeros([CODES, OUT], tl.float32)
     zeros = tl.zeros([CODES, ROWS], tl.float32)
@@ -1106,11 +1157,13 @@ def index_propagation_bwd_codebook_kernel(
         if D <= DEPTH:
             a, a_low = _load(rows, first, n, 0, D, DEPTH, ROWS, PARTS, False)
             g, g_low = _load(grads, first, n, 0, D, DEPTH, ROWS, PARTS, False)
-            s = _product(e, e_low, a, a_low, zeros, PARTS)
-            slope = _product(e, e_low, g, g_low, zeros, PARTS)
+            s = _product(e, e_low, a, a_low, zeros, PARTS, True)
+            slope = _product(e, e_low, g, g_low, zeros, PARTS, True)
         else:
-            s = _sliced(book, start, k, rows, first, n, D, DEPTH, CODES, ROWS, PARTS, False)
-            slope = _sliced(book, start, k, grads, first, n, D, DEPTH, CODES, ROWS, PARTS, False)
+            s = _sliced(book, start, k, rows, first, n, D, DEPTH, CODES, ROWS, PARTS, False, True)
+            slope = _sliced(
+                book, start, k, grads, first, n, D, DEPTH, CODES, ROWS, PARTS, False, True
+            )
             a, a_low = _load(rows, first, n, out, D, OUT, ROWS, PARTS, False)
         s *= scale
         slope *= grad_scale
@@ -1127,10 +1180,10 @@ def index_propagation_bwd_codebook_kernel(
             ds = p * (slope - score[None, :] - rest[None, :])
         if SHARP:
             real &= tl.load(own + _IN_FLOAT) > 0
-            sharp_log_sum = tl.load(own + _SHARP_LOG_SUM) - unit
-            sharp_log_sum = tl.where(real, sharp_log_sum, float("inf"))[None, :]
-            mean_exponent = tl.load(own + _MEAN_EXPONENT)[None, :]
-            mean = tl.load(mean_weight + row)[None, :]
+            means = sharp_means + row
+            sharp_log_sum = tl.where(real, tl.load(means) - unit, float("inf"))[None, :]
+            mean_exponent = tl.load(means + plane)[None, :]
+            mean = tl.load(means + 2 * plane)[None, :]
             x, q = _sharp(below, sharp_log_sum, inverse_t)
             ds += _sharp_gradient(x, q, mean_exponent, mean, spread, weight)
         sums = _accumulate(ds, a, a_low, sums, PARTS)
@@ -1239,12 +1292,6 @@ def _layout_of(d: int, parts: int, in_place: bool) -> _Layout:
 def _operand(x: Tensor) -> Tensor:
     """`x`, in float32 in the interpreter, which cannot multiply bfloat16."""
     return x.float() if x.device.type == "cpu" and x.dtype == torch.bfloat16 else x
-
-
-def _floats(count: int, size: int, device: torch.device) -> Sequence[Tensor]:
-    """So many new float32 tensors [size], each aligned as launches expect."""
-    rows = torch.empty(count, -(-size // 4) * 4, dtype=torch.float32, device=device)
-    return rows[:, :size].unbind()
 
 
 def _measure(x: Tensor, layout: _Layout, block: int | None = None) -> tuple[Tensor, Tensor]:
@@ -1541,7 +1588,7 @@ def launch_index_propagation_bwd(
     block_norm, code_top = _measure(codebook, layout, tile.codes)
     rows, z_part, z_stride = _rows(z, z_top, layout)
     grads, _, _ = _rows(grad, grad_top, layout)
-    mean_score, bound, residual = _floats(3, n, device)
+    mean_score, bound, residual = _floats(device, n, n, n)
     own_rows = max(1, 4096 // layout.width)
     index_propagation_bwd_prepare_kernel[(triton.cdiv(n, own_rows),)](
         grad, grad_norm, mean_code, statistics, sample_weight, code_weight.abs().amax(),
@@ -1555,8 +1602,9 @@ def launch_index_propagation_bwd(
     slots = plan.slots
     needed = torch.empty(blocks * n if entropy else 1, dtype=torch.int8, device=device)
     partial = torch.empty(slots * plan.chunk * d, dtype=torch.float32, device=device)
-    residuals, weights = _floats(2, slots * plan.chunk, device)
-    mean_weight = torch.empty(n, dtype=torch.float32, device=device)
+    residuals, sharp_sums, sharp_means = _floats(
+        device, slots * plan.chunk, 3 * slots * plan.chunk, 3 * n
+    )
     options = _row_options(d, layout, tile.codes, interpreted)
     for first, size, row_tiles in plan.rows():
         if entropy:
@@ -1564,19 +1612,20 @@ def launch_index_propagation_bwd(
                 code, count, codes, code_part, code_stride = chunk
                 here, programs = plan.codes(count)
                 index_propagation_bwd_weights_kernel[(row_tiles * programs,)](
-                    rows, codes, z_top, code_top, statistics, code_weight, weights, first, size,
-                    count, inverse_t, code, here, row_tiles, plan.steps, part * plan.splits, z_part,
-                    z_stride, code_part, code_stride, **_tile_options(tile, layout),
+                    rows, codes, z_top, code_top, statistics, code_weight, sharp_sums, first, size,
+                    count, inverse_t, code, here, row_tiles, plan.steps, part * plan.splits, slots,
+                    z_part, z_stride, code_part, code_stride, **_tile_options(tile, layout),
                 )  # fmt: skip
-            kept = weights[: slots * size].view(slots, size)
-            torch.sum(kept, 0, out=mean_weight[first : first + size])
+            index_propagation_bwd_means_kernel[(triton.cdiv(size, _MEANS_ROWS),)](
+                sharp_sums, statistics, sharp_means, first, size, n, slots, ROWS=_MEANS_ROWS
+            )
         for part, chunk in enumerate(_codes(codebook, code_top, layout, tile.codes)):
             code, count, codes, code_part, code_stride = chunk
             here, programs = plan.codes(count)
             for sharp in (False, True)[: 1 + entropy]:
                 index_propagation_bwd_z_kernel[(row_tiles * programs, tile.slices(d))](
                     rows, grads, codes, z_top, grad_top, code_top, bound, statistics, mean_score,
-                    z_norm, block_norm, code_weight, mean_weight, sample_weight, partial,
+                    z_norm, block_norm, code_weight, sharp_means, sample_weight, partial,
                     residuals, needed, first, size, n, count, inverse_t, code, code // tile.codes,
                     here, row_tiles, plan.steps, part * plan.splits, z_part, z_stride,
                     code_part, code_stride, EVEN=count % tile.codes == 0, ENTROPY=entropy,
@@ -1595,7 +1644,7 @@ def launch_index_propagation_bwd(
         for sharp in (False, True)[: 1 + entropy]:
             index_propagation_bwd_codebook_kernel[(triton.cdiv(count, tile.codes), tile.slices(d))](
                 rows, grads, codes, z_top, grad_top, code_top, bound, statistics, any_in_float,
-                mean_score, residual, code_weight, mean_weight, sample_weight, grad_codebook, n,
+                mean_score, residual, code_weight, sharp_means, sample_weight, grad_codebook, n,
                 count, inverse_t, code, z_part, z_stride, code_part, code_stride,
                 ENTROPY=entropy, **_bwd_codebook_options(tile, layout, d, sharp),
             )  # fmt: skip
@@ -1640,8 +1689,8 @@ def specializations(
         half = "fp16" if parts == 2 else dtype
         names = (
             "z_top code_top grad_top z_norm grad_norm block_norm code_norm norm top bound state "
-            "mean table mean_code statistics any_in_float code_probability sample_weight "
-            "largest_weight code_weight mean_weight mean_score weights partial residuals residual"
+            "mean table mean_code statistics any_in_float code_probability sample_weight residual "
+            "largest_weight code_weight sharp_sums sharp_means mean_score partial residuals"
         )
         types = dict.fromkeys(names.split(), "*fp32")
         types |= {"indices": "*i64", "counts": "*i64", "needed": "*i8", "inverse_t": "fp32"}
@@ -1674,6 +1723,7 @@ def specializations(
         yield index_propagation_fwd_codes_kernel, halves, options
         options = _tile_options(config.bwd_z, layout)
         yield index_propagation_bwd_weights_kernel, halves, options
+        yield index_propagation_bwd_means_kernel, types, {"ROWS": _MEANS_ROWS}
 
         rows = max(1, 4096 // layout.width)
         sizes = {"D": d, "WIDTH": layout.width, "ROWS": rows}

@@ -778,6 +778,14 @@ def _steps(row_tiles: int, spans: int, slots: int) -> int:
     return min((triton.cdiv(spans, split) for split in splits), key=cost)
 
 
+def _floats(device: torch.device, *sizes: int) -> list[Tensor]:
+    """New float32 tensors of one allocation, each of its size."""
+    # Whole 16-byte units: a kernel is compiled again for a pointer of another alignment.
+    units = [-size % 4 + size for size in sizes]
+    parts = torch.empty(sum(units), dtype=torch.float32, device=device).split(units)
+    return [part[:size] for part, size in zip(parts, sizes, strict=True)]
+
+
 def _prepare_options(d: int, padded_d: int, tile: Tile) -> dict[str, Any]:
     width = triton.next_power_of_2(padded_d)
     rows = min(tile.span, max(1, 4096 // width))
@@ -806,7 +814,7 @@ def _rescore_options(d: int, tile: Tile, rows: int) -> dict[str, Any]:
     elif d <= 16:
         shape = {"ROWS": 8, "CHUNK": 32, "STEP": sub_block, "num_warps": 1, "maxnreg": 168}
     else:
-        step = min(sub_block, 4)
+        step = min(sub_block, 4 if d <= 256 else 2)
         shape = {"ROWS": 8, "CHUNK": 64, "STEP": step, "num_warps": 1, "maxnreg": 255}
     return {
         "TILE_CODES": tile.codes,
@@ -819,7 +827,7 @@ def _rescore_options(d: int, tile: Tile, rows: int) -> dict[str, Any]:
     }
 
 
-_DIRECT = {"CODES": 256, "num_warps": 8, "enable_fp_fusion": False}
+_DIRECT = {"CODES": 256, "num_warps": 8, "maxnreg": 128, "enable_fp_fusion": False}
 
 
 def launch_nearest_code(
@@ -860,11 +868,9 @@ def launch_nearest_code(
     tile, padded_d = _tile(d, config.tiles)
     spans = triton.cdiv(k, tile.span)
     copy = z.dtype == torch.float32 or bool((d | z_stride | codebook_stride) % 16)
-    # Whole 16-byte units: a kernel is compiled again for a pointer of another alignment.
-    sizes = [-size % 4 + size for size in (n, n, n, spans, 3 * spans, spans * tile.span)]
-    z_scale, z_norm, z_error, span_scale, span_bound, column = torch.empty(
-        sum(sizes), dtype=torch.float32, device=device
-    ).split(sizes)
+    z_scale, z_norm, z_error, span_scale, span_bound, column = _floats(
+        device, n, n, n, spans, 3 * spans, spans * tile.span
+    )
     z_half, code_half = z, codebook
     if device.type == "cpu" and z.dtype == torch.bfloat16:
         z_half, code_half = z.float(), codebook.float()  # the interpreter cannot multiply bfloat16
@@ -932,6 +938,8 @@ def specializations(
         types |= {"indices": "*i64", "table": "*i64", "rescored": "*i32"}
         names = ("z_stride", "codebook_stride", "code_stride", "row_tiles", "spans", "steps")
         types |= dict.fromkeys(("first", "n", "k", *names), "i32")
+        if d % 16 == 0:
+            types |= dict.fromkeys(("z_stride", "codebook_stride"), "i32:16")
 
         sizes = {"D": d, "METRIC": _METRICS[metric]}
         prepare = {"PADDED_D": padded_d, "COPY": copy, **_prepare_options(d, padded_d, tile)}

@@ -12,10 +12,22 @@ if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # before the first i
     threads = max(1, (os.cpu_count() or 1) // int(workers))
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
 
+import numpy as np
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the first import of a kernel
+    if importlib.util.find_spec("triton"):
+        interpreter = importlib.import_module("triton.runtime.interpreter")
+
+        def create_dot(_, a, b, total, *options):
+            """A sum in float64, rounded once: as on tensor cores no bit depends on the tile."""
+            with np.errstate(invalid="ignore", over="ignore"):
+                product = np.matmul(a.data.astype(np.float64), b.data.astype(np.float64))
+                sums = (product + total.data).astype(total.data.dtype)
+            return interpreter.TensorHandle(sums, total.dtype.scalar)
+
+        interpreter.InterpreterBuilder.create_dot = create_dot
 
 with torch.device("meta"):
     torch.empty(0)  # torch caches its constructors here, before a test replaces torch.empty
