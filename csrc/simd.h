@@ -415,11 +415,12 @@ struct Avx512 {
 using Native = Avx512;
 #if defined(__AVX512VNNI__)
 // Words of four integers from -127 to 127, kept in vectors of floats as those of bfloat16 are. Of
-// the two words of a product one is "raised": 128 is added to each integer, as the instruction
-// wants it, and lower() takes the sum of 128 times the other word off beforehand.
+// the two words of a product one is "raised": its integers, from -most_raised to most_raised, are
+// moved to zero and more, as the instruction wants them, and lower() takes the product of what was
+// added and the other word off beforehand.
 struct Bytes {
   static constexpr bool scaled = true;
-  static constexpr int terms = 4;
+  static constexpr int terms = 4, most_raised = 127;
   using V = Avx512::V;
   // Not __m512i, whose lanes of 64 bits make GCC 12 spill a tile of sums.
   typedef int32_t Sum __attribute__((vector_size(64)));
@@ -597,6 +598,47 @@ struct Avx2 {
   }
 };
 using Native = Avx2;
+// As those of AVX-512 VNNI, but 16 bits must hold the sum of two products: raised integers have
+// seven bits.
+struct Bytes {
+  static constexpr bool scaled = true;
+  static constexpr int terms = 4, most_raised = 63;
+  using V = Avx2::V;
+  typedef int32_t Sum __attribute__((vector_size(32)));
+  static Sum zero() { return Sum{}; }
+  static Sum start(const float* p) { return reinterpret_cast<Sum>(_mm256_loadu_ps(p)); }
+  static void store(float* p, Sum sum) { _mm256_storeu_ps(p, reinterpret_cast<V>(sum)); }
+  static Sum dot(V raised, V word, Sum sum) {
+    const __m256i pairs =
+        _mm256_maddubs_epi16(_mm256_castps_si256(raised), _mm256_castps_si256(word));
+    return sum + reinterpret_cast<Sum>(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  }
+  static Sum lower(V word, Sum sum) {
+    return sum - dot(_mm256_castsi256_ps(_mm256_set1_epi8(64)), word, zero());
+  }
+  static Sum max(Sum a, Sum b) { return a > b ? a : b; }
+  static V widen(Sum sum) { return _mm256_cvtepi32_ps(reinterpret_cast<__m256i>(sum)); }
+  static V round(V a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT); }
+  template <class Load>
+  static V zip(const Load& load) {
+    const auto byte = [&](int part) {
+      return _mm256_and_si256(_mm256_cvtps_epi32(load(part)), _mm256_set1_epi32(0xff));
+    };
+    const __m256i low = _mm256_or_si256(byte(0), _mm256_slli_epi32(byte(1), 8));
+    const __m256i high = _mm256_or_si256(byte(2), _mm256_slli_epi32(byte(3), 8));
+    return _mm256_castsi256_ps(_mm256_or_si256(low, _mm256_slli_epi32(high, 16)));
+  }
+  template <class Load>
+  static V raised_words(const Load& load) {
+    const auto integers = [&](int part) { return _mm256_cvtps_epi32(load(part)); };
+    const __m256i low = _mm256_packs_epi32(integers(0), integers(1));
+    const __m256i high = _mm256_packs_epi32(integers(2), integers(3));
+    const __m256i words =  // each half has a word of every part
+        _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high),
+                                    _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+    return _mm256_castsi256_ps(_mm256_add_epi8(words, _mm256_set1_epi8(64)));
+  }
+};
 #else
 struct Portable {
   static constexpr int lanes = 4;
