@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 
 import titok_fast
+import titok_fast.models.packed as packed_module
 from titok_fast import IBQTokenizer, MaskGIT, MaskGITVQGAN, TiTok, pack_weights
 from titok_fast.models.generate import pack_pair
 from titok_fast.models.ibq import ResidualBlock
 from titok_fast.models.maskgit_vqgan import PackableConv, convolve
-from titok_fast.models.packed import PackableLinear, _can_pack, gelu_of, packable, packed
+from titok_fast.models.packed import Conv, PackableLinear, _can_pack, gelu_of, packable, packed
 from titok_fast.testing import relative_error
 from titok_fast.training.data import digits
 
@@ -129,8 +130,32 @@ def test_packed_layers_are_packed_only_within(tokenizer):
     assert count(tokenizer) == 1 and first._packed is not None
 
 
-def test_half_precision_stays_as_it_is(tokenizer):
-    assert count(pack_weights(tokenizer.cast(torch.float16))) == 0
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("lacks", [True, False])
+def test_sixteen_bits_that_the_cpu_does_not_multiply_are_widened(dtype, lacks, monkeypatch):
+    if not lacks and dtype in packed_module.LACKING:
+        pytest.skip(f"this CPU does not multiply {dtype}")
+    monkeypatch.setattr(packed_module, "LACKING", (dtype,) if lacks else ())
+    layer = PackableLinear(96, 64).to(dtype)
+    conv = Conv(8, 16, 3, stride=2).to(dtype)
+    x, image = torch.randn(5, 96).to(dtype), torch.randn(2, 8, 9, 9).to(dtype)
+    with torch.no_grad():
+        exact = F.linear(x.double(), layer.weight.double(), layer.bias.double())
+        pixels = F.conv2d(image.double(), conv.weight.double(), conv.bias.double(), stride=2)
+        for out, right in ((layer(x), exact), (conv(image), pixels)):
+            assert out.dtype == dtype
+            if lacks:  # rounded once
+                wide = right.float().to(dtype)
+                assert (out == wide).double().mean() > 0.99
+                torch.testing.assert_close(out, wide, rtol=torch.finfo(dtype).eps, atol=1e-5)
+        layer.pack()
+        assert (layer._packed.copy.dtype == torch.float32) == lacks
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(layer(x).double(), exact, rtol=eps, atol=eps)
+        torch.testing.assert_close(gelu_of(layer, x).double(), F.gelu(exact), rtol=eps, atol=eps)
+    layer(x).sum().backward()
+    assert layer.weight.grad.dtype == dtype
+    torch.testing.assert_close(layer.weight.grad[0], x.double().sum(0).to(dtype))
 
 
 def test_says_what_it_takes():

@@ -53,11 +53,10 @@ def pack_weights(model: Model) -> Model:
     Inference without gradients then takes less time: linear layers multiply by weights in oneDNN's
     order, most for small batches, and 3x3 convolutions run as `conv3x3` does. It takes twice the
     memory for weights, of convolutions 2.8 times (4.6 where the CPU multiplies float32 in place of
-    their 16 bits). A weight that changes afterwards is used in its own order until it is packed
-    again; a change through `weight.data` is not seen, and must be followed by another call. A
-    linear layer is not packed where PyTorch has no oneDNN, or oneDNN no product of the weight's
-    dtype on this CPU: float32 always, bfloat16 with AVX-512. One that is replaced, by an adapter
-    say, or has a forward hook is called as it is.
+    their 16 bits, and twice that of linear layers then). A weight that changes afterwards is used
+    in its own order until it is packed again; a change through `weight.data` is not seen, and must
+    be followed by another call. A linear layer is not packed where PyTorch has no oneDNN. One that
+    is replaced, by an adapter say, or has a forward hook is called as it is.
     `ARTransformer.generate` has no use for it: it reads weights as they are for up to 16 rows, and
     packs them by itself for more.
 

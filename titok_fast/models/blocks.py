@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from titok_fast.models.packed import PackableLinear, PackableMatrix, gelu_of, untouched
+from titok_fast.models.packed import PackableLinear, PackableMatrix, gelu_of, linear, untouched
 from titok_fast.ops.attention import attention
 from titok_fast.ops.decode_attention import decode_attention
 from titok_fast.ops.decode_linear import MAX_ROWS, decode_linear, has_fast_backend
@@ -37,7 +37,7 @@ class PointwiseConv(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps [B, in_channels, H, W] to [B, out_channels, H, W]."""
-        return F.linear(x.movedim(1, -1), self.weight.flatten(1), self.bias).movedim(-1, 1)
+        return linear(x.movedim(1, -1), self.weight.flatten(1), self.bias).movedim(-1, 1)
 
 
 class MLP(nn.Sequential):

@@ -20,6 +20,7 @@ from titok_fast.models.maskgit_vqgan import (
     group_norm,
     image_by_image,
 )
+from titok_fast.models.packed import Conv
 from titok_fast.models.pretrained import PretrainedModel, Release
 from titok_fast.ops import nearest_code
 
@@ -58,7 +59,7 @@ class ResidualBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.conv2 = PackableConv(out_channels, out_channels)
         if in_channels != out_channels:
-            self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+            self.nin_shortcut = Conv(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps [B, in_channels, H, W] to [B, out_channels, H, W]."""
@@ -75,7 +76,7 @@ class SpatialAttention(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.norm = group_norm(channels)
-        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+        self.q, self.k, self.v, self.proj_out = (Conv(channels, channels, 1) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps [B, C, H, W] to the same shape."""
@@ -93,7 +94,7 @@ class Resample(nn.Module):
         super().__init__()
         self.down = down
         self.conv = (
-            nn.Conv2d(channels, channels, 3, stride=2) if down else PackableConv(channels, channels)
+            Conv(channels, channels, 3, stride=2) if down else PackableConv(channels, channels)
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -265,7 +266,7 @@ class IBQTokenizer(PretrainedModel):
             config["n_embed"], width, **{key: config[key] for key in options if key in config}
         )
         self.quant_conv = PointwiseConv(layers["z_channels"], width)
-        self.post_quant_conv = nn.Conv2d(width, layers["z_channels"], 1)
+        self.post_quant_conv = Conv(width, layers["z_channels"], 1)
         self.image_size: int = layers["resolution"]
         self.stride: int = 2 ** (len(layers["ch_mult"]) - 1)
         self.codebook_size: int = config["n_embed"]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from titok_fast.layers import VectorQuantizer
 from titok_fast.models.blocks import PointwiseConv
 from titok_fast.models.checks import check_floating, check_tokens
-from titok_fast.models.packed import Packable, plain, untouched
+from titok_fast.models.packed import Conv, Packable, plain, untouched
 from titok_fast.models.pretrained import PretrainedModel, Release
 from titok_fast.ops import conv3x3, inspect, pack_conv3x3
 from titok_fast.ops.arguments import DTYPES
@@ -38,7 +38,7 @@ def group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(32, channels, eps=1e-6)
 
 
-class PackableConv(Packable, nn.Conv2d):
+class PackableConv(Packable, Conv):
     """A 3x3 convolution, of which `convolve` makes the op `conv3x3` where that is faster."""
 
     _LEAST = 64  # channels; with fewer PyTorch is as fast
@@ -115,7 +115,7 @@ def added(module: nn.Module, h: Tensor, x: Tensor) -> Tensor:
 
 def _is_ours_alone(module: nn.Module) -> bool:
     """Whether the module's output is new, without a gradient, and seen by no hook."""
-    kinds = (nn.GroupNorm, nn.Conv2d, PackableConv)
+    kinds = (nn.GroupNorm, Conv, PackableConv)
     return not torch.is_grad_enabled() and any(untouched(module, kind) for kind in kinds)
 
 
@@ -141,7 +141,7 @@ class ResnetBlock(nn.Module):
         self.norm2 = group_norm(out_channels)
         self.conv2 = PackableConv(out_channels, out_channels, bias=False)
         if in_channels != out_channels:
-            self.nin_shortcut = nn.Conv2d(out_channels, out_channels, 1, bias=False)
+            self.nin_shortcut = Conv(out_channels, out_channels, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps [B, in_channels, H, W] to [B, out_channels, H, W]."""

@@ -13,6 +13,47 @@ from torch import Tensor, nn
 from titok_fast.ops.arguments import differentiated
 
 
+def _lacking() -> tuple[torch.dtype, ...]:
+    if not torch.backends.mkldnn.is_available():
+        return torch.bfloat16, torch.float16
+    operators = torch.ops.mkldnn
+    supported = {
+        torch.bfloat16: operators._is_mkldnn_bf16_supported(),
+        torch.float16: operators._is_mkldnn_fp16_supported(),
+    }
+    return tuple(dtype for dtype, yes in supported.items() if not yes)
+
+
+# Of 16 bits, what this CPU does not multiply: PyTorch's loops take ten times as long as float32's.
+LACKING = _lacking()
+
+
+def widens(x: Tensor, weight: Tensor) -> bool:
+    """Whether a product of these on the CPU is to be taken in float32, and rounded once."""
+    lacking = x.device.type == "cpu" and x.dtype in LACKING and x.dtype == weight.dtype
+    return lacking and not torch.is_autocast_enabled("cpu")
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + b for x [..., in], W [out, in] and b [out]; [..., out]."""
+    if not widens(x, weight):
+        return F.linear(x, weight, bias)
+    bias = None if bias is None else bias.float()
+    return F.linear(x.float(), weight.float(), bias).to(x.dtype)
+
+
+class Conv(nn.Conv2d):
+    """`nn.Conv2d`; in float32, rounded once, where the CPU has no product of its 16 bits."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps [B, in_channels, H, W] to [B, out_channels, H', W']."""
+        if not widens(x, self.weight):
+            return super().forward(x)
+        bias = None if self.bias is None else self.bias.float()
+        out: Tensor = self._conv_forward(x.float(), self.weight.float(), bias)
+        return out.to(x.dtype)
+
+
 class _Packed:
     """A copy of a weight in another order; a copy or a pickle of a model leaves it out."""
 
@@ -87,6 +128,7 @@ class PackableMatrix(Packable):
     def _arranged(self, weight: Tensor) -> Tensor | None:
         if not _can_pack(weight.dtype):
             return None
+        weight = weight.float() if weight.dtype in LACKING else weight
         copy: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
         return copy
 
@@ -94,7 +136,7 @@ class PackableMatrix(Packable):
         """x W^T + b for x [..., in], W [out, in] and b [out]; [..., out]."""
         copy = self._copy_for(x)
         if copy is None:
-            return F.linear(x, getattr(self, self._weight), bias)
+            return linear(x, getattr(self, self._weight), bias)
         return _multiply(x, copy, bias, "none", [], "")
 
 
@@ -117,8 +159,11 @@ def gelu_of(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def _multiply(x: Tensor, copy: Tensor, bias: Tensor | None, *activation: Any) -> Tensor:
+    dtype = x.dtype
+    if copy.dtype != dtype:
+        x, bias = x.float(), None if bias is None else bias.float()
     result: Tensor = torch.ops.mkldnn._linear_pointwise(x, copy, bias, *activation)
-    return result
+    return result.to(dtype)
 
 
 def packable(model: nn.Module) -> list[Packable]:
@@ -144,6 +189,4 @@ def _can_pack(dtype: torch.dtype) -> bool:
     operators = torch.ops.mkldnn
     if not torch.backends.mkldnn.is_available() or not hasattr(operators, "_linear_pointwise"):
         return False
-    if dtype == torch.bfloat16:
-        return bool(operators._is_mkldnn_bf16_supported())
-    return dtype == torch.float32
+    return dtype in (torch.float32, torch.bfloat16, torch.float16)

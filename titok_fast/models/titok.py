@@ -21,7 +21,7 @@ from titok_fast.models.maskgit_vqgan import (
     PixelDecoder,
     image_by_image,
 )
-from titok_fast.models.packed import untouched
+from titok_fast.models.packed import Conv, untouched
 from titok_fast.models.pretrained import PretrainedModel, Release
 
 _SIZES: Mapping[str, Mapping[str, int]] = {
@@ -154,7 +154,7 @@ class TiTokEncoder(_ViT):
     ) -> None:
         super().__init__(size, image_size // patch_size, num_latent_tokens)
         self.is_legacy = is_legacy
-        self.patch_embed = nn.Conv2d(3, self.width, patch_size, stride=patch_size)
+        self.patch_embed = Conv(3, self.width, patch_size, stride=patch_size)
         self.conv_out = PointwiseConv(self.width, out_channels)
 
     def forward(self, images: Tensor, latent_tokens: Tensor) -> Tensor:
@@ -191,17 +191,17 @@ class TiTokDecoder(_ViT):
         self.conv_out: nn.Module
         if is_legacy:
             self.ffn = nn.Sequential(
-                nn.Conv2d(self.width, 2 * self.width, 1),
+                Conv(self.width, 2 * self.width, 1),
                 nn.Tanh(),
-                nn.Conv2d(2 * self.width, VQGAN_CODEBOOK_SIZE, 1),
+                Conv(2 * self.width, VQGAN_CODEBOOK_SIZE, 1),
             )
             self.conv_out = nn.Identity()
         else:
             self.ffn = nn.Sequential(
-                nn.Conv2d(self.width, 3 * patch_size**2, 1),
+                Conv(self.width, 3 * patch_size**2, 1),
                 Rearrange("b (p q c) h w -> b c (h p) (w q)", p=patch_size, q=patch_size),
             )
-            self.conv_out = nn.Conv2d(3, 3, 3, padding=1)
+            self.conv_out = Conv(3, 3, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         """Maps [B, C, 1, L] to proxy logits [B, 1024, G, G] (legacy) or pixels [B, 3, S, S]."""
