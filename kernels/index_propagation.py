@@ -1602,8 +1602,9 @@ def launch_index_propagation_bwd(
     slots = plan.slots
     needed = torch.empty(blocks * n if entropy else 1, dtype=torch.int8, device=device)
     partial = torch.empty(slots * plan.chunk * d, dtype=torch.float32, device=device)
+    all_parts = slots * plan.chunk
     residuals, sharp_sums, sharp_means = _floats(
-        device, slots * plan.chunk, 3 * slots * plan.chunk, 3 * n
+        device, all_parts, 3 * all_parts if entropy else 1, 3 * n if entropy else 1
     )
     options = _row_options(d, layout, tile.codes, interpreted)
     for first, size, row_tiles in plan.rows():

@@ -20,7 +20,7 @@ from titok_fast.models.blocks import (
     decode_layer,
 )
 from titok_fast.models.checks import check_labels, check_number, check_tokens, replaced
-from titok_fast.models.packed import PackableLinear, packed
+from titok_fast.models.packed import Linear, PackableLinear, packed
 from titok_fast.models.pretrained import PretrainedModel, Release
 from titok_fast.ops import sample_token
 from titok_fast.ops.decode_attention import MAX_HEAD_WIDTH
@@ -84,7 +84,7 @@ class _HeadNorm(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.rmsnorm = nn.RMSNorm(width, eps=1e-5)
-        self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+        self.ada_lin = nn.Sequential(nn.SiLU(), Linear(width, 2 * width))
 
     def modulation(self, condition: Tensor) -> Tensor:
         scale, shift = self.ada_lin(condition).chunk(2, dim=-1)

@@ -11,7 +11,14 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from titok_fast.models.packed import PackableLinear, PackableMatrix, gelu_of, linear, untouched
+from titok_fast.models.packed import (
+    Linear,
+    PackableLinear,
+    PackableMatrix,
+    gelu_of,
+    linear,
+    untouched,
+)
 from titok_fast.ops.attention import attention
 from titok_fast.ops.decode_attention import decode_attention
 from titok_fast.ops.decode_linear import MAX_ROWS, decode_linear, has_fast_backend
@@ -408,7 +415,7 @@ class LlamaBlock(nn.Module):
         self.feed_forward = feed_forward
         self.attention_norm = nn.RMSNorm(width, eps=norm_eps)
         self.ffn_norm = nn.RMSNorm(width, eps=norm_eps)
-        self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+        self.ada_lin = nn.Sequential(nn.SiLU(), Linear(width, 6 * width))
         self.drop_path = drop_path
 
     def modulation(self, condition: Tensor) -> Tensor:

@@ -115,7 +115,7 @@ def added(module: nn.Module, h: Tensor, x: Tensor) -> Tensor:
 
 def _is_ours_alone(module: nn.Module) -> bool:
     """Whether the module's output is new, without a gradient, and seen by no hook."""
-    kinds = (nn.GroupNorm, Conv, PackableConv)
+    kinds = (nn.GroupNorm, nn.Conv2d, Conv, PackableConv)
     return not torch.is_grad_enabled() and any(untouched(module, kind) for kind in kinds)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,8 @@ from titok_fast.ops.arguments import differentiated
 
 
 def _lacking() -> tuple[torch.dtype, ...]:
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return ()
     if not torch.backends.mkldnn.is_available():
         return torch.bfloat16, torch.float16
     operators = torch.ops.mkldnn
@@ -42,8 +45,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x.float(), weight.float(), bias).to(x.dtype)
 
 
+class Linear(nn.Linear):
+    """`nn.Linear`; in float32, rounded once, where the CPU has no product of its 16 bits."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps [..., in_features] to [..., out_features]."""
+        return linear(x, self.weight, self.bias)
+
+
 class Conv(nn.Conv2d):
-    """`nn.Conv2d`; in float32, rounded once, where the CPU has no product of its 16 bits."""
+    """`nn.Conv2d`; likewise."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps [B, in_channels, H, W] to [B, out_channels, H', W']."""

@@ -21,7 +21,7 @@ from titok_fast.models.maskgit_vqgan import (
     PixelDecoder,
     image_by_image,
 )
-from titok_fast.models.packed import Conv, untouched
+from titok_fast.models.packed import Conv, Linear, untouched
 from titok_fast.models.pretrained import PretrainedModel, Release
 
 _SIZES: Mapping[str, Mapping[str, int]] = {
@@ -185,7 +185,7 @@ class TiTokDecoder(_ViT):
         is_legacy: bool,
     ) -> None:
         super().__init__(size, image_size // patch_size, num_latent_tokens)
-        self.decoder_embed = nn.Linear(token_size, self.width)
+        self.decoder_embed = Linear(token_size, self.width)
         self.mask_token = nn.Parameter(self.width**-0.5 * torch.randn(1, 1, self.width))
         self.ffn: nn.Module
         self.conv_out: nn.Module
