@@ -156,7 +156,10 @@ def draw_roofline(charts: Sequence[tuple[Result, str, list[Row]]], op: str) -> I
             x_label="operations per byte",
             y_label="GFLOP/s",
         )
-        levels = {f"GEMM in {dtype}, {rate:,.0f}": rate for dtype, rate in gemm.items()}
+        levels = {  # one roof for dtypes that the device multiplies in the same way
+            f"GEMM in {' and '.join(d for d in gemm if gemm[d] == rate)}, {rate:,.0f}": rate
+            for rate in gemm.values()
+        }
         panel.roof(bandwidth, levels, f"copy, {bandwidth:,.0f} GB/s")
         for intensity, rate, row in sorted(points, key=lambda p: p[2].ours):
             panel.dots([(intensity, rate)], colors[row.title])
