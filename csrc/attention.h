@@ -18,26 +18,29 @@ struct AttentionArgs {
   int threads;
 };
 
-std::size_t attention_cpu_workspace(int64_t length, int64_t width, int threads);
+std::size_t attention_cpu_workspace(int64_t length, int64_t width, DType dtype, int threads);
 void attention_cpu(const AttentionArgs& args);
-
-constexpr int64_t kAttentionRows = 24;  // of a block, a multiple of every tile's
 
 // A thread takes blocks of a head's queries, and packs the head's keys and values for them.
 struct AttentionPlan {
-  int64_t blocks;                             // of a head
+  int64_t rows, blocks;                       // of a block, of a head
   int64_t score_stride;                       // floats from one query's scores to the next
   std::size_t queries, keys, values, scores;  // in the workspace, of the first thread
   std::size_t thread_bytes;
 };
 
 // One per instruction set; see attention_simd.h.
-using AttentionRun = void (*)(const AttentionArgs&, const AttentionPlan&, const Team::Member&);
-extern const AttentionRun attention_portable;
+struct AttentionKernel {
+  int64_t rows;   // of a block
+  int64_t group;  // what a product sums over is rounded up to a multiple of it
+  void (*run)(const AttentionArgs&, const AttentionPlan&, const Team::Member&);
+};
+extern const AttentionKernel attention_portable;
 #if defined(__x86_64__)
-extern const AttentionRun attention_avx2;
-extern const AttentionRun attention_avx512;
-extern const AttentionRun attention_avx512bf16;
+extern const AttentionKernel attention_avx2;
+extern const AttentionKernel attention_avx512;
+extern const AttentionKernel attention_avx512bf16;
+extern const AttentionKernel attention_amx;  // of bfloat16 alone
 #endif
 
 }  // namespace titok

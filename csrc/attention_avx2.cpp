@@ -1,5 +1,5 @@
 #include "attention_simd.h"
 
 namespace titok {
-const AttentionRun attention_avx2 = attend::run;
+const AttentionKernel attention_avx2 = attend::make_kernel();
 }

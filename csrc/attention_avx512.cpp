@@ -1,5 +1,5 @@
 #include "attention_simd.h"
 
 namespace titok {
-const AttentionRun attention_avx512 = attend::run;
+const AttentionKernel attention_avx512 = attend::make_kernel();
 }

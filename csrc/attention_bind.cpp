@@ -10,8 +10,12 @@ namespace py = pybind11;
 
 void bind_attention(py::module_& m) {
   using titok::pointer;
-  m.def("attention_cpu_workspace", &titok::attention_cpu_workspace, py::arg("length"),
-        py::arg("width"), py::arg("threads"));
+  m.def(
+      "attention_cpu_workspace",
+      [](int64_t length, int64_t width, const std::string& dtype, int threads) {
+        return titok::attention_cpu_workspace(length, width, titok::parse_dtype(dtype), threads);
+      },
+      py::arg("length"), py::arg("width"), py::arg("dtype"), py::arg("threads"));
   m.def(
       "attention_cpu",
       [](std::uintptr_t qkv, int64_t batch_stride, int64_t row_stride, int64_t part_stride,

@@ -1,5 +1,5 @@
 #include "attention_simd.h"
 
 namespace titok {
-const AttentionRun attention_portable = attend::run;
+const AttentionKernel attention_portable = attend::make_kernel();
 }

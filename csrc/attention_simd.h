@@ -16,7 +16,8 @@ using V = S::V;
 using simd::kTileColumns;
 using simd::kTileRows;
 using simd::kTileVectors;
-static_assert(kAttentionRows % kTileRows == 0, "a block is whole tiles");
+constexpr int64_t kBlockRows = kTileRows == 16 ? 32 : 24;  // queries
+static_assert(kBlockRows % kTileRows == 0, "a block is whole tiles");
 
 // Sums over the keys are of parts, each of so many terms at most: shorter chains round less.
 constexpr int64_t kChain = 128;
@@ -43,16 +44,17 @@ struct Attention {
     return reinterpret_cast<float*>(static_cast<char*>(args.workspace) + offset +
                                     static_cast<std::size_t>(member.index) * plan.thread_bytes);
   }
-  // Words of a query or key, and of a row of probabilities.
-  int64_t depth() const { return args.width / kTerms; }
-  int64_t steps() const { return (args.length + kTerms - 1) / kTerms; }
+  // Words of a query or key, and of a row of probabilities; the last may be zeros.
+  int64_t depth() const { return round_up(args.width / kTerms, simd::kWordGroup); }
+  int64_t steps() const { return round_up((args.length + kTerms - 1) / kTerms, simd::kWordGroup); }
 
   // The words [w, w + lanes) of a query or key.
   V load_words(const T* row, int64_t w) const {
+    const int64_t left = args.width / kTerms - w;
     if constexpr (kTerms == 2) {
-      return simd::load_row(reinterpret_cast<const float*>(row) + w, depth() - w);
+      return simd::load_row(reinterpret_cast<const float*>(row) + w, left);
     } else {
-      return simd::load_row(row + w, depth() - w);
+      return simd::load_row(row + w, left);
     }
   }
 
@@ -91,10 +93,10 @@ struct Attention {
       const int64_t begin = c / kTileColumns * kTileColumns;
       const int64_t columns = panel(args.width, begin);
       float* out = own(plan.values) + begin * steps() + c - begin;
-      for (int64_t j = 0; j < args.length; j += kTerms, out += columns) {
+      for (int64_t j = 0; j < steps() * kTerms; j += kTerms, out += columns) {
         const T* row = rows + j * args.row_stride + c;
-        const V low = simd::load_row(row, args.width - c);
-        V high = S::broadcast(0.0f);
+        V low = S::broadcast(0.0f), high = low;
+        if (j < args.length) low = simd::load_row(row, args.width - c);
         if (kTerms == 2 && j + 1 < args.length) {
           high = simd::load_row(row + args.row_stride, args.width - c);
         }
@@ -114,10 +116,9 @@ struct Attention {
       const float* keys = own(plan.keys) + j * depth();
       with_vectors(panel(args.length, j), [&](auto vectors) {
         for (int64_t r = 0; r < rows; r += kTileRows) {
-          V acc[kTileRows][vectors];
-          simd::clear(acc);
-          simd::multiply<Words>(acc, own(plan.queries) + r * depth(), depth(), 1, keys, depth());
-          simd::store_tile(acc, own(plan.scores) + r * plan.score_stride + j, plan.score_stride);
+          simd::product_to<Words, vectors>(own(plan.scores) + r * plan.score_stride + j,
+                                           plan.score_stride, own(plan.queries) + r * depth(),
+                                           depth(), 1, keys, depth());
         }
       });
     }
@@ -156,6 +157,9 @@ struct Attention {
       weigh(last, tail);
       sum = S::add(sum, part);
       sums[r] = S::sum(sum);
+      for (int64_t j = last + S::lanes; j < steps() * kTerms; j += S::lanes) {
+        Words::store(out + j, S::broadcast(0.0f));
+      }
     }
   }
 
@@ -176,10 +180,9 @@ struct Attention {
           for (int64_t step = 0; step < steps(); step += kChain) {
             const int64_t left = steps() - step;
             V acc[kTileRows][vectors];
-            simd::clear(acc);
-            simd::multiply<Words>(acc, own(plan.scores) + r * plan.score_stride + step,
-                                  plan.score_stride, 1, values + step * vectors * S::lanes,
-                                  left < kChain ? left : kChain);
+            simd::product<Words>(acc, own(plan.scores) + r * plan.score_stride + step,
+                                 plan.score_stride, 1, values + step * vectors * S::lanes,
+                                 left < kChain ? left : kChain);
             if (step > 0) simd::add_tile(acc, products, kTileColumns);
             simd::store_tile(acc, products, kTileColumns);
           }
@@ -197,6 +200,7 @@ struct Attention {
   }
 
   void run() const {
+    [[maybe_unused]] const simd::Registers registers;
     const auto mine = member.share(args.batch * args.heads * plan.blocks);
     int64_t packed = -1;
     for (int64_t item = mine.begin; item < mine.end; ++item) {
@@ -208,12 +212,12 @@ struct Attention {
         pack_values(first + 2 * args.part_stride);
         packed = head;
       }
-      const int64_t begin = item % plan.blocks * kAttentionRows;
+      const int64_t begin = item % plan.blocks * kBlockRows;
       const int64_t left = args.length - begin;
-      const int64_t rows = left < kAttentionRows ? left : kAttentionRows;
+      const int64_t rows = left < kBlockRows ? left : kBlockRows;
       pack_queries(first + begin * args.row_stride, rows);
       multiply_keys(rows);
-      float sums[kAttentionRows];
+      float sums[kBlockRows];
       softmax(rows, sums);
       multiply_values(
           rows, sums,
@@ -223,6 +227,9 @@ struct Attention {
 };
 
 void run(const AttentionArgs& args, const AttentionPlan& plan, const Team::Member& member) {
+#if defined(__AMX_BF16__)
+  Attention<simd::BFloat16>{args, plan, member}.run();
+#else
   switch (args.dtype) {
     case DType::float32:
       return Attention<float>{args, plan, member}.run();
@@ -231,6 +238,11 @@ void run(const AttentionArgs& args, const AttentionPlan& plan, const Team::Membe
     case DType::bfloat16:
       return Attention<simd::BFloat16>{args, plan, member}.run();
   }
+#endif
+}
+
+constexpr AttentionKernel make_kernel() {
+  return {kBlockRows, simd::kWordGroup * simd::Words::terms, run};
 }
 
 }  // namespace attend

@@ -25,10 +25,11 @@ struct Conv3x3Args {
   int threads;
 };
 
-// The weight of one product: [outputs / columns, 16, channels / terms, columns, terms], channels
-// rounded up to a multiple of 16 and outputs to one of columns; bfloat16 where terms is 2.
+// The weight of one product: [outputs / columns, 16, padded / terms, columns, terms], the channels
+// padded to a multiple of `channels` and the outputs to one of `columns`; bfloat16 where terms
+// is 2.
 struct Conv3x3Layout {
-  int64_t columns;
+  int64_t columns, channels;
   int64_t terms;
 };
 
@@ -54,8 +55,9 @@ struct Conv3x3Plan {
 // One per instruction set; see conv3x3_simd.h.
 using Conv3x3Run = void (*)(const Conv3x3Args&, const Conv3x3Plan&, const Team::Member&);
 struct Conv3x3Kernel {
-  int64_t columns;
-  bool pairs;  // of bfloat16
+  int64_t columns, channels;  // of the layout
+  int64_t patches;            // of a block, at most
+  bool pairs;                 // of bfloat16
   Conv3x3Run run;
 };
 extern const Conv3x3Kernel conv3x3_portable;
@@ -63,6 +65,7 @@ extern const Conv3x3Kernel conv3x3_portable;
 extern const Conv3x3Kernel conv3x3_avx2;
 extern const Conv3x3Kernel conv3x3_avx512;
 extern const Conv3x3Kernel conv3x3_avx512bf16;
+extern const Conv3x3Kernel conv3x3_amx;  // of bfloat16 alone
 #endif
 
 }  // namespace titok

@@ -6,9 +6,11 @@
 namespace titok {
 namespace {
 
-const Conv3x3Kernel& kernel() {
+const Conv3x3Kernel& kernel(DType dtype) {
 #if defined(__x86_64__)
   switch (active_isa()) {
+    case Isa::amx:
+      return dtype == DType::bfloat16 ? conv3x3_amx : conv3x3_avx512bf16;
     case Isa::avx512bf16:
       return conv3x3_avx512bf16;
     case Isa::avx512vnni:
@@ -25,19 +27,21 @@ const Conv3x3Kernel& kernel() {
 
 Conv3x3Plan make_plan(const Conv3x3Args& args) {
   const Conv3x3Layout layout = conv3x3_cpu_layout(args.dtype);
+  const int64_t patches = kernel(args.dtype).patches;
   const int64_t value_bytes = layout.terms == 2 ? 2 : 4;
   Conv3x3Plan plan{};
   plan.height = args.height << args.upsample;
   plan.width = args.width << args.upsample;
-  plan.padded_channels = round_up(args.channels, 16);
+  plan.padded_channels = round_up(args.channels, layout.channels);
   plan.summed_channels = round_up(args.channels, 32);
   plan.patch_rows = (plan.height + 1) / 2;
   plan.patch_columns = (plan.width + 1) / 2;
 
-  // Of 24 patches, inputs and products leave room in the second cache for the weights of a product.
+  // Of so few patches, inputs and products leave room in the second cache for the weights of a
+  // product.
   plan.block_columns = std::min<int64_t>(plan.patch_columns, 8);
-  plan.block_rows = std::min<int64_t>(plan.patch_rows, 24 / plan.block_columns);
-  plan.block_patches = round_up(plan.block_rows * plan.block_columns, 12);
+  plan.block_rows = std::min<int64_t>(plan.patch_rows, patches / plan.block_columns);
+  plan.block_patches = round_up(plan.block_rows * plan.block_columns, patches / 2);
   const auto parts_of = [](int64_t count, int64_t size) { return (count + size - 1) / size; };
   plan.blocks_down = parts_of(plan.patch_rows, plan.block_rows);
   plan.blocks_across = parts_of(plan.patch_columns, plan.block_columns);
@@ -75,8 +79,8 @@ Conv3x3Plan make_plan(const Conv3x3Args& args) {
 }  // namespace
 
 Conv3x3Layout conv3x3_cpu_layout(DType dtype) {
-  const Conv3x3Kernel& set = kernel();
-  return {set.columns, set.pairs && dtype == DType::bfloat16 ? 2 : 1};
+  const Conv3x3Kernel& set = kernel(dtype);
+  return {set.columns, set.channels, set.pairs && dtype == DType::bfloat16 ? 2 : 1};
 }
 
 std::size_t conv3x3_cpu_workspace(const Conv3x3Args& args) { return make_plan(args).total; }
@@ -84,7 +88,7 @@ std::size_t conv3x3_cpu_workspace(const Conv3x3Args& args) { return make_plan(ar
 void conv3x3_cpu(const Conv3x3Args& args) {
   if (args.batch == 0) return;
   const Conv3x3Plan plan = make_plan(args);
-  const Conv3x3Kernel& set = kernel();
+  const Conv3x3Kernel& set = kernel(args.dtype);
   Team::run(plan.threads, args.threads,
             [&](const Team::Member& member) { set.run(args, plan, member); });
 }

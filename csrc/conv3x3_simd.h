@@ -29,6 +29,7 @@ inline void transform_products(V& a, V& b, V c, V d) {
 
 template <class T>
 struct Convolution {
+  static_assert(kTileRows == 16 || 24 % kTileRows == 0, "a block is whole tiles");
   using Words = std::conditional_t<std::is_same_v<T, simd::BFloat16>, simd::Words, simd::Single>;
   using Value = typename Words::Value;
 
@@ -212,11 +213,9 @@ struct Convolution {
         static_cast<const float*>(args.weight) + panel * kConv3x3Positions * words * kTileColumns;
     for (int64_t p = 0; p < kConv3x3Positions; ++p, weight += words * kTileColumns) {
       for (int64_t i = 0; i < block.patches(); i += kTileRows) {
-        simd::Tile acc;
-        simd::clear(acc);
-        simd::multiply<Words>(acc, reinterpret_cast<const float*>(inputs(p, i)), words, 1, weight,
-                              words);
-        simd::store_tile(acc, products(p, i), kTileColumns);
+        simd::product_to<Words, simd::kTileVectors>(products(p, i), kTileColumns,
+                                                    reinterpret_cast<const float*>(inputs(p, i)),
+                                                    words, 1, weight, words);
       }
     }
   }
@@ -268,6 +267,7 @@ struct Convolution {
   }
 
   void run() const {
+    [[maybe_unused]] const simd::Registers registers;
     if (args.groups > 0) {
       sum_rows();
       member.barrier();
@@ -293,6 +293,9 @@ struct Convolution {
 };
 
 void run(const Conv3x3Args& args, const Conv3x3Plan& plan, const Team::Member& member) {
+#if defined(__AMX_BF16__)
+  Convolution<simd::BFloat16>{args, plan, member}.run();
+#else
   switch (args.dtype) {
     case DType::float32:
       return Convolution<float>{args, plan, member}.run();
@@ -301,9 +304,14 @@ void run(const Conv3x3Args& args, const Conv3x3Plan& plan, const Team::Member& m
     case DType::bfloat16:
       return Convolution<simd::BFloat16>{args, plan, member}.run();
   }
+#endif
 }
 
-constexpr Conv3x3Kernel make_kernel() { return {kTileColumns, simd::Words::terms == 2, run}; }
+constexpr Conv3x3Kernel make_kernel() {
+  constexpr int64_t pairs = simd::kWordGroup * simd::Words::terms;
+  return {kTileColumns, pairs > 16 ? pairs : 16, kTileRows == 16 ? 32 : 24, simd::Words::terms == 2,
+          run};
+}
 
 }  // namespace conv
 }  // namespace

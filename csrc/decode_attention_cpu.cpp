@@ -9,6 +9,7 @@ namespace {
 DecodeAttentionRun kernel() {
 #if defined(__x86_64__)
   switch (active_isa()) {
+    case Isa::amx:
     case Isa::avx512bf16:
     case Isa::avx512vnni:
     case Isa::avx512:

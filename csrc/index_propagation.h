@@ -50,8 +50,8 @@ struct IndexPropagationArgs {
   void* grad_codebook;        // [k, d], like the codebook
 };
 
-std::size_t index_propagation_cpu_workspace(int64_t n, int64_t k, int64_t d, int threads,
-                                            bool backward);
+std::size_t index_propagation_cpu_workspace(int64_t n, int64_t k, int64_t d, DType dtype,
+                                            int threads, bool backward);
 void index_propagation_fwd_cpu(const IndexPropagationArgs& args);
 void index_propagation_bwd_cpu(const IndexPropagationArgs& args);
 
@@ -63,17 +63,22 @@ constexpr int64_t kIndexPropagationChunk = 384, kIndexPropagationBlock = 64;
 struct IndexPropagationPlan {
   int64_t rows;          // per pass over the codebook
   int64_t blocks;        // of the codebook, its last chunk filled up
-  int64_t padded_depth;  // d rounded up to a register tile
+  int64_t padded_depth;  // d rounded up to a tile
+  int64_t words;         // of a row, at most
   int64_t row_block;     // rows that a thread scores at a time in the forward pass
   int64_t panel;         // codes whose gradient is summed at a time
   int threads;
   std::size_t row_state, rows_a, columns_t, columns_n, accumulator, counts, scores, score_bytes,
-      logits, logit_bytes, z64, z64_bytes, pairs_a, rows_n, panel_grad, chosen, chosen_grad,
-      code_weights, table, block_norm, candidates, candidate_bytes, total;
+      logits, logit_bytes, z64, z64_bytes, pairs_a, rows_n, panel_grad, finished_grad, chosen,
+      chosen_grad, code_weights, table, block_norm, candidates, candidate_bytes, total;
 };
 
 struct IndexPropagationKernels {
-  int64_t tile_rows, tile_codes;
+  int64_t row_group;   // rows are filled up to a multiple of it with zeros
+  int64_t row_block;   // scored at a time in the forward pass
+  int64_t word_group;  // the words of a product are a multiple of it
+  int64_t tile_codes;
+  bool turned;  // a chunk's dE is summed as [d, codes]
   void (*forward)(const IndexPropagationArgs&, const IndexPropagationPlan&, const Team::Member&);
   void (*backward)(const IndexPropagationArgs&, const IndexPropagationPlan&, const Team::Member&);
 };
@@ -82,6 +87,7 @@ extern const IndexPropagationKernels index_propagation_portable;
 extern const IndexPropagationKernels index_propagation_avx2;
 extern const IndexPropagationKernels index_propagation_avx512;
 extern const IndexPropagationKernels index_propagation_avx512bf16;
+extern const IndexPropagationKernels index_propagation_amx;  // of bfloat16 alone
 #endif
 
 }  // namespace titok

@@ -42,8 +42,14 @@ titok::IndexPropagationArgs common_args(std::uintptr_t z, int64_t z_stride, std:
 }  // namespace
 
 void bind_index_propagation(py::module_& m) {
-  m.def("index_propagation_cpu_workspace", &titok::index_propagation_cpu_workspace, py::arg("n"),
-        py::arg("k"), py::arg("d"), py::arg("threads"), py::arg("backward"));
+  m.def(
+      "index_propagation_cpu_workspace",
+      [](int64_t n, int64_t k, int64_t d, const std::string& dtype, int threads, bool backward) {
+        return titok::index_propagation_cpu_workspace(n, k, d, titok::parse_dtype(dtype), threads,
+                                                      backward);
+      },
+      py::arg("n"), py::arg("k"), py::arg("d"), py::arg("dtype"), py::arg("threads"),
+      py::arg("backward"));
   m.def(
       "index_propagation_fwd_cpu",
       [](std::uintptr_t z, int64_t z_stride, std::uintptr_t codebook, int64_t codebook_stride,

@@ -10,9 +10,11 @@ constexpr int64_t kRows = 2048;  // bounds the table of maxima and the packed ro
 // Between two packings of the same rows, where more than kRows are packed again and again.
 constexpr int64_t kPanelChunks = 8;
 
-const IndexPropagationKernels& kernels() {
+const IndexPropagationKernels& kernels(DType dtype) {
 #if defined(__x86_64__)
   switch (active_isa()) {
+    case Isa::amx:
+      return dtype == DType::bfloat16 ? index_propagation_amx : index_propagation_avx512bf16;
     case Isa::avx512bf16:
       return index_propagation_avx512bf16;
     case Isa::avx512vnni:
@@ -32,10 +34,11 @@ IndexPropagationPlan make_plan(const IndexPropagationKernels& set, int64_t n, in
   IndexPropagationPlan plan{};
   plan.blocks = round_up(k, kIndexPropagationChunk) / kIndexPropagationBlock;
   plan.padded_depth = round_up(d, set.tile_codes);
-  plan.row_block = 8 * set.tile_rows;
-  plan.rows = round_up(std::min<int64_t>(std::max<int64_t>(n, 1), kRows), set.tile_rows);
+  plan.words = std::max(d, set.word_group);
+  plan.row_block = set.row_block;
+  plan.rows = round_up(std::min<int64_t>(std::max<int64_t>(n, 1), kRows), set.row_group);
   plan.panel = kIndexPropagationChunk * (n <= plan.rows ? 1 : kPanelChunks);
-  const int64_t state_rows = backward ? round_up(n, set.tile_rows) : plan.rows;
+  const int64_t state_rows = backward ? round_up(n, set.row_group) : plan.rows;
   // A thread may have to be woken: give each at least 4 MFLOP.
   const double work = 4.0 * n * k * d;
   plan.threads = static_cast<int>(std::max(1.0, std::min<double>(threads, work / 4e6)));
@@ -45,24 +48,25 @@ IndexPropagationPlan make_plan(const IndexPropagationKernels& set, int64_t n, in
   const auto take_floats = [&](int64_t count) { return take(count * 4); };
   const int64_t score_row = kIndexPropagationChunk + 16;  // an odd number of cache lines
   plan.row_state = take(state_rows * 96);
-  plan.rows_a = take_floats(plan.rows * d);
-  plan.columns_t = take_floats(kIndexPropagationChunk * d);
+  plan.rows_a = take_floats(plan.rows * plan.words);
+  plan.columns_t = take_floats(kIndexPropagationChunk * plan.words);
   plan.columns_n = take_floats(kIndexPropagationChunk * plan.padded_depth);
   plan.accumulator = take_floats(state_rows * plan.padded_depth);
   const int64_t teams = backward ? 1 : plan.threads;
   const int64_t score_floats = (backward ? plan.rows : plan.row_block) * score_row;
-  plan.score_bytes =
-      static_cast<std::size_t>(round_up(std::max(score_floats, d * set.tile_codes) * 4, 64));
+  plan.score_bytes = static_cast<std::size_t>(
+      round_up(std::max(score_floats, plan.words * set.tile_codes) * 4, 64));
   plan.scores = take(static_cast<int64_t>(plan.score_bytes) * teams);
   plan.logit_bytes = static_cast<std::size_t>(round_up(k * 8, 64));
   plan.logits = take(static_cast<int64_t>(plan.logit_bytes) * plan.threads);
   plan.z64_bytes = static_cast<std::size_t>(round_up(d, 8) * 8);
   plan.z64 = take(static_cast<int64_t>(plan.z64_bytes) * plan.threads);
   if (backward) {
-    plan.pairs_a = take_floats(2 * plan.rows * d);
+    plan.pairs_a = take_floats(2 * plan.rows * plan.words);
     plan.code_weights = take_floats(round_up(k, kIndexPropagationChunk));
     plan.rows_n = take_floats(plan.rows * plan.padded_depth);
     plan.panel_grad = take_floats(plan.panel * plan.padded_depth);
+    if (set.turned) plan.finished_grad = take_floats(kIndexPropagationChunk * plan.padded_depth);
     plan.chosen = take(k * 4);
     plan.chosen_grad = take_floats(std::min(n, k) * d);
   } else {
@@ -78,20 +82,20 @@ IndexPropagationPlan make_plan(const IndexPropagationKernels& set, int64_t n, in
 
 }  // namespace
 
-std::size_t index_propagation_cpu_workspace(int64_t n, int64_t k, int64_t d, int threads,
-                                            bool backward) {
-  return make_plan(kernels(), n, k, d, threads, backward).total;
+std::size_t index_propagation_cpu_workspace(int64_t n, int64_t k, int64_t d, DType dtype,
+                                            int threads, bool backward) {
+  return make_plan(kernels(dtype), n, k, d, threads, backward).total;
 }
 
 void index_propagation_fwd_cpu(const IndexPropagationArgs& args) {
-  const IndexPropagationKernels& set = kernels();
+  const IndexPropagationKernels& set = kernels(args.dtype);
   const auto plan = make_plan(set, args.n, args.k, args.d, args.threads, false);
   Team::run(plan.threads, args.threads,
             [&](const Team::Member& member) { set.forward(args, plan, member); });
 }
 
 void index_propagation_bwd_cpu(const IndexPropagationArgs& args) {
-  const IndexPropagationKernels& set = kernels();
+  const IndexPropagationKernels& set = kernels(args.dtype);
   const auto plan = make_plan(set, args.n, args.k, args.d, args.threads, true);
   Team::run(plan.threads, args.threads,
             [&](const Team::Member& member) { set.backward(args, plan, member); });

@@ -16,17 +16,33 @@ using S = simd::Native;
 using V = S::V;
 using simd::Double8;
 
-using simd::clear;
+using simd::add_product_to;
+using simd::kPackedStep;
 using simd::kTileRows;
 using simd::kTileVectors;
 using simd::load_tile;
 using simd::multiply;
+using simd::packed_word;
+using simd::PackedRow;
+using simd::product;
+using simd::product_to;
 using simd::store_tile;
 constexpr int kPairs = kTileRows / 2;
 constexpr int kTileCodes = simd::kTileColumns;
 constexpr int64_t kChunk = kIndexPropagationChunk, kBlock = kIndexPropagationBlock;
 constexpr int64_t kScoreRow = kChunk + 16;
 constexpr int64_t kGradRows = 256;  // rows whose scores and columns stay in the first cache
+#if defined(__AMX_BF16__)
+constexpr bool kTurned = true;
+constexpr int64_t kRowGroup = simd::kWordGroup * simd::Words::terms, kRowBlock = 8 * kTileRows;
+#else
+// Whether a chunk's dE is summed as [d, codes]: a factor of tiles has its words next to each other,
+// and those of dL/ds, over rows, are a row apart.
+constexpr bool kTurned = false;
+constexpr int64_t kRowGroup = kTileRows, kRowBlock = 8 * kTileRows;
+#endif
+
+constexpr int64_t kCodeGroup = kTurned ? kTileCodes : kTileRows;  // of a member's dE
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
@@ -38,12 +54,6 @@ constexpr float kSmallestWeight = 0x1p-40f;
 // What float32 logits may cost the sharp softmax, relative, before it needs float64 ones.
 constexpr double kSharpError = 2e-5;
 constexpr double kFixedPoint = 0x1p40;  // sums of integers do not depend on their order
-
-inline int64_t round_up(int64_t value, int64_t multiple) {
-  return (value + multiple - 1) / multiple * multiple;
-}
-
-using One = std::integral_constant<int64_t, 1>;
 
 struct RowState {
   float max = -kInfinity;
@@ -72,7 +82,7 @@ struct Propagation {
   const Team::Member& member;
 
   int64_t d() const { return args.d; }
-  int64_t words() const { return (args.d + kTerms - 1) / kTerms; }
+  int64_t words() const { return round_up((args.d + kTerms - 1) / kTerms, simd::kWordGroup); }
   const T* z_row(int64_t row) const { return static_cast<const T*>(args.z) + row * args.z_stride; }
   const T* code(int64_t k) const {
     return static_cast<const T*>(args.codebook) + k * args.codebook_stride;
@@ -137,7 +147,7 @@ struct Propagation {
   void pack_chunk(int64_t c0, bool natural) const {
     const auto share = member.share(kChunk, kTileCodes);
     for (int64_t c = share.begin; c < share.end; c += kTileCodes) {
-      pack_transposed(c0 + c, columns_t() + c * d());
+      pack_transposed(c0 + c, columns_t() + c * plan.words);
       if (!natural) continue;
       for (int64_t j = c; j < c + kTileCodes; j += kTerms) {
         const T* codes[kTerms];
@@ -149,9 +159,9 @@ struct Propagation {
     }
   }
 
-  // One row of a packed tile, zeros where it is null; its words are kTileRows apart.
+  // Row r of a packed tile, zeros where it is null.
   template <class U>
-  void pack_row(const U* row, float* out) const {
+  void pack_row(const U* row, int64_t r, float* tile) const {
     float buffer[S::lanes];
     for (int64_t w = 0; w < words(); w += S::lanes) {
       S::store(buffer, Words::words([&](int part) {
@@ -159,7 +169,7 @@ struct Propagation {
                  return row ? simd::load_row(row + i, d() - i) : S::broadcast(0.0f);
                }));
       const int64_t count = words() - w < S::lanes ? words() - w : S::lanes;
-      for (int64_t j = 0; j < count; ++j) out[(w + j) * kTileRows] = buffer[j];
+      for (int64_t j = 0; j < count; ++j) tile[packed_word(r, w + j)] = buffer[j];
     }
   }
 
@@ -183,10 +193,10 @@ struct Propagation {
 
   // Rows first + [0, rows) as tiles of kTileRows, the last filled with zeros; norms to the state.
   void pack_rows(int64_t first, int64_t rows) const {
-    const auto share = member.share(round_up(rows, kTileRows), kTileRows);
+    const auto share = member.share(round_up(rows, kRowGroup), kRowGroup);
     for (int64_t r = share.begin; r < share.end; ++r) {
       const T* row = r < rows ? z_row(first + r) : nullptr;
-      pack_row(row, rows_a() + r / kTileRows * kTileRows * d() + r % kTileRows);
+      pack_row(row, r % kTileRows, rows_a() + r / kTileRows * kTileRows * plan.words);
     }
   }
 
@@ -216,10 +226,9 @@ struct Propagation {
   void score_rows(int64_t begin, int64_t end, int64_t c0, float* out) const {
     for (int64_t c = 0; c < kChunk; c += kTileCodes) {
       for (int64_t r = begin; r < end; r += kTileRows) {
-        simd::Tile acc;
-        clear(acc);
-        multiply<Words>(acc, rows_a() + r * d(), One{}, kTileRows, columns_t() + c * d(), words());
-        store_tile(acc, out + (r - begin) * kScoreRow + c, kScoreRow);
+        product_to<Words, kTileVectors>(out + (r - begin) * kScoreRow + c, kScoreRow,
+                                        rows_a() + r * plan.words, PackedRow(), kPackedStep,
+                                        columns_t() + c * plan.words, words());
       }
     }
     for (int64_t c = args.k - c0; c < kChunk; ++c) {
@@ -426,8 +435,8 @@ struct Propagation {
         const int64_t end = begin + kGradRows < rows ? begin + kGradRows : rows;
         for (int64_t r = begin / kTileRows * kTileRows; r < end; r += kTileRows) {
           simd::Tile acc;
-          clear(acc);
-          multiply<Words>(acc, rows_a() + r * d(), One{}, kTileRows, columns, words());
+          product<Words>(acc, rows_a() + r * plan.words, PackedRow(), kPackedStep, columns,
+                         words());
           for (int j = 0; j < kTileRows; ++j) {
             if (r + j < begin || r + j >= end) continue;
             const V max = S::broadcast(state(r + j).max);
@@ -449,6 +458,7 @@ struct Propagation {
   }
 
   void forward() const {
+    [[maybe_unused]] const simd::Registers registers;
     measure_codes();
     const auto codes = member.share(args.k);
     for (int64_t k = codes.begin; k < codes.end; ++k) {
@@ -458,7 +468,7 @@ struct Propagation {
     for (int64_t first = 0; first < args.n; first += plan.rows) {
       const int64_t rows = args.n - first < plan.rows ? args.n - first : plan.rows;
       pack_rows(first, rows);
-      const auto mine = member.share(round_up(rows, kTileRows), kTileRows);
+      const auto mine = member.share(round_up(rows, kRowGroup), kRowGroup);
       for (int64_t r = mine.begin; r < mine.end; ++r) {
         state(r) = RowState{};
         if (r < rows) {
@@ -473,12 +483,12 @@ struct Propagation {
       const bool sharp_float = args.entropy && sharp_in_float(rows);
 
       float* s = scores(member.index);
-      float factors[8 * kTileRows];
+      float factors[kRowBlock];
       for (int64_t c0 = 0; c0 < args.k; c0 += kChunk) {
         pack_chunk(c0, true);
         member.barrier();
-        for (int64_t begin = mine.begin; begin < mine.end; begin += plan.row_block) {
-          const int64_t end = begin + plan.row_block < mine.end ? begin + plan.row_block : mine.end;
+        for (int64_t begin = mine.begin; begin < mine.end; begin += kRowBlock) {
+          const int64_t end = begin + kRowBlock < mine.end ? begin + kRowBlock : mine.end;
           score_rows(begin, end, c0, s);
           for (int64_t r = begin; r < end; ++r) {
             factors[r - begin] = soften(state(r), s + (r - begin) * kScoreRow,
@@ -555,7 +565,7 @@ struct Propagation {
   }
 
   void load_rows() const {
-    const auto mine = member.share(round_up(args.n, kTileRows), kTileRows);
+    const auto mine = member.share(round_up(args.n, kRowGroup), kRowGroup);
     for (int64_t r = mine.begin; r < mine.end; ++r) {
       RowState& row = state(r) = RowState{};
       float* grad_row = accumulator() + r * plan.padded_depth;
@@ -635,18 +645,35 @@ struct Propagation {
   }
 
   void pack_group(const Group& group) const {
-    const auto mine = member.share(round_up(group.rows, kTileRows), kTileRows);
+    const auto mine = member.share(round_up(group.rows, kRowGroup), kRowGroup);
+    const auto z_or_null = [&](int64_t r) {
+      return r < group.rows ? z_row(group.first + r) : nullptr;
+    };
     for (int64_t r = mine.begin; r < mine.end; ++r) {
-      const bool inside = r < group.rows;
-      float* pair = pairs_a() + r / kPairs * kTileRows * d() + r % kPairs;
-      pack_row(inside ? z_row(group.first + r) : nullptr, pair);
-      pack_row(inside ? args.grad + (group.first + r) * args.grad_stride : nullptr, pair + kPairs);
-      if (r % kTerms != 0) continue;
+      float* tile = pairs_a() + r / kPairs * kTileRows * plan.words;
+      const float* grad = args.grad + (group.first + r) * args.grad_stride;
+      pack_row(z_or_null(r), r % kPairs, tile);
+      pack_row(r < group.rows ? grad : nullptr, kPairs + r % kPairs, tile);
+      if (kTurned || r % kTerms != 0) continue;
       const T* together[kTerms];
-      for (int t = 0; t < kTerms; ++t) {
-        together[t] = r + t < group.rows ? z_row(group.first + r + t) : nullptr;
-      }
+      for (int t = 0; t < kTerms; ++t) together[t] = z_or_null(r + t);
       pack_natural(together, r / kTerms, plan.rows / kTerms, rows_n());
+    }
+    if (!kTurned) return;
+    for (int64_t r = mine.begin; r < mine.end; r += kRowGroup) {
+      for (int64_t i = 0; i < plan.padded_depth; i += S::lanes) {
+        V words[S::lanes];
+        for (int64_t w = 0; w < S::lanes; ++w) {
+          const auto part = [&](int64_t t) {
+            const T* row = z_or_null(r + w * kTerms + t);
+            return row ? simd::load_row(row + i, d() - i) : S::broadcast(0.0f);
+          };
+          words[w] = Words::zip(part(0), part(kTerms - 1));
+        }
+        S::transpose(words);
+        float* tile = rows_n() + (i * plan.rows + r * S::lanes) / kTerms;
+        for (int64_t j = 0; j < S::lanes; ++j) S::store(tile + j * S::lanes, words[j]);
+      }
     }
   }
 
@@ -662,7 +689,7 @@ struct Propagation {
   // sum_k q_k code_weight_k of each row, from float32 logits.
   void average_code_weights(const Group& group) const {
     pack_rows(group.first, group.rows);
-    const auto mine = member.share(round_up(group.rows, kTileRows), kTileRows);
+    const auto mine = member.share(round_up(group.rows, kRowGroup), kRowGroup);
     for (int64_t c0 = 0; c0 < args.k; c0 += kChunk) {
       pack_chunk(c0, false);
       member.barrier();
@@ -670,9 +697,8 @@ struct Propagation {
         double totals[kTileRows] = {};
         for (int64_t c = 0; c < kChunk && c0 + c < args.k; c += kTileCodes) {
           simd::Tile acc;
-          clear(acc);
-          multiply<Words>(acc, rows_a() + r * d(), One{}, kTileRows, columns_t() + c * d(),
-                          words());
+          product<Words>(acc, rows_a() + r * plan.words, PackedRow(), kPackedStep,
+                         columns_t() + c * plan.words, words());
           for (int j = 0; j < kTileRows; ++j) {
             V sum = S::broadcast(0.0f);
             for (int v = 0; v < kTileVectors; ++v) {
@@ -693,8 +719,8 @@ struct Propagation {
   // dL/ds of kPairs rows and kTileCodes codes: S and g E^T from one tile.
   void logit_gradients(const Group& group, int64_t r, int64_t c0, int64_t c, float* out) const {
     simd::Tile acc;
-    clear(acc);
-    multiply<Words>(acc, pairs_a() + 2 * r * d(), One{}, kTileRows, columns_t() + c * d(), words());
+    product<Words>(acc, pairs_a() + 2 * r * plan.words, PackedRow(), kPackedStep,
+                   columns_t() + c * plan.words, words());
     const float weight = 1.0f / (args.temperature * static_cast<float>(args.n));
     const int64_t left = args.k - c0 - c;
     for (int j = 0; j < kPairs; ++j) {
@@ -750,11 +776,11 @@ struct Propagation {
 
   // Adds to the dz of a group's rows and to `sums`, dE of the chunk's codes.
   void backward_chunk(const Group& group, int64_t c0, float* sums) const {
-    const auto mine = member.share(round_up(group.rows, kTileRows), kTileRows);
+    const auto mine = member.share(round_up(group.rows, kRowGroup), kRowGroup);
     const int64_t columns = args.k - c0 < kChunk ? args.k - c0 : kChunk;
     float* s = scores(0);
-    for (int64_t begin = mine.begin; begin < mine.end; begin += 8 * kTileRows) {
-      const int64_t end = begin + 8 * kTileRows < mine.end ? begin + 8 * kTileRows : mine.end;
+    for (int64_t begin = mine.begin; begin < mine.end; begin += kRowBlock) {
+      const int64_t end = begin + kRowBlock < mine.end ? begin + kRowBlock : mine.end;
       for (int64_t c = 0; c < kChunk; c += kTileCodes) {
         for (int64_t r = begin; r < end; r += kPairs) {
           logit_gradients(group, r, c0, c, s + r * kScoreRow + c);
@@ -766,36 +792,70 @@ struct Propagation {
       if constexpr (kTerms == 2) narrow_pairs(begin, end, s);
       for (int64_t i = 0; i < plan.padded_depth; i += kTileCodes) {
         for (int64_t r = begin; r < end; r += kTileRows) {
-          simd::Tile acc;
-          float* out = accumulator() + (group.first + r) * plan.padded_depth + i;
-          load_tile(acc, out, plan.padded_depth);
-          multiply<Words>(acc, s + r * kScoreRow, kScoreRow, 1, columns_n() + i * (kChunk / kTerms),
-                          kChunk / kTerms);
-          store_tile(acc, out, plan.padded_depth);
+          add_product_to<Words, kTileVectors>(
+              accumulator() + (group.first + r) * plan.padded_depth + i, plan.padded_depth,
+              s + r * kScoreRow, kScoreRow, 1, columns_n() + i * (kChunk / kTerms),
+              kChunk / kTerms);
         }
       }
     }
     member.barrier();
 
-    const auto codes = member.share(kChunk, kTileRows);
+    const auto codes = member.share(kChunk, kCodeGroup);
     for (int64_t r = 0; r < group.rows; r += kGradRows) {
       const int64_t left = group.rows - r < kGradRows ? group.rows - r : kGradRows;
-      const int64_t steps = (left + kTerms - 1) / kTerms;
+      const int64_t steps = round_up((left + kTerms - 1) / kTerms, simd::kWordGroup);
+      const bool first = group.first + r == 0;
+#if defined(__AMX_BF16__)
+      using Sums = amx::Sums<kTileVectors>;
+      for (int64_t c = codes.begin; c < codes.end; c += kTileCodes) {
+        for (int64_t i = 0; i < plan.padded_depth; i += kTileRows) {
+          float* out = sums + i * kChunk + c;
+          if (first) {
+            Sums::clear();
+          } else {
+            Sums::load(out, 4 * kChunk);
+          }
+          Sums::template multiply<amx::Pairs>(rows_n() + (i * plan.rows + r * kTileRows) / kTerms,
+                                              PackedRow(), kPackedStep * simd::kWordGroup,
+                                              over_rows(s, r, c), kTerms * kScoreRow, steps);
+          Sums::store(out, 4 * kChunk);
+        }
+      }
+#else
       for (int64_t i = 0; i < plan.padded_depth; i += kTileCodes) {
         const float* panel = rows_n() + (i * plan.rows + r * kTileCodes) / kTerms;
         for (int64_t c = codes.begin; c < codes.end; c += kTileRows) {
-          simd::Tile acc;
           float* out = sums + c * plan.padded_depth + i;
-          if (group.first + r == 0) {
-            clear(acc);
+          const float* ds = over_rows(s, r, c);
+          if (first) {
+            product_to<Words, kTileVectors>(out, plan.padded_depth, ds, PackedRow(),
+                                            kTerms * kScoreRow, panel, steps);
           } else {
-            load_tile(acc, out, plan.padded_depth);
+            add_product_to<Words, kTileVectors>(out, plan.padded_depth, ds, PackedRow(),
+                                                kTerms * kScoreRow, panel, steps);
           }
-          multiply<Words>(acc, over_rows(s, r, c), One{}, kTerms * kScoreRow, panel, steps);
-          store_tile(acc, out, plan.padded_depth);
+        }
+      }
+#endif
+    }
+  }
+
+  // A member's share of a chunk's dE, its first code and up, as [codes, d].
+  float* finished(float* sums, const Team::Member::Range& codes) const {
+    if (!kTurned) return sums + codes.begin * plan.padded_depth;
+    auto* out = at<float>(plan.finished_grad);
+    for (int64_t c = codes.begin; c < codes.end; c += S::lanes) {
+      for (int64_t i = 0; i < plan.padded_depth; i += S::lanes) {
+        V block[S::lanes];
+        for (int64_t j = 0; j < S::lanes; ++j) block[j] = S::load(sums + (i + j) * kChunk + c);
+        S::transpose(block);
+        for (int64_t j = 0; j < S::lanes; ++j) {
+          S::store(out + (c + j) * plan.padded_depth + i, block[j]);
         }
       }
     }
+    return out + codes.begin * plan.padded_depth;
   }
 
   // Row `row` of an output, rounded once.
@@ -870,6 +930,7 @@ struct Propagation {
   }
 
   void backward() const {
+    [[maybe_unused]] const simd::Registers registers;
     const auto weights = member.share(round_up(args.k, kChunk));
     for (int64_t k = weights.begin; k < weights.end; ++k) {
       at<float>(plan.code_weights)[k] = k < args.k ? static_cast<float>(args.code_weight[k]) : 0.0f;
@@ -898,10 +959,10 @@ struct Propagation {
           backward_chunk(current, c0, panel(c0 - begin));
         }
       }
-      const auto codes = member.share(kChunk, kTileRows);
+      const auto codes = member.share(kChunk, kCodeGroup);
       for (int64_t c0 = begin; c0 < end; c0 += kChunk) {
         const int64_t last = c0 + codes.end < end ? c0 + codes.end : end;
-        finish_codes(c0 + codes.begin, last, panel(c0 + codes.begin - begin));
+        finish_codes(c0 + codes.begin, last, finished(panel(c0 - begin), codes));
       }
     }
     member.barrier();
@@ -909,32 +970,35 @@ struct Propagation {
   }
 };
 
-void forward(const IndexPropagationArgs& args, const IndexPropagationPlan& plan,
-             const Team::Member& member) {
+template <class Fn>
+void with_dtype(const IndexPropagationArgs& args, const IndexPropagationPlan& plan,
+                const Team::Member& member, const Fn& fn) {
+#if defined(__AMX_BF16__)
+  fn(Propagation<simd::BFloat16>{args, plan, member});
+#else
   switch (args.dtype) {
     case DType::float32:
-      return Propagation<float>{args, plan, member}.forward();
+      return fn(Propagation<float>{args, plan, member});
     case DType::float16:
-      return Propagation<simd::Half>{args, plan, member}.forward();
+      return fn(Propagation<simd::Half>{args, plan, member});
     case DType::bfloat16:
-      return Propagation<simd::BFloat16>{args, plan, member}.forward();
+      return fn(Propagation<simd::BFloat16>{args, plan, member});
   }
+#endif
+}
+
+void forward(const IndexPropagationArgs& args, const IndexPropagationPlan& plan,
+             const Team::Member& member) {
+  with_dtype(args, plan, member, [](const auto& propagation) { propagation.forward(); });
 }
 
 void backward(const IndexPropagationArgs& args, const IndexPropagationPlan& plan,
               const Team::Member& member) {
-  switch (args.dtype) {
-    case DType::float32:
-      return Propagation<float>{args, plan, member}.backward();
-    case DType::float16:
-      return Propagation<simd::Half>{args, plan, member}.backward();
-    case DType::bfloat16:
-      return Propagation<simd::BFloat16>{args, plan, member}.backward();
-  }
+  with_dtype(args, plan, member, [](const auto& propagation) { propagation.backward(); });
 }
 
 constexpr IndexPropagationKernels make_kernels() {
-  return {kTileRows, kTileCodes, forward, backward};
+  return {kRowGroup, kRowBlock, simd::kWordGroup, kTileCodes, kTurned, forward, backward};
 }
 
 }  // namespace

@@ -34,9 +34,10 @@ struct NearestCodePlan {
   int64_t super_codes;   // block_vectors * lanes: codes that one vector of maxima covers
   int64_t blocks;        // table width, in floats
   int64_t rows;          // rows per pass over the codebook
-  int64_t depth;         // words of a row, at most: d rounded up to 8
+  int64_t depth;         // d rounded up to 8
+  int64_t words;         // of a row, at most
   int64_t padded_depth;  // d rounded up to the widest step of the packing
-  int64_t values;        // d rounded up to a word of any kind
+  int64_t values;        // d rounded up to words of any kind
   int threads;
   int teams;  // of threads that share the codes: one of all, or each thread alone with its rows
   std::size_t panel_bytes, team_bytes;
@@ -48,6 +49,7 @@ struct NearestCodePlan {
 // One set per instruction set; see nearest_code_simd.h.
 struct NearestCodeKernels {
   int64_t tile_rows, tile_codes, lanes;
+  int64_t word_group;  // the words of a product are a multiple of it
   void (*run)(const NearestCodeArgs&, const NearestCodePlan&, const Team::Member&,
               Team::Member::Range rows, void* workspace);
 };
@@ -57,6 +59,7 @@ extern const NearestCodeKernels nearest_code_avx2;
 extern const NearestCodeKernels nearest_code_avx512;
 extern const NearestCodeKernels nearest_code_avx512vnni;
 extern const NearestCodeKernels nearest_code_avx512bf16;
+extern const NearestCodeKernels nearest_code_amx;
 #endif
 
 }  // namespace titok

@@ -11,6 +11,8 @@ constexpr int64_t kMegabyte = int64_t{1} << 20;
 const NearestCodeKernels& kernels() {
 #if defined(__x86_64__)
   switch (active_isa()) {
+    case Isa::amx:
+      return nearest_code_amx;
     case Isa::avx512bf16:
       return nearest_code_avx512bf16;
     case Isa::avx512vnni:
@@ -33,8 +35,9 @@ NearestCodePlan make_plan(const NearestCodeKernels& kernels, int64_t n, int64_t 
   plan.tile_codes = kernels.tile_codes;
   plan.lanes = kernels.lanes;
   plan.depth = round_up(d, 8);
+  plan.words = std::max(plan.depth, kernels.word_group);
   plan.padded_depth = round_up(d, plan.lanes * 4);
-  plan.values = round_up(d, 4);
+  plan.values = round_up(d, 4 * kernels.word_group);
 
   // Rescoring a block costs block_vectors * d, a row's search k * d: small d wants small blocks.
   const int64_t tile_vectors = plan.tile_codes / plan.lanes;
@@ -64,7 +67,7 @@ NearestCodePlan make_plan(const NearestCodeKernels& kernels, int64_t n, int64_t 
   };
   int64_t by_table = cut(plan.block_vectors);
   while (by_table < together && plan.block_vectors < 128) by_table = cut(2 * plan.block_vectors);
-  const int64_t by_z = 2 * kMegabyte / (plan.depth * 4);
+  const int64_t by_z = 2 * kMegabyte / (plan.words * 4);
 
   // Threads share the codes, pack each once and wait for each other; or each is alone with its rows
   // and packs all codes, which costs as much as some 48 rows. The faster way, or the second for
@@ -89,7 +92,7 @@ NearestCodePlan make_plan(const NearestCodeKernels& kernels, int64_t n, int64_t 
   Workspace workspace;
   const auto take = [&](int64_t bytes) { return workspace.take(bytes); };
   plan.center = take(plan.padded_depth * 4);
-  plan.z = take(plan.rows * plan.depth * 4);
+  plan.z = take(plan.rows * plan.words * 4);
   plan.z_norm = take(plan.rows * 4);
   plan.z_residual = take(plan.rows * 4);
   plan.z_scale = take(plan.rows * 4);

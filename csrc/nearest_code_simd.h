@@ -7,7 +7,7 @@
 #include <limits>
 
 #include "nearest_code.h"
-#include "simd.h"
+#include "tile.h"
 
 namespace titok {
 namespace {
@@ -19,9 +19,9 @@ using simd::sum_pairs;
 using simd::widen8;
 
 constexpr int kTerms = simd::Words::terms;
-constexpr int kTileRows = S::tile_rows;
-constexpr int kTileVectors = S::tile_vectors;
-constexpr int kTileCodes = kTileVectors * S::lanes;
+using simd::kTileRows;
+using simd::kTileVectors;
+constexpr int kTileCodes = simd::kTileColumns;
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 // Norms up to this keep every coarse product and sum inside float32.
@@ -45,10 +45,14 @@ struct Floats {
   using Sum = V;
   static Sum start(const float* p) { return S::load(p); }
   static Sum dot(V row, V code, Sum sum) { return simd::Words::dot(row, code, sum); }
+#if defined(__AMX_BF16__)
+  using OfTiles = simd::Words::OfTiles;
+#endif
 };
 // ... or bytes, at twice the rate of float32 (AVX2) or bfloat16 (VNNI) and a tenth of the accuracy
 // of the latter: where few blocks need rescoring even so, this is the faster way.
-#if defined(__AVX512VNNI__) || (defined(__AVX2__) && !defined(__AVX512F__))
+#if !defined(__AMX_BF16__) && \
+    (defined(__AVX512VNNI__) || (defined(__AVX2__) && !defined(__AVX512F__)))
 using simd::Bytes;
 constexpr bool kHasBytes = true;
 #else
@@ -108,7 +112,11 @@ struct Search {
   float* factor() const { return at<float>(plan.factor); }  // of a cosine, one a code
   float* block_norm() const { return at<float>(plan.block_norm); }
   float* block_residual() const { return at<float>(plan.block_residual); }
-  float* table() const { return at<float>(plan.table); }
+  // Of a row, the maxima of a super-block, one a block. The rows of a super-block are together: it is
+  // scored for all of them before the next.
+  float* row_maxima(int64_t super, int64_t row) const {
+    return at<float>(plan.table) + (super * plan.rows + row) * S::lanes;
+  }
   // Bit l of [super-block][row]: block l of the super-block is to be rescored.
   uint16_t* hits() const { return at<uint16_t>(plan.hits); }
   Best* best(int of_member) const { return at<Best>(plan.best) + of_member * plan.rows; }
@@ -123,7 +131,7 @@ struct Search {
 
   template <class C>
   int64_t words() const {
-    return (args.d + C::terms - 1) / C::terms;
+    return round_up((args.d + C::terms - 1) / C::terms, simd::kWordGroup);
   }
 
   // l2 distances do not change when both sides move; near zero, the coarse pass keeps more of them.
@@ -225,14 +233,17 @@ struct Search {
     return scale;
   }
 
-  // Rows as [tile][word][row of the tile], so that a tile reads one stream.
+  // Rows packed tile by tile, so that a tile reads one stream.
   template <class C>
   void prepare_rows(int64_t first, int64_t rows) const {
     const auto share = member.share(rows, kTileRows);
     const int64_t end = round_up(share.end, kTileRows), all = words<C>();
     float buffer[S::lanes] = {};
     for (int64_t r = share.begin; r < end; ++r) {
-      float* out = z() + r / kTileRows * kTileRows * plan.depth + r % kTileRows;
+      float* tile = z() + r / kTileRows * kTileRows * plan.words;
+      const auto put = [&](int64_t w, float word) {
+        tile[simd::packed_word(r % kTileRows, w)] = word;
+      };
       const T* row = z_row(first + r);
       const double length = r < share.end ? norm(row) : kInfinity;
       const bool coarse = length <= kLargestNorm;
@@ -240,7 +251,7 @@ struct Search {
       z_residual()[r] = static_cast<float>(kRounding * z_norm()[r]);
       if (!coarse) {
         z_scale()[r] = 0.0f;
-        for (int64_t w = 0; w < all; ++w) out[w * kTileRows] = 0.0f;
+        for (int64_t w = 0; w < all; ++w) put(w, 0.0f);
         continue;
       }
       V inverse{};
@@ -256,7 +267,7 @@ struct Search {
           S::store(buffer, simd::Words::words(values_of));
         }
         const int64_t count = all - w < S::lanes ? all - w : S::lanes;
-        for (int64_t i = 0; i < count; ++i) out[(w + i) * kTileRows] = buffer[i];
+        for (int64_t i = 0; i < count; ++i) put(w + i, buffer[i]);
       }
     }
   }
@@ -400,15 +411,19 @@ struct Search {
     }
   }
 
-  // One register tile: bias + z . e for kTileRows rows and kTileCodes codes, folded into the table.
-  // A function of its own, so that its accumulators stay in registers.
-  template <class C, bool biased>
-  __attribute__((noinline)) void score_tile(float tile_scale, int64_t row, float* maxima,
-                                            bool first_of_block) const {
-    typename C::Sum acc[kTileRows][kTileVectors];
+  // acc = start + z . e for kTileRows rows from `row` on and the tile's codes.
+  template <class C>
+  void multiply(int64_t row, typename C::Sum (&acc)[kTileRows][kTileVectors]) const {
     const float* start = C::scaled ? starts() : bias();
     const float* e = values();
-    const float* rows = z() + row * plan.depth;
+    const float* rows = z() + row * plan.words;
+#if defined(__AMX_BF16__)
+    using Sums = amx::Sums<kTileVectors>;
+    Sums::load(start, 0);  // into every row
+    Sums::template multiply<typename C::OfTiles>(
+        rows, simd::PackedRow(), simd::kPackedStep * simd::kWordGroup, e, kTileCodes, words<C>());
+    Sums::store(acc, sizeof acc[0]);
+#else
 #pragma GCC unroll 8
     for (int r = 0; r < kTileRows; ++r) {
 #pragma GCC unroll 8
@@ -426,6 +441,16 @@ struct Search {
         for (int v = 0; v < kTileVectors; ++v) acc[r][v] = C::dot(value, codes[v], acc[r][v]);
       }
     }
+#endif
+  }
+
+  // One tile of scores, folded into the table. A function of its own, so that its accumulators stay
+  // in registers.
+  template <class C, bool biased>
+  __attribute__((noinline)) void score_tile(float tile_scale, int64_t row, float* maxima,
+                                            bool first_of_block) const {
+    typename C::Sum acc[kTileRows][kTileVectors];
+    multiply<C>(row, acc);
 #pragma GCC unroll 8
     for (int r = 0; r < kTileRows; ++r) {
       V best;
@@ -449,7 +474,7 @@ struct Search {
           best = S::mul(C::widen(sum), scale);
         }
       }
-      float* out = maxima + r * plan.blocks;
+      float* out = maxima + r * S::lanes;
       if (!first_of_block) best = S::max(best, S::load(out));
       S::store(out, best);
     }
@@ -473,7 +498,7 @@ struct Search {
                       rows / kTileRows);
         for (int64_t r = 0; r < rows; r += kTileRows) {
           next.step();
-          float* maxima = table() + r * plan.blocks + super * plan.lanes;
+          float* maxima = row_maxima(super, r);
           // Floats start from their bias, whatever it is.
           if (tile.biased || !C::scaled) {
             score_tile<C, true>(tile.scale, r, maxima, v == 0);
@@ -691,7 +716,7 @@ struct Search {
     const V c1 = vector(1.0001 * (moved + coarse * (norm + moved) + 2.0 * fine * norm) + tiny);
     const V c2 = vector(l2 ? 0.5 * coarse + fine : 0.0);
     const V c3 = vector(1.0001 * (1.0 + coarse) * (norm + moved));
-    const float* maxima = table() + r * plan.blocks;
+    const auto maxima = [&](int64_t b) { return row_maxima(b / S::lanes, r) + b % S::lanes; };
     const auto error = [&](int64_t b) {
       const V m = S::load(block_norm() + b);
       const V rounding = S::fmadd(S::load(block_residual() + b), c3, c0);
@@ -701,13 +726,13 @@ struct Search {
     V lower = S::broadcast(-kInfinity);
     for (int64_t b = 0; b < plan.blocks; b += S::lanes) {
       // A block with an infinite norm has a NaN or -inf bound; max keeps its second operand then.
-      lower = S::max(S::sub(S::load(maxima + b), error(b)), lower);
+      lower = S::max(S::sub(S::load(maxima(b)), error(b)), lower);
     }
     float limit = S::largest(lower);
     const auto mark_from = [&] {
       int64_t codes = 0;
       for (int64_t b = 0; b < plan.blocks; b += S::lanes) {
-        const V upper = S::add(S::load(maxima + b), error(b));
+        const V upper = S::add(S::load(maxima(b)), error(b));
         const unsigned reached = S::not_less(upper, S::broadcast(limit));
         hits()[b / S::lanes * plan.rows + r] = static_cast<uint16_t>(reached);
         codes += __builtin_popcount(reached) * plan.block_vectors;
@@ -718,7 +743,7 @@ struct Search {
     if (!C::scaled || codes <= 2 * plan.block_vectors) return codes;
     // What bytes lost, half of the distance to the limit, is known for one block once it is read.
     int64_t top = 0;
-    for (int64_t b = 1; b < plan.blocks; ++b) top = maxima[b] > maxima[top] ? b : top;
+    for (int64_t b = 1; b < plan.blocks; ++b) top = *maxima(b) > *maxima(top) ? b : top;
     const double most = block_norm()[top];
     const double rounding = (l2 ? fine * norm * norm : 0.0) + tiny * (1.0 + norm + most) +
                             1.0002 * (coarse + 2.0 * fine) * norm * most +
@@ -780,6 +805,7 @@ struct Search {
   }
 
   void run(int64_t begin, int64_t end) const {
+    [[maybe_unused]] const simd::Registers registers;
     if (member.index == 0) find_center();
     member.barrier();
     bool bytes = kHasBytes && args.d <= kMostByteTerms;
@@ -805,7 +831,9 @@ void run(const NearestCodeArgs& args, const NearestCodePlan& plan, const Team::M
   }
 }
 
-constexpr NearestCodeKernels make_kernels() { return {kTileRows, kTileCodes, S::lanes, run}; }
+constexpr NearestCodeKernels make_kernels() {
+  return {kTileRows, kTileCodes, S::lanes, simd::kWordGroup, run};
+}
 
 }  // namespace
 }  // namespace titok

@@ -13,6 +13,7 @@ constexpr int64_t kShared = int64_t{1} << 17;
 SampleTokenRun kernel() {
 #if defined(__x86_64__)
   switch (active_isa()) {
+    case Isa::amx:
     case Isa::avx512bf16:
     case Isa::avx512vnni:
     case Isa::avx512:

@@ -11,6 +11,8 @@
 #include <immintrin.h>
 #endif
 
+#include "amx.h"
+
 namespace titok {
 // Unnamed: a copy compiled for one set must never be linked into the path of another.
 namespace {
@@ -262,11 +264,16 @@ Double8 widen8(const T* p, int64_t count) {
 #endif
 }
 
-// A Native set: `lanes` floats a vector; a register tile of tile_rows x tile_vectors accumulators.
+// A Native set: `lanes` floats a vector; a tile of tile_rows x tile_vectors accumulators, which is
+// in registers but with AMX.
 #if defined(__AVX512F__)
 struct Avx512 {
   static constexpr int lanes = 16;
+#if defined(__AMX_BF16__)
+  static constexpr int tile_rows = amx::kRows, tile_vectors = 4;
+#else
   static constexpr int tile_rows = 6, tile_vectors = 4;
+#endif
   using V = __m512;
   static V load(const float* p) { return _mm512_loadu_ps(p); }
   static V load(const Half* p) {
@@ -422,6 +429,9 @@ struct Bytes {
   static constexpr bool scaled = true;
   static constexpr int terms = 4, most_raised = 127;
   using V = Avx512::V;
+#if defined(__AMX_BF16__)
+  using OfTiles = amx::Bytes;
+#endif
   // Not __m512i, whose lanes of 64 bits make GCC 12 spill a tile of sums.
   typedef int32_t Sum __attribute__((vector_size(64)));
   static Sum zero() { return Sum{}; }
@@ -778,6 +788,9 @@ struct Pairs {
   static constexpr int terms = 2;
   using V = Native::V;
   using Value = BFloat16;
+#if defined(__AMX_BF16__)
+  using OfTiles = amx::Pairs;
+#endif
   // Subnormals become zeros, as the product takes them.
   static void store(Value* p, V v) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),

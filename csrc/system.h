@@ -5,7 +5,7 @@
 
 namespace titok {
 
-enum class Isa { portable, avx2, avx512, avx512vnni, avx512bf16 };
+enum class Isa { portable, avx2, avx512, avx512vnni, avx512bf16, amx };
 
 const char* isa_name(Isa isa);
 // Best instruction set that this CPU and operating system support.

@@ -2,6 +2,10 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #endif
 
 #include <atomic>
@@ -12,6 +16,23 @@ namespace {
 
 std::atomic<int> forced{-1};
 
+#if defined(__x86_64__)
+// Whether the CPU has the tile registers, with products of bfloat16 and bytes, and the operating
+// system gives them to this process: it saves them only of those that ask.
+bool may_use_tiles() {
+#if defined(__linux__)
+  constexpr unsigned kBFloat16 = 1u << 22, kTiles = 1u << 24, kBytes = 1u << 25;
+  constexpr unsigned all = kBFloat16 | kTiles | kBytes;
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // of arch_prctl
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & all) == all &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
 Isa probe() {
 #if defined(__x86_64__)
   // __builtin_cpu_supports also checks that the operating system saves the registers.
@@ -20,7 +41,8 @@ Isa probe() {
   if (f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
     if (!__builtin_cpu_supports("avx512f")) return Isa::avx2;
     if (!__builtin_cpu_supports("avx512vnni")) return Isa::avx512;
-    return __builtin_cpu_supports("avx512bf16") ? Isa::avx512bf16 : Isa::avx512vnni;
+    if (!__builtin_cpu_supports("avx512bf16")) return Isa::avx512vnni;
+    return may_use_tiles() ? Isa::amx : Isa::avx512bf16;
   }
 #endif
   return Isa::portable;
@@ -30,6 +52,8 @@ Isa probe() {
 
 const char* isa_name(Isa isa) {
   switch (isa) {
+    case Isa::amx:
+      return "amx";
     case Isa::avx512bf16:
       return "avx512bf16";
     case Isa::avx512vnni:
@@ -58,7 +82,8 @@ void force_isa(const std::string& name) {
     forced = -1;
     return;
   }
-  for (const Isa isa : {Isa::portable, Isa::avx2, Isa::avx512, Isa::avx512vnni, Isa::avx512bf16}) {
+  for (const Isa isa :
+       {Isa::portable, Isa::avx2, Isa::avx512, Isa::avx512vnni, Isa::avx512bf16, Isa::amx}) {
     if (name != isa_name(isa)) continue;
     if (isa > detected_isa()) {
       throw std::invalid_argument("isa: '" + name +
@@ -69,7 +94,8 @@ void force_isa(const std::string& name) {
     return;
   }
   throw std::invalid_argument(
-      "isa: '" + name + "' is not one of 'portable', 'avx2', 'avx512', 'avx512vnni', 'avx512bf16'");
+      "isa: '" + name +
+      "' is not one of 'portable', 'avx2', 'avx512', 'avx512vnni', 'avx512bf16', 'amx'");
 }
 
 }  // namespace titok

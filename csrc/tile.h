@@ -1,6 +1,8 @@
 // Products of matrices in a tile of registers, for the instruction set of the including file.
 #pragma once
 
+#include <type_traits>
+
 #include "simd.h"
 
 namespace titok {
@@ -10,6 +12,64 @@ namespace simd {
 constexpr int kTileRows = Native::tile_rows, kTileVectors = Native::tile_vectors;
 constexpr int kTileColumns = kTileVectors * Native::lanes;
 using Tile = Native::V[kTileRows][kTileVectors];
+
+#if defined(__AMX_BF16__)
+// Sums are in memory, and in registers for the time of a product.
+using Registers = amx::Registers;
+constexpr int64_t kWordGroup = amx::kWords;
+
+using PackedRow = std::integral_constant<int64_t, amx::kWords>;
+constexpr int64_t kPackedStep = amx::kRows;
+constexpr int64_t packed_word(int64_t r, int64_t w) {
+  return w / kWordGroup * kWordGroup * kTileRows + r * kWordGroup + w % kWordGroup;
+}
+
+template <class Set, int vectors>
+inline void product_to(float* out, int64_t stride, const float* a, int64_t row_stride, int64_t step,
+                       const float* b, int64_t steps) {
+  using Sums = amx::Sums<vectors>;
+  Sums::clear();
+  Sums::template multiply<typename Set::OfTiles>(a, row_stride, step * kWordGroup, b,
+                                                 vectors * Native::lanes, steps);
+  Sums::store(out, 4 * stride);
+}
+
+template <class Set, int vectors>
+inline void add_product_to(float* out, int64_t stride, const float* a, int64_t row_stride,
+                           int64_t step, const float* b, int64_t steps) {
+  using Sums = amx::Sums<vectors>;
+  Sums::load(out, 4 * stride);
+  Sums::template multiply<typename Set::OfTiles>(a, row_stride, step * kWordGroup, b,
+                                                 vectors * Native::lanes, steps);
+  Sums::store(out, 4 * stride);
+}
+
+template <class Set, int vectors>
+inline void multiply(Native::V (&acc)[kTileRows][vectors], const float* a, int64_t row_stride,
+                     int64_t step, const float* b, int64_t steps) {
+  add_product_to<Set, vectors>(reinterpret_cast<float*>(acc), vectors * Native::lanes, a,
+                               row_stride, step, b, steps);
+}
+
+template <class Set, int vectors>
+inline void product(Native::V (&acc)[kTileRows][vectors], const float* a, int64_t row_stride,
+                    int64_t step, const float* b, int64_t steps) {
+  product_to<Set, vectors>(reinterpret_cast<float*>(acc), vectors * Native::lanes, a, row_stride,
+                           step, b, steps);
+}
+#else
+// Where a thread multiplies there must be one of these.
+struct Registers {
+  Registers() {}
+};
+// The words of a product must be a multiple of it, the last of them zeros.
+constexpr int64_t kWordGroup = 1;
+
+// Rows that are packed tile by tile, for multiply(): strides, and where a word of a row of a tile
+// is.
+using PackedRow = std::integral_constant<int64_t, 1>;
+constexpr int64_t kPackedStep = kTileRows;
+constexpr int64_t packed_word(int64_t r, int64_t w) { return w * kTileRows + r; }
 
 // acc += A B: A[r][i] at a[r * row_stride + i * step], B[i] a row of the tile's columns; a
 // value is a word of `Set::terms` products.
@@ -29,12 +89,16 @@ inline void multiply(Native::V (&acc)[kTileRows][vectors], const float* a, Strid
   }
 }
 
-template <int vectors>
-inline void clear(Native::V (&acc)[kTileRows][vectors]) {
+// acc = A B.
+template <class Set, int vectors, class Stride>
+inline void product(Native::V (&acc)[kTileRows][vectors], const float* a, Stride row_stride,
+                    int64_t step, const float* b, int64_t steps) {
   for (auto& row : acc) {
     for (Native::V& v : row) v = Native::broadcast(0.0f);
   }
+  multiply<Set>(acc, a, row_stride, step, b, steps);
 }
+#endif
 
 // To and from `out`, rows `stride` apart.
 inline void load_tile(Tile& acc, const float* out, int64_t stride) {
@@ -60,6 +124,28 @@ inline void store_tile(const Native::V (&acc)[kTileRows][vectors], float* out, i
     }
   }
 }
+
+#if !defined(__AMX_BF16__)
+// out += A B.
+template <class Set, int vectors, class Stride>
+inline void add_product_to(float* out, int64_t stride, const float* a, Stride row_stride,
+                           int64_t step, const float* b, int64_t steps) {
+  Tile acc;
+  static_assert(vectors == kTileVectors);
+  load_tile(acc, out, stride);
+  multiply<Set>(acc, a, row_stride, step, b, steps);
+  store_tile(acc, out, stride);
+}
+
+// out = A B.
+template <class Set, int vectors, class Stride>
+inline void product_to(float* out, int64_t stride, const float* a, Stride row_stride, int64_t step,
+                       const float* b, int64_t steps) {
+  Native::V acc[kTileRows][vectors];
+  product<Set>(acc, a, row_stride, step, b, steps);
+  store_tile(acc, out, stride);
+}
+#endif
 
 }  // namespace simd
 }  // namespace

@@ -72,7 +72,7 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=["portable", "avx2", "avx512", "avx512bf16", "triton"])
+@pytest.fixture(params=["portable", "avx2", "avx512", "avx512bf16", "amx", "triton"])
 def backend(request: pytest.FixtureRequest):
     """Each fused backend; on CPU the C++ one once for each instruction set."""
     if request.param == "triton":
@@ -84,7 +84,7 @@ def backend(request: pytest.FixtureRequest):
         yield "cpu"
 
 
-@pytest.fixture(params=["portable", "avx2", "avx512", "avx512bf16", "triton", "streaming"])
+@pytest.fixture(params=["portable", "avx2", "avx512", "avx512bf16", "amx", "triton", "streaming"])
 def ibq_backend(request: pytest.FixtureRequest):
     """Each backend of index_propagation but the reference."""
     if request.param in ("triton", "streaming"):

@@ -20,7 +20,7 @@ ROUNDING = 2 * torch.finfo(torch.float32).eps  # of sums in another order
 SEED = 0x1234567_89ABCDEF
 
 
-@pytest.fixture(params=["portable", "avx2", "avx512", "avx512bf16"])
+@pytest.fixture(params=["portable", "avx2", "avx512", "avx512bf16", "amx"])
 def isa(request):
     """Each instruction set of the C++, in turn."""
     if request.param not in supported_isas():

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from titok_fast.ops import inspect
 
-CPU_ISAS = ("portable", "avx2", "avx512", "avx512vnni", "avx512bf16")
+CPU_ISAS = ("portable", "avx2", "avx512", "avx512vnni", "avx512bf16", "amx")
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

@@ -148,8 +148,9 @@ def _cpu(qkv: Tensor) -> Tensor:
         qkv = qkv.contiguous()
     batch, length, _, heads, width = qkv.shape
     extension, threads = inspect.extension(), torch.get_num_threads()
+    dtype = str(qkv.dtype).removeprefix("torch.")
     out = torch.empty((batch, length, heads, width), dtype=qkv.dtype, device="cpu")
-    size = extension.attention_cpu_workspace(length, width, threads)
+    size = extension.attention_cpu_workspace(length, width, dtype, threads)
     workspace = torch.empty(size, dtype=torch.uint8, device="cpu")
     extension.attention_cpu(
         qkv=qkv.data_ptr(),
@@ -162,7 +163,7 @@ def _cpu(qkv: Tensor) -> Tensor:
         length=length,
         heads=heads,
         width=width,
-        dtype=str(qkv.dtype).removeprefix("torch."),
+        dtype=dtype,
         workspace=workspace.data_ptr(),
         threads=threads,
     )

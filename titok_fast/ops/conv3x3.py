@@ -38,8 +38,8 @@ def _check_weight(weight: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
 
 def _layout(shape: torch.Size, dtype: torch.dtype) -> tuple[list[int], torch.dtype]:
     """Shape and dtype of the packed weight: [panel, 16, channel / terms, column, term]."""
-    columns, terms = inspect.extension().conv3x3_cpu_layout(_name(dtype))
-    words = -(-shape[1] // 16) * 16 // terms
+    columns, channels, terms = inspect.extension().conv3x3_cpu_layout(_name(dtype))
+    words = -(-shape[1] // channels) * channels // terms
     kind = torch.bfloat16 if terms == 2 else torch.float32
     return [-(-shape[0] // columns), 16, words, columns, terms], kind
 

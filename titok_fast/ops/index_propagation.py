@@ -89,8 +89,10 @@ def _cpu_fwd(
     outputs = indices, mean_code, statistics, code_probability, support_codes, support_weights
     if n == 0:
         return outputs
-    threads = torch.get_num_threads()
-    size = extension.index_propagation_cpu_workspace(n=n, k=k, d=d, threads=threads, backward=False)
+    threads, dtype = torch.get_num_threads(), str(z.dtype).removeprefix("torch.")
+    size = extension.index_propagation_cpu_workspace(
+        n=n, k=k, d=d, dtype=dtype, threads=threads, backward=False
+    )
     workspace = torch.empty(size, dtype=torch.uint8, device="cpu")
     extension.index_propagation_fwd_cpu(
         z=z.data_ptr(),
@@ -100,7 +102,7 @@ def _cpu_fwd(
         n=n,
         k=k,
         d=d,
-        dtype=str(z.dtype).removeprefix("torch."),
+        dtype=dtype,
         temperature=temperature,
         entropy=entropy,
         indices=indices.data_ptr(),
@@ -146,8 +148,10 @@ def _cpu_bwd(
     if n == 0:
         return torch.zeros_like(z), torch.zeros_like(codebook)
     grad_z, grad_codebook = z.new_empty(n, d), z.new_empty(k, d)
-    threads = torch.get_num_threads()
-    size = extension.index_propagation_cpu_workspace(n=n, k=k, d=d, threads=threads, backward=True)
+    threads, dtype = torch.get_num_threads(), str(z.dtype).removeprefix("torch.")
+    size = extension.index_propagation_cpu_workspace(
+        n=n, k=k, d=d, dtype=dtype, threads=threads, backward=True
+    )
     workspace = torch.empty(size, dtype=torch.uint8, device="cpu")
     extension.index_propagation_bwd_cpu(
         grad=grad.data_ptr(),
@@ -159,7 +163,7 @@ def _cpu_bwd(
         n=n,
         k=k,
         d=d,
-        dtype=str(z.dtype).removeprefix("torch."),
+        dtype=dtype,
         temperature=temperature,
         entropy=entropy,
         indices=indices.data_ptr(),

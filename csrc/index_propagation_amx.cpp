@@ -1,0 +1,5 @@
+#include "index_propagation_simd.h"
+
+namespace titok {
+const IndexPropagationKernels index_propagation_amx = make_kernels();
+}
