@@ -96,6 +96,40 @@ struct Sums {
   }
 };
 
+// Two tiles of rows times 32 sums of products of bfloat16: fewer loads than other shapes.
+struct Square {
+  static void clear() {
+    zero<0>();
+    zero<1>();
+    zero<2>();
+    zero<3>();
+  }
+  // From and to [2][16][32].
+  static void load(const float* sums) {
+    amx::load<0>(sums, 128);
+    amx::load<1>(sums + 16, 128);
+    amx::load<2>(sums + 512, 128);
+    amx::load<3>(sums + 528, 128);
+  }
+  static void store(float* sums) {
+    amx::store<0>(sums, 128);
+    amx::store<1>(sums + 16, 128);
+    amx::store<2>(sums + 512, 128);
+    amx::store<3>(sums + 528, 128);
+  }
+  // += A B of 16 words: row r of a tile of A at a[r * a_row], row w of B at b[32 w].
+  static void multiply(const float* a, const float* other_a, int64_t a_row, const float* b) {
+    amx::load<4>(a, 4 * a_row);
+    amx::load<6>(b, 128);
+    Pairs::dot<0, 4, 6>();
+    amx::load<7>(b + 16, 128);
+    Pairs::dot<1, 4, 7>();
+    amx::load<5>(other_a, 4 * a_row);
+    Pairs::dot<2, 5, 6>();
+    Pairs::dot<3, 5, 7>();
+  }
+};
+
 }  // namespace amx
 }  // namespace
 }  // namespace titok

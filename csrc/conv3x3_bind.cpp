@@ -37,7 +37,7 @@ void bind_conv3x3(py::module_& m) {
       "conv3x3_cpu_layout",
       [](const std::string& dtype) {
         const titok::Conv3x3Layout layout = titok::conv3x3_cpu_layout(titok::parse_dtype(dtype));
-        return py::make_tuple(layout.columns, layout.channels, layout.terms);
+        return py::make_tuple(layout.columns, layout.positions, layout.channels, layout.terms);
       },
       py::arg("dtype"));
   m.def(

@@ -25,39 +25,70 @@ const Conv3x3Kernel& kernel(DType dtype) {
   return conv3x3_portable;
 }
 
+constexpr int64_t parts_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
+
+// Rows of the direct method, as many for each thread.
+void cut_strips(Conv3x3Plan& plan, int64_t batch) {
+  // An odd number of cache lines apart, 16 pixels are in as many sets of the first cache.
+  const int64_t lines = plan.padded_channels / 32;
+  plan.pixel_stride = 32 * (lines + 1 - lines % 2);
+  plan.strip_columns = round_up(plan.width, 16) + 2;
+  // In the second cache, with room for sums and weights.
+  constexpr int64_t kMost = int64_t{640} << 10;
+  const int64_t row_bytes = plan.strip_columns * plan.pixel_stride * 2;
+  const int64_t most = std::max<int64_t>(1, std::min(plan.height, kMost / row_bytes - 2));
+  plan.strips = parts_of(plan.height, most);
+  while (batch * plan.strips % plan.threads != 0 && plan.height / (plan.strips + 1) >= 4) {
+    ++plan.strips;
+  }
+  plan.strip_rows = parts_of(plan.height, plan.strips);
+  plan.strips = parts_of(plan.height, plan.strip_rows);
+}
+
 Conv3x3Plan make_plan(const Conv3x3Args& args) {
+  const Conv3x3Kernel& set = kernel(args.dtype);
   const Conv3x3Layout layout = conv3x3_cpu_layout(args.dtype);
-  const int64_t patches = kernel(args.dtype).patches;
+  const bool direct = set.method == Conv3x3Method::direct;
   const int64_t value_bytes = layout.terms == 2 ? 2 : 4;
   Conv3x3Plan plan{};
   plan.height = args.height << args.upsample;
   plan.width = args.width << args.upsample;
   plan.padded_channels = round_up(args.channels, layout.channels);
   plan.summed_channels = round_up(args.channels, 32);
-  plan.patch_rows = (plan.height + 1) / 2;
-  plan.patch_columns = (plan.width + 1) / 2;
-
-  // Of so few patches, inputs and products leave room in the second cache for the weights of a
-  // product.
-  plan.block_columns = std::min<int64_t>(plan.patch_columns, 8);
-  plan.block_rows = std::min<int64_t>(plan.patch_rows, patches / plan.block_columns);
-  plan.block_patches = round_up(plan.block_rows * plan.block_columns, patches / 2);
-  const auto parts_of = [](int64_t count, int64_t size) { return (count + size - 1) / size; };
-  plan.blocks_down = parts_of(plan.patch_rows, plan.block_rows);
-  plan.blocks_across = parts_of(plan.patch_columns, plan.block_columns);
+  plan.patch_rows = parts_of(plan.height, 2);
+  plan.patch_columns = parts_of(plan.width, 2);
 
   // A thread may have to be woken: give each at least 4 MFLOP.
   const double work = 32.0 *
                       static_cast<double>(args.batch * plan.patch_rows * plan.patch_columns) *
                       static_cast<double>(args.channels * args.outputs);
   plan.threads = static_cast<int>(std::max(1.0, std::min<double>(args.threads, work / 4e6)));
-  // With few blocks threads share the outputs of one, and transform its inputs each for itself.
-  const int64_t blocks = args.batch * plan.blocks_down * plan.blocks_across;
+
+  int64_t blocks = 0, pixel_bytes = 16 * plan.summed_channels, input_bytes = 0, product_bytes = 0;
+  if (direct) {
+    cut_strips(plan, args.batch);
+    blocks = args.batch * plan.strips;
+    input_bytes = (plan.strip_rows + 2) * plan.strip_columns * plan.pixel_stride * 2;
+    product_bytes =
+        round_up(plan.strip_rows * parts_of(plan.width, 16), 2) * 16 * layout.columns * 4;
+  } else {
+    plan.block_columns = std::min<int64_t>(plan.patch_columns, 8);
+    plan.block_rows = std::min<int64_t>(plan.patch_rows, kConv3x3Patches / plan.block_columns);
+    plan.block_patches = round_up(plan.block_rows * plan.block_columns, kConv3x3Patches / 2);
+    plan.blocks_down = parts_of(plan.patch_rows, plan.block_rows);
+    plan.blocks_across = parts_of(plan.patch_columns, plan.block_columns);
+    blocks = args.batch * plan.blocks_down * plan.blocks_across;
+    const int64_t pixels = (2 * plan.block_rows + 2) * (2 * plan.block_columns + 2) * 16;
+    pixel_bytes = std::max(4 * pixels, pixel_bytes);
+    const int64_t patches = kConv3x3Positions * plan.block_patches;
+    input_bytes = patches * plan.padded_channels * value_bytes;
+    product_bytes = patches * layout.columns * 4;
+  }
+  // With few blocks threads share the outputs of one, and load its inputs each for itself.
   const int64_t panels = parts_of(args.outputs, layout.columns);
   plan.parts = 1;
-  while (plan.threads > 1 && blocks * plan.parts < 4 * plan.threads && plan.parts < panels) {
-    plan.parts *= 2;
-  }
+  const int64_t enough = direct ? plan.threads : 4 * plan.threads;
+  while (plan.threads > 1 && blocks * plan.parts < enough && plan.parts < panels) plan.parts *= 2;
   plan.parts = std::min(plan.parts, panels);
 
   Workspace workspace;
@@ -67,10 +98,9 @@ Conv3x3Plan make_plan(const Conv3x3Args& args) {
     plan.scales = take(args.batch * plan.padded_channels * 12);
   }
   const std::size_t begin = workspace.size;
-  const int64_t pixels = (2 * plan.block_rows + 2) * (2 * plan.block_columns + 2) * 16;
-  plan.pixels = take(std::max(4 * pixels, 16 * plan.summed_channels));
-  plan.inputs = take(kConv3x3Positions * plan.block_patches * plan.padded_channels * value_bytes);
-  plan.products = take(kConv3x3Positions * plan.block_patches * layout.columns * 4);
+  plan.pixels = take(pixel_bytes);
+  plan.inputs = take(input_bytes);
+  plan.products = take(product_bytes);
   plan.thread_bytes = workspace.size - begin;
   plan.total = begin + plan.thread_bytes * static_cast<std::size_t>(plan.threads);
   return plan;
@@ -80,7 +110,8 @@ Conv3x3Plan make_plan(const Conv3x3Args& args) {
 
 Conv3x3Layout conv3x3_cpu_layout(DType dtype) {
   const Conv3x3Kernel& set = kernel(dtype);
-  return {set.columns, set.channels, set.pairs && dtype == DType::bfloat16 ? 2 : 1};
+  return {set.columns, set.method == Conv3x3Method::direct ? 9 : kConv3x3Positions, set.channels,
+          set.pairs && dtype == DType::bfloat16 ? 2 : 1};
 }
 
 std::size_t conv3x3_cpu_workspace(const Conv3x3Args& args) { return make_plan(args).total; }

@@ -1,5 +1,6 @@
-// conv3x3 for one instruction set. A patch of 4x4 normalised inputs becomes 16 others, each of
-// which all patches of a block multiply by a matrix of their own; 16 products give 2x2 outputs.
+// conv3x3 for one instruction set: GroupNorm, and Winograd's products. A patch of 4x4 normalised
+// inputs becomes 16 others, each of which all patches of a block multiply by a matrix of their own;
+// 16 products give 2x2 outputs.
 #pragma once
 
 #include <type_traits>
@@ -27,21 +28,12 @@ inline void transform_products(V& a, V& b, V c, V d) {
   a = S::add(a, sum), b = S::sub(difference, d);
 }
 
+// The inputs of a convolution, and GroupNorm's scales.
 template <class T>
-struct Convolution {
-  static_assert(kTileRows == 16 || 24 % kTileRows == 0, "a block is whole tiles");
-  using Words = std::conditional_t<std::is_same_v<T, simd::BFloat16>, simd::Words, simd::Single>;
-  using Value = typename Words::Value;
-
+struct Inputs {
   const Conv3x3Args& args;
   const Conv3x3Plan& plan;
   const Team::Member& member;
-
-  // Patches [y, y + rows) by [x, x + columns) of an image.
-  struct Block {
-    int64_t image, y, x, rows, columns;
-    int64_t patches() const { return rows * columns; }
-  };
 
   template <class U>
   U* at(std::size_t offset) const {
@@ -63,13 +55,6 @@ struct Convolution {
   double* sums(int64_t row, int64_t group) const {
     return at<double>(plan.sums) + 2 * (row * args.groups + group);
   }
-  Value* inputs(int64_t position, int64_t patch) const {
-    return own<Value>(plan.inputs) + (position * plan.block_patches + patch) * plan.padded_channels;
-  }
-  float* products(int64_t position, int64_t patch) const {
-    return own<float>(plan.products) + (position * plan.block_patches + patch) * kTileColumns;
-  }
-
   // Sums of x and x^2 over a row's pixels, of the channels from c on, up to kSummed of them.
   static constexpr int64_t kSummed = 32;
   template <class Left>
@@ -148,6 +133,70 @@ struct Convolution {
     }
   }
 
+  // For normalise(): to be called by every member.
+  void prepare() const {
+    if (args.groups == 0) return;
+    sum_rows();
+    member.barrier();
+    scale_channels();
+    member.barrier();
+  }
+
+  // The scales of a vector of channels of an image.
+  struct Scale {
+    V mean, weight, bias;
+  };
+  Scale scale(int64_t image, int64_t c) const {
+    const V zero = S::broadcast(0.0f);
+    if (args.groups == 0) return {zero, zero, zero};
+    return {S::load(center(image) + c), S::load(factor(image) + c), S::load(term(image) + c)};
+  }
+
+  // The vector of channels that begins at `pixel`, of which `left` exist.
+  V normalise(const T* pixel, int64_t left, const Scale& scale) const {
+    const V v = simd::load_row(pixel, left);
+    if (args.groups == 0) return v;
+    return simd::silu(S::fmadd(S::sub(v, scale.mean), scale.weight, scale.bias));
+  }
+
+  // One vector of an output pixel from channel o on, where `left` have room.
+  void finish(V sum, int64_t image, int64_t y, int64_t x, int64_t o, int64_t left) const {
+    const int64_t to = ((image * plan.height + y) * plan.width + x) * args.outputs + o;
+    if (args.residual) {
+      sum = S::add(sum, simd::load_row(static_cast<const T*>(args.residual) + to, left));
+    }
+    simd::store_row(static_cast<T*>(args.out) + to, sum, left);
+  }
+  V bias(int64_t o, int64_t left) const {
+    return args.bias ? simd::load_row(static_cast<const T*>(args.bias) + o, left)
+                     : S::broadcast(0.0f);
+  }
+};
+
+template <class T>
+struct Winograd : Inputs<T> {
+  static_assert(kTileRows == 16 || kConv3x3Patches % kTileRows == 0, "a block is whole tiles");
+  using Words = std::conditional_t<std::is_same_v<T, simd::BFloat16>, simd::Words, simd::Single>;
+  using Value = typename Words::Value;
+  using Inputs<T>::args;
+  using Inputs<T>::plan;
+  using Inputs<T>::member;
+
+  // Patches [y, y + rows) by [x, x + columns) of an image.
+  struct Block {
+    int64_t image, y, x, rows, columns;
+    int64_t patches() const { return rows * columns; }
+  };
+
+  Value* inputs(int64_t position, int64_t patch) const {
+    auto* all = this->template own<Value>(plan.inputs);
+    return all + (position * plan.block_patches + patch) * plan.padded_channels;
+  }
+  float* products(int64_t position, int64_t patch) const {
+    auto* all = this->template own<float>(plan.products);
+    return all + (position * plan.block_patches + patch) * kTileColumns;
+  }
+
   // The block's pixels and those around it, of a vector of channels: normalised, zeros outside.
   void load_pixels(const Block& block, int64_t c, float* out) const {
     const int64_t columns = 2 * block.columns + 2, left = args.channels - c;
@@ -155,33 +204,26 @@ struct Convolution {
     const int64_t begin = first < 0 ? 1 : 0;
     const int64_t end = first + columns > plan.width ? plan.width - first : columns;
     const V zero = S::broadcast(0.0f);
-    V mean = zero, weight = zero, bias = zero;
-    if (args.groups > 0) {
-      mean = S::load(center(block.image) + c);
-      weight = S::load(factor(block.image) + c);
-      bias = S::load(term(block.image) + c);
-    }
+    const auto scale = this->scale(block.image, c);
     for (int64_t r = 0; r < 2 * block.rows + 2; ++r, out += columns * S::lanes) {
       const int64_t y = 2 * block.y - 1 + r;
       if (y < 0 || y >= plan.height) {
         for (int64_t i = 0; i < columns; ++i) S::store(out + i * S::lanes, zero);
         continue;
       }
-      const T* row = x(block.image, y >> args.upsample) + c;
+      const T* row = this->x(block.image, y >> args.upsample) + c;
       if (begin > 0) S::store(out, zero);
       for (int64_t i = begin; i < end; ++i) {
         const T* pixel = row + ((first + i) >> args.upsample) * args.channels;
         __builtin_prefetch(pixel + 2 * S::lanes);
-        V v = simd::load_row(pixel, left);
-        if (args.groups > 0) v = simd::silu(S::fmadd(S::sub(v, mean), weight, bias));
-        S::store(out + i * S::lanes, v);
+        S::store(out + i * S::lanes, this->normalise(pixel, left, scale));
       }
       for (int64_t i = end; i < columns; ++i) S::store(out + i * S::lanes, zero);
     }
   }
 
   void transform(const Block& block) const {
-    auto* pixels = own<float>(plan.pixels);
+    auto* pixels = this->template own<float>(plan.pixels);
     const int64_t columns = 2 * block.columns + 2;
     for (int64_t c = 0; c < plan.padded_channels; c += S::lanes) {
       load_pixels(block, c, pixels);
@@ -233,21 +275,14 @@ struct Convolution {
           for (int r = 0; r < 4; ++r) d[r][s] = S::load(products(4 * r + s, i) + v);
           transform_products(d[0][s], d[1][s], d[2][s], d[3][s]);
         }
-        V bias = S::broadcast(0.0f);
-        if (args.bias) bias = simd::load_row(static_cast<const T*>(args.bias) + o, left);
+        const V bias = this->bias(o, left);
 #pragma GCC unroll 2
         for (int r = 0; r < 2; ++r) {
           transform_products(d[r][0], d[r][1], d[r][2], d[r][3]);
 #pragma GCC unroll 2
           for (int s = 0; s < 2; ++s) {
             if (y + r >= plan.height || x + s >= plan.width) continue;
-            const int64_t to =
-                ((block.image * plan.height + y + r) * plan.width + x + s) * args.outputs + o;
-            V out = S::add(d[r][s], bias);
-            if (args.residual) {
-              out = S::add(out, simd::load_row(static_cast<const T*>(args.residual) + to, left));
-            }
-            simd::store_row(static_cast<T*>(args.out) + to, out, left);
+            Inputs<T>::finish(S::add(d[r][s], bias), block.image, y + r, x + s, o, left);
           }
         }
       }
@@ -267,13 +302,7 @@ struct Convolution {
   }
 
   void run() const {
-    [[maybe_unused]] const simd::Registers registers;
-    if (args.groups > 0) {
-      sum_rows();
-      member.barrier();
-      scale_channels();
-      member.barrier();
-    }
+    this->prepare();
     const int64_t panels = (args.outputs + kTileColumns - 1) / kTileColumns;
     const int64_t blocks = args.batch * plan.blocks_down * plan.blocks_across;
     const auto mine = member.share(blocks * plan.parts);
@@ -292,26 +321,22 @@ struct Convolution {
   }
 };
 
+#if !defined(__AMX_BF16__)
 void run(const Conv3x3Args& args, const Conv3x3Plan& plan, const Team::Member& member) {
-#if defined(__AMX_BF16__)
-  Convolution<simd::BFloat16>{args, plan, member}.run();
-#else
   switch (args.dtype) {
     case DType::float32:
-      return Convolution<float>{args, plan, member}.run();
+      return Winograd<float>{{args, plan, member}}.run();
     case DType::float16:
-      return Convolution<simd::Half>{args, plan, member}.run();
+      return Winograd<simd::Half>{{args, plan, member}}.run();
     case DType::bfloat16:
-      return Convolution<simd::BFloat16>{args, plan, member}.run();
+      return Winograd<simd::BFloat16>{{args, plan, member}}.run();
   }
-#endif
 }
 
 constexpr Conv3x3Kernel make_kernel() {
-  constexpr int64_t pairs = simd::kWordGroup * simd::Words::terms;
-  return {kTileColumns, pairs > 16 ? pairs : 16, kTileRows == 16 ? 32 : 24, simd::Words::terms == 2,
-          run};
+  return {Conv3x3Method::winograd, kTileColumns, 16, simd::Words::terms == 2, run};
 }
+#endif
 
 }  // namespace conv
 }  // namespace

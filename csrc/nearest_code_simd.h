@@ -112,8 +112,8 @@ struct Search {
   float* factor() const { return at<float>(plan.factor); }  // of a cosine, one a code
   float* block_norm() const { return at<float>(plan.block_norm); }
   float* block_residual() const { return at<float>(plan.block_residual); }
-  // Of a row, the maxima of a super-block, one a block. The rows of a super-block are together: it is
-  // scored for all of them before the next.
+  // Of a row, the maxima of a super-block, one a block. The rows of a super-block are together: it
+  // is scored for all of them before the next.
   float* row_maxima(int64_t super, int64_t row) const {
     return at<float>(plan.table) + (super * plan.rows + row) * S::lanes;
   }

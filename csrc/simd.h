@@ -314,6 +314,11 @@ struct Avx512 {
   static V sub(V a, V b) { return _mm512_sub_ps(a, b); }
   static V mul(V a, V b) { return _mm512_mul_ps(a, b); }
   static V div(V a, V b) { return _mm512_div_ps(a, b); }
+  // a / b to 2^-22 of it, in less time.
+  static V quotient(V a, V b) {
+    const V inverse = _mm512_rcp14_ps(b);
+    return mul(a, fmadd(inverse, _mm512_fnmadd_ps(b, inverse, broadcast(1.0f)), inverse));
+  }
   static V sqrt(V a) { return _mm512_sqrt_ps(a); }
   static V max(V a, V b) { return _mm512_max_ps(a, b); }
   static V min(V a, V b) { return _mm512_min_ps(a, b); }
@@ -509,6 +514,7 @@ struct Avx2 {
   static V sub(V a, V b) { return _mm256_sub_ps(a, b); }
   static V mul(V a, V b) { return _mm256_mul_ps(a, b); }
   static V div(V a, V b) { return _mm256_div_ps(a, b); }
+  static V quotient(V a, V b) { return div(a, b); }
   static V sqrt(V a) { return _mm256_sqrt_ps(a); }
   static V max(V a, V b) { return _mm256_max_ps(a, b); }
   static V min(V a, V b) { return _mm256_min_ps(a, b); }
@@ -680,6 +686,7 @@ struct Portable {
   static V sub(V a, V b) { return a - b; }
   static V mul(V a, V b) { return a * b; }
   static V div(V a, V b) { return a / b; }
+  static V quotient(V a, V b) { return div(a, b); }
   static V sqrt(V a) {
     V v;
     for (int i = 0; i < lanes; ++i) v[i] = std::sqrt(a[i]);
@@ -868,7 +875,7 @@ inline Native::V exp2(Native::V x) {
 inline Native::V silu(Native::V v) {
   using S = Native;
   const S::V power = S::min(S::broadcast(88.0f), S::sub(S::broadcast(0.0f), v));
-  return S::div(v, S::add(S::broadcast(1.0f), exp(power)));
+  return S::quotient(v, S::add(S::broadcast(1.0f), exp(power)));
 }
 
 }  // namespace simd

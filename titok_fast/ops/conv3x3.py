@@ -37,11 +37,17 @@ def _check_weight(weight: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
 
 
 def _layout(shape: torch.Size, dtype: torch.dtype) -> tuple[list[int], torch.dtype]:
-    """Shape and dtype of the packed weight: [panel, 16, channel / terms, column, term]."""
-    columns, channels, terms = inspect.extension().conv3x3_cpu_layout(_name(dtype))
+    """Shape and dtype of the packed weight.
+
+    [panel, position, channel / terms, column, term], or, of the nine positions of the direct
+    method, [panel, group of channels and position, channel of the group / terms, column, term].
+    """
+    columns, positions, channels, terms = inspect.extension().conv3x3_cpu_layout(_name(dtype))
     words = -(-shape[1] // channels) * channels // terms
     kind = torch.bfloat16 if terms == 2 else torch.float32
-    return [-(-shape[0] // columns), 16, words, columns, terms], kind
+    groups = words * terms // channels if positions == 9 else 1
+    panels = -(-shape[0] // columns)
+    return [panels, groups * positions, words // groups, columns, terms], kind
 
 
 def _check(
@@ -112,15 +118,18 @@ def pack_conv3x3(weight: Tensor) -> Tensor:
     if weight.device.type != "cpu":
         raise ValueError(f"weight: on {weight.device}, allowed is cpu")
     layout, kind = _layout(weight.shape, weight.dtype)
-    columns, terms = layout[3:]
+    rows, words, columns, terms = layout[1:]
     filters = torch.tensor(_FILTER, dtype=torch.float64, device="cpu")
     both = torch.kron(filters, filters)  # [16, 9]
+    if rows != len(both):  # the direct method
+        both = torch.eye(9, dtype=torch.float64, device="cpu")
+    split = (rows // len(both), words, terms)  # of the channels
     packed = torch.zeros(layout, dtype=kind, device="cpu")
     for panel, part in zip(packed, weight.detach().split(columns), strict=True):
-        transformed = part.flatten(2).double() @ both.T  # [columns, C, 16]
-        transformed = F.pad(transformed, (0, 0, 0, -weight.shape[1] % terms))
-        own = transformed.unflatten(1, (-1, terms)).permute(3, 1, 0, 2)
-        panel[:, : own.shape[1], : len(part)] = own
+        transformed = part.flatten(2).double() @ both.T  # [columns, C, positions]
+        transformed = F.pad(transformed, (0, 0, 0, math.prod(split) - weight.shape[1]))
+        own = transformed.unflatten(1, split).permute(1, 4, 2, 0, 3)
+        panel[:, :, : len(part)] = own.flatten(0, 1)
     return packed
 
 
