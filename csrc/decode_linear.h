@@ -35,7 +35,8 @@ void decode_linear_cpu(const DecodeLinearArgs& args);
 
 struct DecodeLinearPlan {
   int64_t padded_width;
-  std::size_t thread_bytes;  // of a thread's copy of the normalised rows
+  std::size_t tiles;         // where a thread's copy of the normalised rows lies as tiles, in bytes
+  std::size_t thread_bytes;  // of both copies
   int threads;
 };
 
@@ -47,6 +48,7 @@ extern const DecodeLinearRun decode_linear_portable;
 extern const DecodeLinearRun decode_linear_avx2;
 extern const DecodeLinearRun decode_linear_avx512;
 extern const DecodeLinearRun decode_linear_avx512bf16;
+extern const DecodeLinearRun decode_linear_amx;  // of bfloat16 alone
 #endif
 
 }  // namespace titok

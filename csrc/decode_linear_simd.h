@@ -207,6 +207,7 @@ void run_typed(const DecodeLinearArgs& args, const DecodeLinearPlan& plan,
   }
 }
 
+#if !defined(__AMX_BF16__)
 void run(const DecodeLinearArgs& args, const DecodeLinearPlan& plan, const Team::Member& member) {
   switch (args.dtype) {
     case DType::float32:
@@ -217,6 +218,7 @@ void run(const DecodeLinearArgs& args, const DecodeLinearPlan& plan, const Team:
       return run_typed<simd::BFloat16>(args, plan, member);
   }
 }
+#endif
 
 }  // namespace decode
 }  // namespace
