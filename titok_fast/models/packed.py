@@ -29,6 +29,7 @@ def _lacking() -> tuple[torch.dtype, ...]:
 
 # Of 16 bits, what this CPU does not multiply: PyTorch's loops take ten times as long as float32's.
 LACKING = _lacking()
+_HAS_AMX = hasattr(torch.cpu, "_is_amx_tile_supported") and torch.cpu._is_amx_tile_supported()
 
 
 def widens(x: Tensor, weight: Tensor) -> bool:
@@ -169,11 +170,28 @@ def gelu_of(layer: nn.Module, x: Tensor) -> Tensor:
     return F.gelu(layer(x))
 
 
+# With AMX oneDNN leaves products of few outputs to one of two threads where more rows a thread than
+# these come at once, up to some five times as many.
+_ROWS, _OUTPUTS = 192, 768
+
+
+def _parts(x: Tensor, copy: Tensor) -> int:
+    """How many parts of the rows of x to multiply apart."""
+    if x.dtype != torch.bfloat16 or copy.shape[0] > _OUTPUTS or not _HAS_AMX:
+        return 1
+    return -(-x.shape[:-1].numel() // (_ROWS * torch.get_num_threads()))
+
+
 def _multiply(x: Tensor, copy: Tensor, bias: Tensor | None, *activation: Any) -> Tensor:
     dtype = x.dtype
     if copy.dtype != dtype:
         x, bias = x.float(), None if bias is None else bias.float()
-    result: Tensor = torch.ops.mkldnn._linear_pointwise(x, copy, bias, *activation)
+    linear = torch.ops.mkldnn._linear_pointwise
+    if (parts := _parts(x, copy)) > 1:
+        rows = [linear(part, copy, bias, *activation) for part in x.flatten(0, -2).chunk(parts)]
+        result: Tensor = torch.cat(rows).unflatten(0, x.shape[:-1])
+    else:
+        result = linear(x, copy, bias, *activation)
     return result.to(dtype)
 
 
