@@ -155,11 +155,11 @@ def versions() -> dict[str, str]:
 
 
 def cpu_name() -> str:
-    """The processor's model name."""
+    """The processor's model name, without trade marks."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+                return re.sub(r"\((R|TM)\)", "", line.partition(":")[2]).strip()
     except OSError:
         pass
     return platform.processor() or platform.machine()
