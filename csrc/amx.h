@@ -30,7 +30,7 @@ class Registers {
   Registers& operator=(const Registers&) = delete;
 };
 
-// Not the compiler's functions, which in GCC 12 say nothing of the memory that they touch.
+// Not the compiler's functions: GCC 12's say nothing of the memory that they read.
 template <int tile>
 void load(const void* p, int64_t row_bytes) {
   asm volatile("tileloadd (%1,%2), %%tmm%c0" ::"i"(tile), "r"(p), "r"(row_bytes) : "memory");
@@ -44,20 +44,11 @@ void zero() {
   asm volatile("tilezero %%tmm%c0" ::"i"(tile));
 }
 
-// sum[r][c] += a[r][w] . b[w][c], words of pairs of bfloat16, subnormals as zeros ...
-struct Pairs {
-  template <int sum, int a, int b>
-  static void dot() {
-    asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(sum), "i"(a), "i"(b));
-  }
-};
-// ... or of four bytes, unsigned in a and signed in b, summed in int32.
-struct Bytes {
-  template <int sum, int a, int b>
-  static void dot() {
-    asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(sum), "i"(a), "i"(b));
-  }
-};
+// sum[r][c] += a[r][w] . b[w][c], words of pairs of bfloat16; subnormals are zeros.
+template <int sum, int a, int b>
+void dot() {
+  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(sum), "i"(a), "i"(b));
+}
 
 // Sixteen rows of `vectors` times 16 sums, in registers 0 to vectors - 1.
 template <int vectors>
@@ -82,7 +73,6 @@ struct Sums {
   }
   // += A B over `steps` words, a multiple of 16: word w of row r of A at
   // a[r * a_row + w / 16 * a_step + w % 16], row w of B at b[w * b_row].
-  template <class Set>
   static void multiply(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_row,
                        int64_t steps) {
     for (int64_t w = 0; w < steps; w += kWords, a += a_step, b += kWords * b_row) {
@@ -90,11 +80,20 @@ struct Sums {
       each([=](auto v) {
         constexpr int of_b = 5 + v % 3;
         amx::load<of_b>(b + 16 * v, 4 * b_row);
-        Set::template dot<v, 4, of_b>();
+        dot<v, 4, of_b>();
       });
     }
   }
 };
+
+// fn(Sums<vectors>()), for 1 to 4.
+template <class Fn>
+void with_sums(int64_t vectors, const Fn& fn) {
+  if (vectors == 1) return fn(Sums<1>());
+  if (vectors == 2) return fn(Sums<2>());
+  if (vectors == 3) return fn(Sums<3>());
+  fn(Sums<4>());
+}
 
 // Two tiles of rows times 32 sums of products of bfloat16: fewer loads than other shapes.
 struct Square {
@@ -121,12 +120,12 @@ struct Square {
   static void multiply(const float* a, const float* other_a, int64_t a_row, const float* b) {
     amx::load<4>(a, 4 * a_row);
     amx::load<6>(b, 128);
-    Pairs::dot<0, 4, 6>();
+    dot<0, 4, 6>();
     amx::load<7>(b + 16, 128);
-    Pairs::dot<1, 4, 7>();
+    dot<1, 4, 7>();
     amx::load<5>(other_a, 4 * a_row);
-    Pairs::dot<2, 5, 6>();
-    Pairs::dot<3, 5, 7>();
+    dot<2, 5, 6>();
+    dot<3, 5, 7>();
   }
 };
 

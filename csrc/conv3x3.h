@@ -30,7 +30,8 @@ enum class Conv3x3Method { winograd, direct };
 
 // The weight of the products: [outputs / columns, positions, padded / terms, columns, terms], the
 // channels padded to a multiple of `channels` and the outputs to one of `columns`; positions are
-// those of the method; bfloat16 where terms is 2.
+// those of the method; bfloat16 where terms is 2. Of the direct method the channels go by groups:
+// [outputs / columns, padded / channels, positions, channels / terms, columns, terms].
 struct Conv3x3Layout {
   int64_t columns, positions, channels;
   int64_t terms;
@@ -46,7 +47,7 @@ constexpr int64_t kConv3x3Patches = 24;
 
 struct Conv3x3Plan {
   int64_t height, width;                     // of the output
-  int64_t padded_channels, summed_channels;  // to whole words, of GroupNorm's sums
+  int64_t padded_channels, summed_channels;  // of the layout, of GroupNorm's sums
   int64_t parts;                             // of the panels of outputs, each an item of its own
   int threads;
   // Direct: rows that are multiplied together, how many times, and what lies of them.

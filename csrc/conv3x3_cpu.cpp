@@ -27,7 +27,7 @@ const Conv3x3Kernel& kernel(DType dtype) {
 
 constexpr int64_t parts_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
-// Rows of the direct method, as many for each thread.
+// Rows of the direct method, as many for each thread where that goes.
 void cut_strips(Conv3x3Plan& plan, int64_t batch) {
   // An odd number of cache lines apart, 16 pixels are in as many sets of the first cache.
   const int64_t lines = plan.padded_channels / 32;

@@ -175,7 +175,7 @@ struct Inputs {
 
 template <class T>
 struct Winograd : Inputs<T> {
-  static_assert(kTileRows == 16 || kConv3x3Patches % kTileRows == 0, "a block is whole tiles");
+  static_assert(kTileRows == 16 || kConv3x3Patches / 2 % kTileRows == 0, "a block is whole tiles");
   using Words = std::conditional_t<std::is_same_v<T, simd::BFloat16>, simd::Words, simd::Single>;
   using Value = typename Words::Value;
   using Inputs<T>::args;

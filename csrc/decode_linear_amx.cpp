@@ -76,7 +76,7 @@ struct Tiled {
         }
         load_weights(weights, weight.stride, count - r, k);
         amx::load<2>(x, 4 * kTileRows);
-        amx::Pairs::dot<0, 1, 2>();
+        amx::dot<0, 1, 2>();
       }
       amx::store<0>(out[r], sizeof out[0]);
     }
@@ -93,7 +93,7 @@ struct Tiled {
         multiply(args.weight, n, count, b, y);
         if (args.up_weight.data) {
           multiply(args.up_weight, n, count, b, up);
-          gate(y[0], up[0], kChunk * kTileRows);
+          gate(y[0], up[0], round_up(count, kTileRows) * kTileRows);
         }
         for (int64_t r = 0; r < kTileRows && b + r < args.batch; ++r) {
           float of_row[kChunk];

@@ -32,17 +32,17 @@ constexpr int kTileCodes = simd::kTileColumns;
 constexpr int64_t kChunk = kIndexPropagationChunk, kBlock = kIndexPropagationBlock;
 constexpr int64_t kScoreRow = kChunk + 16;
 constexpr int64_t kGradRows = 256;  // rows whose scores and columns stay in the first cache
+// Whether a chunk's dE is summed as [d, codes]: a factor of tiles has its words next to each other,
+// and those of dL/ds, over rows, are a row apart.
 #if defined(__AMX_BF16__)
 constexpr bool kTurned = true;
 constexpr int64_t kRowGroup = simd::kWordGroup * simd::Words::terms, kRowBlock = 8 * kTileRows;
 #else
-// Whether a chunk's dE is summed as [d, codes]: a factor of tiles has its words next to each other,
-// and those of dL/ds, over rows, are a row apart.
 constexpr bool kTurned = false;
 constexpr int64_t kRowGroup = kTileRows, kRowBlock = 8 * kTileRows;
 #endif
 
-constexpr int64_t kCodeGroup = kTurned ? kTileCodes : kTileRows;  // of a member's dE
+constexpr int64_t kCodeGroup = kTurned ? S::lanes : kTileRows;  // of a member's dE
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
@@ -807,20 +807,26 @@ struct Propagation {
       const int64_t steps = round_up((left + kTerms - 1) / kTerms, simd::kWordGroup);
       const bool first = group.first + r == 0;
 #if defined(__AMX_BF16__)
-      using Sums = amx::Sums<kTileVectors>;
-      for (int64_t c = codes.begin; c < codes.end; c += kTileCodes) {
-        for (int64_t i = 0; i < plan.padded_depth; i += kTileRows) {
-          float* out = sums + i * kChunk + c;
-          if (first) {
-            Sums::clear();
-          } else {
-            Sums::load(out, 4 * kChunk);
+      constexpr int64_t kHalf = kChunk / 2;  // over_rows() keeps each in a place of its own
+      for (int64_t c = codes.begin; c < codes.end;) {
+        const int64_t last = c < kHalf && codes.end > kHalf ? kHalf : codes.end;
+        const int64_t vectors = last - c < kTileCodes ? (last - c) / S::lanes : kTileVectors;
+        amx::with_sums(vectors, [&](auto columns) {
+          using Sums = decltype(columns);
+          for (int64_t i = 0; i < plan.padded_depth; i += kTileRows) {
+            float* out = sums + i * kChunk + c;
+            if (first) {
+              Sums::clear();
+            } else {
+              Sums::load(out, 4 * kChunk);
+            }
+            Sums::multiply(rows_n() + (i * plan.rows + r * kTileRows) / kTerms, PackedRow(),
+                           kPackedStep * simd::kWordGroup, over_rows(s, r, c), kTerms * kScoreRow,
+                           steps);
+            Sums::store(out, 4 * kChunk);
           }
-          Sums::template multiply<amx::Pairs>(rows_n() + (i * plan.rows + r * kTileRows) / kTerms,
-                                              PackedRow(), kPackedStep * simd::kWordGroup,
-                                              over_rows(s, r, c), kTerms * kScoreRow, steps);
-          Sums::store(out, 4 * kChunk);
-        }
+        });
+        c += vectors * S::lanes;
       }
 #else
       for (int64_t i = 0; i < plan.padded_depth; i += kTileCodes) {

@@ -45,9 +45,6 @@ struct Floats {
   using Sum = V;
   static Sum start(const float* p) { return S::load(p); }
   static Sum dot(V row, V code, Sum sum) { return simd::Words::dot(row, code, sum); }
-#if defined(__AMX_BF16__)
-  using OfTiles = simd::Words::OfTiles;
-#endif
 };
 // ... or bytes, at twice the rate of float32 (AVX2) or bfloat16 (VNNI) and a tenth of the accuracy
 // of the latter: where few blocks need rescoring even so, this is the faster way.
@@ -413,15 +410,16 @@ struct Search {
 
   // acc = start + z . e for kTileRows rows from `row` on and the tile's codes.
   template <class C>
-  void multiply(int64_t row, typename C::Sum (&acc)[kTileRows][kTileVectors]) const {
+  __attribute__((always_inline)) void multiply(
+      int64_t row, typename C::Sum (&acc)[kTileRows][kTileVectors]) const {
     const float* start = C::scaled ? starts() : bias();
     const float* e = values();
     const float* rows = z() + row * plan.words;
 #if defined(__AMX_BF16__)
     using Sums = amx::Sums<kTileVectors>;
     Sums::load(start, 0);  // into every row
-    Sums::template multiply<typename C::OfTiles>(
-        rows, simd::PackedRow(), simd::kPackedStep * simd::kWordGroup, e, kTileCodes, words<C>());
+    Sums::multiply(rows, simd::PackedRow(), simd::kPackedStep * simd::kWordGroup, e, kTileCodes,
+                   words<C>());
     Sums::store(acc, sizeof acc[0]);
 #else
 #pragma GCC unroll 8

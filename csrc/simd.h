@@ -314,7 +314,7 @@ struct Avx512 {
   static V sub(V a, V b) { return _mm512_sub_ps(a, b); }
   static V mul(V a, V b) { return _mm512_mul_ps(a, b); }
   static V div(V a, V b) { return _mm512_div_ps(a, b); }
-  // a / b to 2^-22 of it, in less time.
+  // a / b to 2^-22 of it, in less time, for b from 1 to e^88.
   static V quotient(V a, V b) {
     const V inverse = _mm512_rcp14_ps(b);
     return mul(a, fmadd(inverse, _mm512_fnmadd_ps(b, inverse, broadcast(1.0f)), inverse));
@@ -434,9 +434,6 @@ struct Bytes {
   static constexpr bool scaled = true;
   static constexpr int terms = 4, most_raised = 127;
   using V = Avx512::V;
-#if defined(__AMX_BF16__)
-  using OfTiles = amx::Bytes;
-#endif
   // Not __m512i, whose lanes of 64 bits make GCC 12 spill a tile of sums.
   typedef int32_t Sum __attribute__((vector_size(64)));
   static Sum zero() { return Sum{}; }
@@ -795,9 +792,6 @@ struct Pairs {
   static constexpr int terms = 2;
   using V = Native::V;
   using Value = BFloat16;
-#if defined(__AMX_BF16__)
-  using OfTiles = amx::Pairs;
-#endif
   // Subnormals become zeros, as the product takes them.
   static void store(Value* p, V v) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),

@@ -17,12 +17,11 @@ namespace {
 std::atomic<int> forced{-1};
 
 #if defined(__x86_64__)
-// Whether the CPU has the tile registers, with products of bfloat16 and bytes, and the operating
-// system gives them to this process: it saves them only of those that ask.
+// Whether the CPU has the tile registers, with products of bfloat16, and the operating system gives
+// them to this process: it saves them only of those that ask.
 bool may_use_tiles() {
 #if defined(__linux__)
-  constexpr unsigned kBFloat16 = 1u << 22, kTiles = 1u << 24, kBytes = 1u << 25;
-  constexpr unsigned all = kBFloat16 | kTiles | kBytes;
+  constexpr unsigned all = 1u << 22 | 1u << 24;               // AMX-BF16, AMX-TILE
   constexpr int kRequestPermission = 0x1023, kTileData = 18;  // of arch_prctl
   unsigned a = 0, b = 0, c = 0, d = 0;
   return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & all) == all &&

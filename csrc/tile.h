@@ -14,7 +14,9 @@ constexpr int kTileColumns = kTileVectors * Native::lanes;
 using Tile = Native::V[kTileRows][kTileVectors];
 
 #if defined(__AMX_BF16__)
-// Sums are in memory, and in registers for the time of a product.
+// Sums are in memory, and in registers for the time of a product, always of pairs of bfloat16. The
+// functions are those of the other sets, but that `step` is between words of 16: rows whose words
+// are next to each other have 1, as there, and packed tiles 16.
 using Registers = amx::Registers;
 constexpr int64_t kWordGroup = amx::kWords;
 
@@ -29,8 +31,7 @@ inline void product_to(float* out, int64_t stride, const float* a, int64_t row_s
                        const float* b, int64_t steps) {
   using Sums = amx::Sums<vectors>;
   Sums::clear();
-  Sums::template multiply<typename Set::OfTiles>(a, row_stride, step * kWordGroup, b,
-                                                 vectors * Native::lanes, steps);
+  Sums::multiply(a, row_stride, step * kWordGroup, b, vectors * Native::lanes, steps);
   Sums::store(out, 4 * stride);
 }
 
@@ -39,8 +40,7 @@ inline void add_product_to(float* out, int64_t stride, const float* a, int64_t r
                            int64_t step, const float* b, int64_t steps) {
   using Sums = amx::Sums<vectors>;
   Sums::load(out, 4 * stride);
-  Sums::template multiply<typename Set::OfTiles>(a, row_stride, step * kWordGroup, b,
-                                                 vectors * Native::lanes, steps);
+  Sums::multiply(a, row_stride, step * kWordGroup, b, vectors * Native::lanes, steps);
   Sums::store(out, 4 * stride);
 }
 
@@ -74,8 +74,9 @@ constexpr int64_t packed_word(int64_t r, int64_t w) { return w * kTileRows + r; 
 // acc += A B: A[r][i] at a[r * row_stride + i * step], B[i] a row of the tile's columns; a
 // value is a word of `Set::terms` products.
 template <class Set, int vectors, class Stride>
-inline void multiply(Native::V (&acc)[kTileRows][vectors], const float* a, Stride row_stride,
-                     int64_t step, const float* b, int64_t steps) {
+__attribute__((always_inline)) inline void multiply(Native::V (&acc)[kTileRows][vectors],
+                                                    const float* a, Stride row_stride, int64_t step,
+                                                    const float* b, int64_t steps) {
   for (int64_t i = 0; i < steps; ++i, a += step, b += vectors * Native::lanes) {
     Native::V columns[vectors];
 #pragma GCC unroll 8
@@ -91,8 +92,9 @@ inline void multiply(Native::V (&acc)[kTileRows][vectors], const float* a, Strid
 
 // acc = A B.
 template <class Set, int vectors, class Stride>
-inline void product(Native::V (&acc)[kTileRows][vectors], const float* a, Stride row_stride,
-                    int64_t step, const float* b, int64_t steps) {
+__attribute__((always_inline)) inline void product(Native::V (&acc)[kTileRows][vectors],
+                                                   const float* a, Stride row_stride, int64_t step,
+                                                   const float* b, int64_t steps) {
   for (auto& row : acc) {
     for (Native::V& v : row) v = Native::broadcast(0.0f);
   }

@@ -166,8 +166,9 @@ def test_silu_of_large_numbers(backend, device):
     assert_accurate(arguments, backend=backend)
 
 
-def test_nan_reaches_only_its_patch_and_its_image(backend, device):
-    arguments = inputs((2, 8, 6, 10, 10), ("bias", "residual"), device=device)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nan_reaches_only_its_patch_and_its_image(backend, device, dtype):
+    arguments = inputs((2, 8, 6, 10, 10), ("bias", "residual"), dtype, device)
     clean = run(arguments, backend=backend)
     for value in (torch.nan, torch.inf):
         x = arguments["x"].clone()

@@ -189,10 +189,11 @@ def test_float16_overflows_to_infinity(backend, device):
     assert_same(out, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("parts", [PARTS, LINEAR])
-def test_nan_and_infinity_reach_only_what_depends_on_them(backend, device, parts):
+def test_nan_and_infinity_reach_only_what_depends_on_them(backend, device, parts, dtype):
     width, size = (5, 7) if backend == "triton" else (21, 19)
-    clean = inputs(4, width, size, parts, device=device)
+    clean = inputs(4, width, size, parts, dtype, device)
     expected = run(clean, backend=backend)
     for name in clean.keys() - {"norm"}:
         last = len(clean[name]) - 1

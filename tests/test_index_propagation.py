@@ -362,8 +362,9 @@ def test_strided_inputs(backend, device):
     assert relative_error(codebook.grad.cpu(), b.grad) < 1e-5
 
 
-def test_nan_in_a_row(backend, device):
-    z, codebook = rows_and_codes(9, 130, 12, device=device)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nan_in_a_row(backend, device, dtype):
+    z, codebook = rows_and_codes(9, 130, 12, dtype=dtype, device=device)
     z[4, 3] = torch.nan
     result, grads = run(z, codebook, backend)
     assert bool(((result.indices >= 0) & (result.indices < 130)).all())
@@ -377,8 +378,9 @@ def test_nan_in_a_row(backend, device):
     assert bool(grads["value"][0][4].isnan().any())
 
 
-def test_nan_in_the_codebook(backend, device):
-    z, codebook = rows_and_codes(9, 130, 12, device=device)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nan_in_the_codebook(backend, device, dtype):
+    z, codebook = rows_and_codes(9, 130, 12, dtype=dtype, device=device)
     codebook[7, 2] = torch.nan
     result, _ = run(z, codebook, backend)
     assert bool(((result.indices >= 0) & (result.indices < 130)).all())

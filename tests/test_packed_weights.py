@@ -158,14 +158,16 @@ def test_sixteen_bits_that_the_cpu_does_not_multiply_are_widened(dtype, lacks, m
     torch.testing.assert_close(layer.weight.grad[0], x.double().sum(0).to(dtype))
 
 
-@pytest.mark.parametrize("shape", [(385,), (2, 800)])
-def test_many_rows_are_multiplied_in_parts(shape, monkeypatch):
+@pytest.mark.parametrize(
+    ("shape", "parts"), [((384,), 1), ((385,), 2), ((2, 576), 3), ((1153,), 1)]
+)
+def test_many_rows_are_multiplied_in_parts(shape, parts, monkeypatch):
     monkeypatch.setattr(packed_module, "_HAS_AMX", True)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     layer = PackableLinear(96, 40).bfloat16()
     layer.pack()
     x = torch.randn(*shape, 96).bfloat16()
-    assert packed_module._parts(x, layer._packed.copy) == -(-x[..., 0].numel() // 384)
+    assert packed_module._parts(x, layer._packed.copy) == parts
     with torch.no_grad():
         actual, expected = layer(x), F.linear(x.double(), layer.weight.double())
     expected = expected + layer.bias.double()

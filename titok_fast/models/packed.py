@@ -170,16 +170,18 @@ def gelu_of(layer: nn.Module, x: Tensor) -> Tensor:
     return F.gelu(layer(x))
 
 
-# With AMX oneDNN leaves products of few outputs to one of two threads where more rows a thread than
-# these come at once, up to some five times as many.
+# With AMX and two threads oneDNN leaves products of few outputs to one of them, where more rows a
+# thread than these come at once, and not more than three times as many.
 _ROWS, _OUTPUTS = 192, 768
 
 
 def _parts(x: Tensor, copy: Tensor) -> int:
     """How many parts of the rows of x to multiply apart."""
-    if x.dtype != torch.bfloat16 or copy.shape[0] > _OUTPUTS or not _HAS_AMX:
+    if not _HAS_AMX or x.dtype != torch.bfloat16 or copy.shape[0] > _OUTPUTS:
         return 1
-    return -(-x.shape[:-1].numel() // (_ROWS * torch.get_num_threads()))
+    threads = torch.get_num_threads()
+    parts = -(-x.shape[:-1].numel() // (_ROWS * threads))
+    return parts if threads > 1 and parts <= 3 else 1
 
 
 def _multiply(x: Tensor, copy: Tensor, bias: Tensor | None, *activation: Any) -> Tensor:

@@ -100,8 +100,8 @@ def _check(
 def pack_conv3x3(weight: Tensor) -> Tensor:
     """The weight as the C++ of `conv3x3` multiplies by it, for its argument `packed`.
 
-    It takes 16 / 9 times the memory of the weight, in float32 where this CPU does not multiply the
-    weight's dtype. Its layout is that of this CPU; do not store it.
+    It takes 16 / 9 times the memory of the weight (bfloat16 with AMX: as much), in float32 where
+    this CPU does not multiply the weight's dtype. Its layout is that of this CPU; do not store it.
 
     Args:
         weight: [O, C, 3, 3], float32, float16 or bfloat16, on the CPU.
@@ -121,12 +121,13 @@ def pack_conv3x3(weight: Tensor) -> Tensor:
     rows, words, columns, terms = layout[1:]
     filters = torch.tensor(_FILTER, dtype=torch.float64, device="cpu")
     both = torch.kron(filters, filters)  # [16, 9]
-    if rows != len(both):  # the direct method
-        both = torch.eye(9, dtype=torch.float64, device="cpu")
-    split = (rows // len(both), words, terms)  # of the channels
+    direct = rows != len(both)
+    split = (rows // 9 if direct else 1, words, terms)  # of the channels
     packed = torch.zeros(layout, dtype=kind, device="cpu")
     for panel, part in zip(packed, weight.detach().split(columns), strict=True):
-        transformed = part.flatten(2).double() @ both.T  # [columns, C, positions]
+        transformed = part.flatten(2)  # [columns, C, positions]
+        if not direct:
+            transformed = transformed.double() @ both.T
         transformed = F.pad(transformed, (0, 0, 0, math.prod(split) - weight.shape[1]))
         own = transformed.unflatten(1, split).permute(1, 4, 2, 0, 3)
         panel[:, :, : len(part)] = own.flatten(0, 1)
@@ -272,7 +273,8 @@ def conv3x3(
     rounded once, but in bfloat16, where the CPU multiplies it, the transformed inputs and weights
     are rounded to it: with GroupNorm the error is that of PyTorch's sequence of operations, of a
     bare convolution some twice as large. An input next to an output's own nine has a share
-    in its rounding error, and if infinite or NaN may make it NaN.
+    in its rounding error, and if infinite or NaN may make it NaN. bfloat16 on a CPU with AMX is
+    multiplied as it stands, by the nine weights.
     The same bits for any number of threads, from run to run, and for an image whatever the others
     are. "triton" does GroupNorm and SiLU, rounds, and leaves the convolution to PyTorch, whose
     float32 on a GPU is TF32 unless told otherwise. Only "reference" is differentiable.
