@@ -113,7 +113,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def measure(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]:
     """`measure(BENCH, case, provider)`: the correctness gate, then the timing."""
     config, path = request.config, request.config.getoption("bench_record")
-    rows = config.stash[ROWS]
+    rows, quick = config.stash[ROWS], config.getoption("bench_quick")
 
     def measure(bench: harness.Bench, case: harness.Case, provider: harness.Provider) -> None:
         name = row_of(request.node).name
@@ -128,8 +128,8 @@ def measure(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., Non
                 provider,
                 benchmark,
                 rows,
-                max_time=float(config.getoption("benchmark_max_time")),
-                min_rounds=int(config.getoption("benchmark_min_rounds")),
+                max_time=0.0 if quick else float(config.getoption("benchmark_max_time")),
+                min_rounds=1 if quick else int(config.getoption("benchmark_min_rounds")),
                 deadline=config.stash[DEADLINE],
             )
         finally:
