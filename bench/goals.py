@@ -502,5 +502,5 @@ _GOALS: tuple[Goal, ...] = (
     *attention_goals(),
     *model_goals(),
 )
-# A CPU with AMX has AVX-512 BF16 too, but multiplies ten times as fast: the same goals, apart.
+# A CPU with AMX has AVX-512 BF16 too, but multiplies several times as fast: the same goals, apart.
 GOALS = (*_GOALS, *(replace(goal, machine=AMX) for goal in _GOALS if goal.machine is CPU))

@@ -86,23 +86,9 @@ struct Sums {
   }
 };
 
-// fn(Sums<vectors>()), for 1 to 4.
-template <class Fn>
-void with_sums(int64_t vectors, const Fn& fn) {
-  if (vectors == 1) return fn(Sums<1>());
-  if (vectors == 2) return fn(Sums<2>());
-  if (vectors == 3) return fn(Sums<3>());
-  fn(Sums<4>());
-}
-
 // Two tiles of rows times 32 sums of products of bfloat16: fewer loads than other shapes.
 struct Square {
-  static void clear() {
-    zero<0>();
-    zero<1>();
-    zero<2>();
-    zero<3>();
-  }
+  static void clear() { Sums<4>::clear(); }
   // From and to [2][16][32].
   static void load(const float* sums) {
     amx::load<0>(sums, 128);

@@ -23,7 +23,7 @@ void attention_cpu(const AttentionArgs& args);
 
 // A thread takes blocks of a head's queries, and packs the head's keys and values for them.
 struct AttentionPlan {
-  int64_t rows, blocks;                       // of a block, of a head
+  int64_t blocks;                             // of a head
   int64_t score_stride;                       // floats from one query's scores to the next
   std::size_t queries, keys, values, scores;  // in the workspace, of the first thread
   std::size_t thread_bytes;

@@ -27,15 +27,14 @@ const AttentionKernel& kernel(DType dtype) {
 
 AttentionPlan make_plan(const AttentionKernel& kernel, int64_t length, int64_t width) {
   AttentionPlan plan{};
-  plan.rows = kernel.rows;
-  plan.blocks = (length + plan.rows - 1) / plan.rows;
+  plan.blocks = (length + kernel.rows - 1) / kernel.rows;
   const int64_t depth = round_up(width, kernel.group), steps = round_up(length, kernel.group);
   plan.score_stride = round_up(length, 16);
   Workspace workspace;
-  plan.queries = workspace.take(plan.rows * depth * 4);
+  plan.queries = workspace.take(kernel.rows * depth * 4);
   plan.keys = workspace.take(round_up(length, 16) * depth * 4);
   plan.values = workspace.take(steps * round_up(width, 16) * 4);
-  plan.scores = workspace.take(plan.rows * plan.score_stride * 4);
+  plan.scores = workspace.take(kernel.rows * plan.score_stride * 4);
   plan.thread_bytes = workspace.size;
   return plan;
 }

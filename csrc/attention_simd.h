@@ -15,21 +15,12 @@ using S = simd::Native;
 using V = S::V;
 using simd::kTileColumns;
 using simd::kTileRows;
-using simd::kTileVectors;
+using simd::with_vectors;
 constexpr int64_t kBlockRows = kTileRows == 16 ? 32 : 24;  // queries
 static_assert(kBlockRows % kTileRows == 0, "a block is whole tiles");
 
 // Sums over the keys are of parts, each of so many terms at most: shorter chains round less.
 constexpr int64_t kChain = 128;
-
-// fn(vectors of a panel), a constant of the type, for 1 to kTileVectors.
-template <int vectors = kTileVectors, class Fn>
-void with_vectors(int64_t columns, const Fn& fn) {
-  if constexpr (vectors > 1) {
-    if (columns <= (vectors - 1) * S::lanes) return with_vectors<vectors - 1>(columns, fn);
-  }
-  fn(std::integral_constant<int, vectors>());
-}
 
 template <class T>
 struct Attention {

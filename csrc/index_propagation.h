@@ -65,7 +65,6 @@ struct IndexPropagationPlan {
   int64_t blocks;        // of the codebook, its last chunk filled up
   int64_t padded_depth;  // d rounded up to a tile
   int64_t words;         // of a row, at most
-  int64_t row_block;     // rows that a thread scores at a time in the forward pass
   int64_t panel;         // codes whose gradient is summed at a time
   int threads;
   std::size_t row_state, rows_a, columns_t, columns_n, accumulator, counts, scores, score_bytes,

@@ -35,7 +35,6 @@ IndexPropagationPlan make_plan(const IndexPropagationKernels& set, int64_t n, in
   plan.blocks = round_up(k, kIndexPropagationChunk) / kIndexPropagationBlock;
   plan.padded_depth = round_up(d, set.tile_codes);
   plan.words = std::max(d, set.word_group);
-  plan.row_block = set.row_block;
   plan.rows = round_up(std::min<int64_t>(std::max<int64_t>(n, 1), kRows), set.row_group);
   plan.panel = kIndexPropagationChunk * (n <= plan.rows ? 1 : kPanelChunks);
   const int64_t state_rows = backward ? round_up(n, set.row_group) : plan.rows;
@@ -53,7 +52,7 @@ IndexPropagationPlan make_plan(const IndexPropagationKernels& set, int64_t n, in
   plan.columns_n = take_floats(kIndexPropagationChunk * plan.padded_depth);
   plan.accumulator = take_floats(state_rows * plan.padded_depth);
   const int64_t teams = backward ? 1 : plan.threads;
-  const int64_t score_floats = (backward ? plan.rows : plan.row_block) * score_row;
+  const int64_t score_floats = (backward ? plan.rows : set.row_block) * score_row;
   plan.score_bytes = static_cast<std::size_t>(
       round_up(std::max(score_floats, plan.words * set.tile_codes) * 4, 64));
   plan.scores = take(static_cast<int64_t>(plan.score_bytes) * teams);

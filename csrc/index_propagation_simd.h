@@ -34,14 +34,9 @@ constexpr int64_t kScoreRow = kChunk + 16;
 constexpr int64_t kGradRows = 256;  // rows whose scores and columns stay in the first cache
 // Whether a chunk's dE is summed as [d, codes]: a factor of tiles has its words next to each other,
 // and those of dL/ds, over rows, are a row apart.
-#if defined(__AMX_BF16__)
-constexpr bool kTurned = true;
-constexpr int64_t kRowGroup = simd::kWordGroup * simd::Words::terms, kRowBlock = 8 * kTileRows;
-#else
-constexpr bool kTurned = false;
-constexpr int64_t kRowGroup = kTileRows, kRowBlock = 8 * kTileRows;
-#endif
-
+constexpr bool kTurned = simd::kWordGroup > 1;
+constexpr int64_t kRowGroup = kTurned ? simd::kWordGroup * simd::Words::terms : kTileRows;
+constexpr int64_t kRowBlock = 8 * kTileRows;  // rows that a member scores at a time
 constexpr int64_t kCodeGroup = kTurned ? S::lanes : kTileRows;  // of a member's dE
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
@@ -810,9 +805,9 @@ struct Propagation {
       constexpr int64_t kHalf = kChunk / 2;  // over_rows() keeps each in a place of its own
       for (int64_t c = codes.begin; c < codes.end;) {
         const int64_t last = c < kHalf && codes.end > kHalf ? kHalf : codes.end;
-        const int64_t vectors = last - c < kTileCodes ? (last - c) / S::lanes : kTileVectors;
-        amx::with_sums(vectors, [&](auto columns) {
-          using Sums = decltype(columns);
+        const int64_t columns = last - c < kTileCodes ? last - c : kTileCodes;
+        simd::with_vectors(columns, [&](auto vectors) {
+          using Sums = amx::Sums<vectors>;
           for (int64_t i = 0; i < plan.padded_depth; i += kTileRows) {
             float* out = sums + i * kChunk + c;
             if (first) {
@@ -826,7 +821,7 @@ struct Propagation {
             Sums::store(out, 4 * kChunk);
           }
         });
-        c += vectors * S::lanes;
+        c += columns;
       }
 #else
       for (int64_t i = 0; i < plan.padded_depth; i += kTileCodes) {

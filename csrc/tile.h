@@ -13,6 +13,40 @@ constexpr int kTileRows = Native::tile_rows, kTileVectors = Native::tile_vectors
 constexpr int kTileColumns = kTileVectors * Native::lanes;
 using Tile = Native::V[kTileRows][kTileVectors];
 
+// fn(vectors of a panel), a constant of the type, for 1 to kTileVectors.
+template <int vectors = kTileVectors, class Fn>
+void with_vectors(int64_t columns, const Fn& fn) {
+  if constexpr (vectors > 1) {
+    if (columns <= (vectors - 1) * Native::lanes) return with_vectors<vectors - 1>(columns, fn);
+  }
+  fn(std::integral_constant<int, vectors>());
+}
+
+// To and from `out`, rows `stride` apart.
+inline void load_tile(Tile& acc, const float* out, int64_t stride) {
+  for (int r = 0; r < kTileRows; ++r) {
+    for (int v = 0; v < kTileVectors; ++v) {
+      acc[r][v] = Native::load(out + r * stride + v * Native::lanes);
+    }
+  }
+}
+template <int vectors>
+inline void add_tile(Native::V (&acc)[kTileRows][vectors], const float* in, int64_t stride) {
+  for (int r = 0; r < kTileRows; ++r) {
+    for (int v = 0; v < vectors; ++v) {
+      acc[r][v] = Native::add(Native::load(in + r * stride + v * Native::lanes), acc[r][v]);
+    }
+  }
+}
+template <int vectors>
+inline void store_tile(const Native::V (&acc)[kTileRows][vectors], float* out, int64_t stride) {
+  for (int r = 0; r < kTileRows; ++r) {
+    for (int v = 0; v < vectors; ++v) {
+      Native::store(out + r * stride + v * Native::lanes, acc[r][v]);
+    }
+  }
+}
+
 #if defined(__AMX_BF16__)
 // Sums are in memory, and in registers for the time of a product, always of pairs of bfloat16. The
 // functions are those of the other sets, but that `step` is between words of 16: rows whose words
@@ -100,34 +134,6 @@ __attribute__((always_inline)) inline void product(Native::V (&acc)[kTileRows][v
   }
   multiply<Set>(acc, a, row_stride, step, b, steps);
 }
-#endif
-
-// To and from `out`, rows `stride` apart.
-inline void load_tile(Tile& acc, const float* out, int64_t stride) {
-  for (int r = 0; r < kTileRows; ++r) {
-    for (int v = 0; v < kTileVectors; ++v) {
-      acc[r][v] = Native::load(out + r * stride + v * Native::lanes);
-    }
-  }
-}
-template <int vectors>
-inline void add_tile(Native::V (&acc)[kTileRows][vectors], const float* in, int64_t stride) {
-  for (int r = 0; r < kTileRows; ++r) {
-    for (int v = 0; v < vectors; ++v) {
-      acc[r][v] = Native::add(Native::load(in + r * stride + v * Native::lanes), acc[r][v]);
-    }
-  }
-}
-template <int vectors>
-inline void store_tile(const Native::V (&acc)[kTileRows][vectors], float* out, int64_t stride) {
-  for (int r = 0; r < kTileRows; ++r) {
-    for (int v = 0; v < vectors; ++v) {
-      Native::store(out + r * stride + v * Native::lanes, acc[r][v]);
-    }
-  }
-}
-
-#if !defined(__AMX_BF16__)
 // out += A B.
 template <class Set, int vectors, class Stride>
 inline void add_product_to(float* out, int64_t stride, const float* a, Stride row_stride,

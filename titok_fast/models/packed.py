@@ -188,12 +188,12 @@ def _multiply(x: Tensor, copy: Tensor, bias: Tensor | None, *activation: Any) ->
     dtype = x.dtype
     if copy.dtype != dtype:
         x, bias = x.float(), None if bias is None else bias.float()
-    linear = torch.ops.mkldnn._linear_pointwise
+    multiply = torch.ops.mkldnn._linear_pointwise
     if (parts := _parts(x, copy)) > 1:
-        rows = [linear(part, copy, bias, *activation) for part in x.flatten(0, -2).chunk(parts)]
+        rows = [multiply(part, copy, bias, *activation) for part in x.flatten(0, -2).chunk(parts)]
         result: Tensor = torch.cat(rows).unflatten(0, x.shape[:-1])
     else:
-        result = linear(x, copy, bias, *activation)
+        result = multiply(x, copy, bias, *activation)
     return result.to(dtype)
 
 
