@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from titok_fast._contention import contention, other_cpus
-from titok_fast.models.packed import LACKING
+from titok_fast.models.packed import WIDENED
 from titok_fast.ops import inspect
 from titok_fast.testing import cpu_isa, peak_extra_bytes, supported_isas
 
@@ -403,9 +403,9 @@ def device_times(call: Call, runs: int) -> list[float]:
 def gemm_peak(device: str, dtype: torch.dtype) -> float:
     """FLOP/s of a large square `torch.matmul` in `dtype`, the best of several runs.
 
-    Of 16 bits that the CPU does not multiply, float32's: widened, they are as fast.
+    Of 16 bits that the CPU multiplies slower, float32's: widened, they are as fast.
     """
-    if device == "cpu" and dtype in LACKING:
+    if device == "cpu" and dtype in WIDENED:
         return gemm_peak(device, torch.float32)
     n = 8192 if device == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))

@@ -10,7 +10,11 @@ enum class Isa { portable, avx2, avx512, avx512vnni, avx512bf16, amx };
 const char* isa_name(Isa isa);
 // Best instruction set that this CPU and operating system support.
 Isa detected_isa();
-// The set in use: the detected one, or the one forced below it for tests.
+// Whether this CPU has products of bfloat16, but slower ones than of float32.
+bool bfloat16_is_slow();
+// The detected set, or the one below it where products of bfloat16 are slow.
+Isa fastest_isa();
+// The set in use: the fastest, or the one forced for tests.
 Isa active_isa();
 // Throws std::invalid_argument for an unknown name or a set this CPU lacks; "" restores detection.
 void force_isa(const std::string& name);

@@ -47,6 +47,19 @@ Isa probe() {
   return Isa::portable;
 }
 
+// From Sapphire Rapids on, Intel leaves bfloat16 to the tile registers, which a virtual machine may
+// lack: vdpbf16ps takes four times as long as each of the two float32 products that it replaces.
+bool probe_slow_bfloat16() {
+#if defined(__x86_64__)
+  constexpr unsigned kFloat16 = 1u << 23;  // AVX512-FP16, which Cooper Lake lacks
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return detected_isa() == Isa::avx512bf16 && __builtin_cpu_is("intel") &&
+         __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kFloat16);
+#else
+  return false;
+#endif
+}
+
 }  // namespace
 
 const char* isa_name(Isa isa) {
@@ -71,9 +84,16 @@ Isa detected_isa() {
   return isa;
 }
 
+bool bfloat16_is_slow() {
+  static const bool slow = probe_slow_bfloat16();
+  return slow;
+}
+
+Isa fastest_isa() { return bfloat16_is_slow() ? Isa::avx512vnni : detected_isa(); }
+
 Isa active_isa() {
   const int isa = forced.load(std::memory_order_relaxed);
-  return isa < 0 ? detected_isa() : static_cast<Isa>(isa);
+  return isa < 0 ? fastest_isa() : static_cast<Isa>(isa);
 }
 
 void force_isa(const std::string& name) {

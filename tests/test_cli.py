@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -105,6 +106,22 @@ def test_info_names_versions_and_what_is_missing():
     assert inspect.extension().active_isa() in lines["CPU instruction set"]
     if not torch.cuda.is_available():
         assert "unavailable: torch" in lines["CUDA device"]
+
+
+def test_info_names_a_better_set_that_is_not_in_use():
+    from titok_fast.ops import inspect
+
+    def line(in_use, fastest, best):
+        sets = {"active_isa": in_use, "fastest_isa": fastest, "detected_isa": best}
+        return inspect._isa_line(SimpleNamespace(**{k: lambda v=v: v for k, v in sets.items()}))
+
+    assert line("amx", "amx", "amx") == "amx"
+    assert line("avx2", "amx", "amx") == "avx2 (forced, not amx)"
+    slower = "avx512vnni (there is avx512bf16, which is slower here)"
+    assert line("avx512vnni", "avx512vnni", "avx512bf16") == slower
+    module = inspect.extension()
+    slow = module.fastest_isa() != module.detected_isa()
+    assert slow == module.bfloat16_is_slow() and slow <= (module.detected_isa() == "avx512bf16")
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors"])

@@ -131,11 +131,11 @@ def test_packed_layers_are_packed_only_within(tokenizer):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("lacks", [True, False])
-def test_sixteen_bits_that_the_cpu_does_not_multiply_are_widened(dtype, lacks, monkeypatch):
-    if not lacks and dtype in packed_module.LACKING:
+@pytest.mark.parametrize("widened", [True, False])
+def test_sixteen_bits_that_the_cpu_multiplies_slower_are_widened(dtype, widened, monkeypatch):
+    if not widened and packed_module.WIDENED.get(dtype) == 0:
         pytest.skip(f"this CPU does not multiply {dtype}")
-    monkeypatch.setattr(packed_module, "LACKING", (dtype,) if lacks else ())
+    monkeypatch.setattr(packed_module, "WIDENED", {dtype: 0} if widened else {})
     layer = PackableLinear(96, 64).to(dtype)
     conv = Conv(8, 16, 3, stride=2).to(dtype)
     x, image = torch.randn(5, 96).to(dtype), torch.randn(2, 8, 9, 9).to(dtype)
@@ -144,18 +144,31 @@ def test_sixteen_bits_that_the_cpu_does_not_multiply_are_widened(dtype, lacks, m
         pixels = F.conv2d(image.double(), conv.weight.double(), conv.bias.double(), stride=2)
         for out, right in ((layer(x), exact), (conv(image), pixels)):
             assert out.dtype == dtype
-            if lacks:  # rounded once
+            if widened:  # rounded once
                 wide = right.float().to(dtype)
                 assert (out == wide).double().mean() > 0.99
                 torch.testing.assert_close(out, wide, rtol=torch.finfo(dtype).eps, atol=1e-5)
         layer.pack()
-        assert (layer._packed.copy.dtype == torch.float32) == lacks
+        assert (layer._packed.copy.dtype == torch.float32) == widened
         eps = torch.finfo(dtype).eps
         torch.testing.assert_close(layer(x).double(), exact, rtol=eps, atol=eps)
         torch.testing.assert_close(gelu_of(layer, x).double(), F.gelu(exact), rtol=eps, atol=eps)
     layer(x).sum().backward()
     assert layer.weight.grad.dtype == dtype
     torch.testing.assert_close(layer.weight.grad[0], x.double().sum(0).to(dtype))
+
+
+def test_few_rows_are_not_widened(monkeypatch):
+    monkeypatch.setattr(packed_module, "WIDENED", {torch.bfloat16: 128})
+    layer, conv = PackableLinear(96, 64).bfloat16(), Conv(8, 16, 3).bfloat16()
+    x, image = torch.randn(1, 128, 96).bfloat16(), torch.randn(1, 8, 8, 16).bfloat16()
+    assert packed_module.widens(x, layer.weight) and packed_module.widens(image, conv.weight)
+    assert not packed_module.widens(x[:, 1:], layer.weight)
+    assert not packed_module.widens(image[:, :, 1:], conv.weight)
+    assert not packed_module.widens(x.float(), layer.weight.float())
+    assert not packed_module.widens(x.float(), layer.weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not packed_module.widens(x, layer.weight)
 
 
 @pytest.mark.parametrize(

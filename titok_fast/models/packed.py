@@ -11,31 +11,46 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from titok_fast.ops import inspect
 from titok_fast.ops.arguments import differentiated
 
 
-def _lacking() -> tuple[torch.dtype, ...]:
+def _widened() -> dict[torch.dtype, int]:
     if platform.machine() not in ("x86_64", "AMD64"):
-        return ()
+        return {}
     if not torch.backends.mkldnn.is_available():
-        return torch.bfloat16, torch.float16
+        return {torch.bfloat16: 0, torch.float16: 0}
     operators = torch.ops.mkldnn
-    supported = {
-        torch.bfloat16: operators._is_mkldnn_bf16_supported(),
-        torch.float16: operators._is_mkldnn_fp16_supported(),
-    }
-    return tuple(dtype for dtype, yes in supported.items() if not yes)
+    rows = {}
+    # PyTorch's loops take ten times as long as float32's products.
+    if not operators._is_mkldnn_bf16_supported():
+        rows[torch.bfloat16] = 0
+    elif _bfloat16_is_slow():
+        rows[torch.bfloat16] = 128
+    if not operators._is_mkldnn_fp16_supported():
+        rows[torch.float16] = 0
+    return rows
 
 
-# Of 16 bits, what this CPU does not multiply: PyTorch's loops take ten times as long as float32's.
-LACKING = _lacking()
+def _bfloat16_is_slow() -> bool:
+    try:
+        return bool(inspect.extension().bfloat16_is_slow())
+    except RuntimeError:
+        return False
+
+
+# Of 16 bits, what this CPU multiplies slower than float32, and how many rows it takes for a product
+# to save the time that widening a weight costs.
+WIDENED = _widened()
 _HAS_AMX = hasattr(torch.cpu, "_is_amx_tile_supported") and torch.cpu._is_amx_tile_supported()
 
 
 def widens(x: Tensor, weight: Tensor) -> bool:
     """Whether a product of these on the CPU is to be taken in float32, and rounded once."""
-    lacking = x.device.type == "cpu" and x.dtype in LACKING and x.dtype == weight.dtype
-    return lacking and not torch.is_autocast_enabled("cpu")
+    if x.device.type != "cpu" or x.dtype not in WIDENED or x.dtype != weight.dtype:
+        return False
+    enough = x.numel() >= WIDENED[x.dtype] * weight.shape[1]
+    return enough and not torch.is_autocast_enabled("cpu")
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -47,7 +62,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class Linear(nn.Linear):
-    """`nn.Linear`; in float32, rounded once, where the CPU has no product of its 16 bits."""
+    """`nn.Linear`; in float32, rounded once, where the CPU's product of 16 bits takes longer."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps [..., in_features] to [..., out_features]."""
@@ -140,7 +155,7 @@ class PackableMatrix(Packable):
     def _arranged(self, weight: Tensor) -> Tensor | None:
         if not _can_pack(weight.dtype):
             return None
-        weight = weight.float() if weight.dtype in LACKING else weight
+        weight = weight.float() if weight.dtype in WIDENED else weight
         copy: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
         return copy
 

@@ -174,14 +174,18 @@ def availability() -> dict[str, str]:
         report["CPU instruction set"] = "unavailable: no compiled ops"
     else:
         report["compiled ops"] = "available"
-        in_use, best = module.active_isa(), module.detected_isa()
-        report["CPU instruction set"] = in_use + (
-            "" if in_use == best else f" (forced below {best})"
-        )
+        report["CPU instruction set"] = _isa_line(module)
     report["Triton kernels"] = _triton_line()
     report["CUDA C++ ops"] = _cuda_line(module)
     report["CUDA device"] = _device_line()
     return report
+
+
+def _isa_line(module: ModuleType) -> str:
+    in_use, fastest, best = module.active_isa(), module.fastest_isa(), module.detected_isa()
+    if in_use != fastest:
+        return f"{in_use} (forced, not {fastest})"
+    return in_use if in_use == best else f"{in_use} (there is {best}, which is slower here)"
 
 
 def _triton_line() -> str:
