@@ -31,7 +31,7 @@ struct IndexPropagationArgs {
   float temperature;
   bool entropy;
   int64_t* indices;         // [n]
-  float* mean_code;         // [n, d]
+  float* mean_code;         // [n, d]; nullptr in a forward pass that has no backward
   float* statistics;        // [n, kStatistics]
   int32_t* support_codes;   // [n, support]: -1 ends a row, -2 first: more than fit
   double* support_weights;  // [n, support] log q: the two entropies may nearly cancel

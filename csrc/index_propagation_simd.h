@@ -409,6 +409,7 @@ struct Propagation {
       }
       ++kept;
     }
+    if (args.support == 0) return;
     if (kept > args.support || std::isnan(sum)) {
       support_codes[0] = -2;
     } else if (kept < args.support) {
@@ -455,6 +456,7 @@ struct Propagation {
   void forward() const {
     [[maybe_unused]] const simd::Registers registers;
     measure_codes();
+    const bool means = args.mean_code != nullptr;
     const auto codes = member.share(args.k);
     for (int64_t k = codes.begin; k < codes.end; ++k) {
       counts()[k] = 0;
@@ -470,7 +472,7 @@ struct Propagation {
           const double length = norm(z_row(first + r));
           state(r).norm = length <= kLargestNorm ? static_cast<float>(length * 1.0001) : kInfinity;
         }
-        for (int64_t i = 0; i < plan.padded_depth; ++i) {
+        for (int64_t i = 0; means && i < plan.padded_depth; ++i) {
           accumulator()[r * plan.padded_depth + i] = 0.0f;
         }
       }
@@ -480,7 +482,7 @@ struct Propagation {
       float* s = scores(member.index);
       float factors[kRowBlock];
       for (int64_t c0 = 0; c0 < args.k; c0 += kChunk) {
-        pack_chunk(c0, true);
+        pack_chunk(c0, means);
         member.barrier();
         for (int64_t begin = mine.begin; begin < mine.end; begin += kRowBlock) {
           const int64_t end = begin + kRowBlock < mine.end ? begin + kRowBlock : mine.end;
@@ -488,9 +490,9 @@ struct Propagation {
           for (int64_t r = begin; r < end; ++r) {
             factors[r - begin] = soften(state(r), s + (r - begin) * kScoreRow,
                                         table() + r * plan.blocks + c0 / kBlock, sharp_float);
-            narrow(s + (r - begin) * kScoreRow);
+            if (means) narrow(s + (r - begin) * kScoreRow);
           }
-          average_codes(begin, end, s, factors);
+          if (means) average_codes(begin, end, s, factors);
         }
         member.barrier();
       }
@@ -498,7 +500,7 @@ struct Propagation {
       for (int64_t r = mine.begin; r < mine.end && r < rows; ++r) {
         finish_row(first + r, r, sharp_float);
         const double scale = 1.0 / state(r).sum;
-        for (int64_t i = 0; i < d(); ++i) {
+        for (int64_t i = 0; means && i < d(); ++i) {
           args.mean_code[(first + r) * d() + i] =
               static_cast<float>(accumulator()[r * plan.padded_depth + i] * scale);
         }

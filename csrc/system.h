@@ -10,9 +10,7 @@ enum class Isa { portable, avx2, avx512, avx512vnni, avx512bf16, amx };
 const char* isa_name(Isa isa);
 // Best instruction set that this CPU and operating system support.
 Isa detected_isa();
-// Whether this CPU has products of bfloat16, but slower ones than of float32.
-bool bfloat16_is_slow();
-// The detected set, or the one below it where products of bfloat16 are slow.
+// The detected set, or the one below it where the CPU multiplies bfloat16 slower than float32.
 Isa fastest_isa();
 // The set in use: the fastest, or the one forced for tests.
 Isa active_isa();

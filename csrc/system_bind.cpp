@@ -9,7 +9,6 @@ namespace py = pybind11;
 void bind_system(py::module_& m) {
   using namespace titok;
   m.def("detected_isa", [] { return std::string(isa_name(detected_isa())); });
-  m.def("bfloat16_is_slow", &bfloat16_is_slow);
   m.def("fastest_isa", [] { return std::string(isa_name(fastest_isa())); });
   m.def("active_isa", [] { return std::string(isa_name(active_isa())); });
   m.def("force_isa", &force_isa, py::arg("name"));

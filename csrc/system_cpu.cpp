@@ -49,7 +49,7 @@ Isa probe() {
 
 // From Sapphire Rapids on, Intel leaves bfloat16 to the tile registers, which a virtual machine may
 // lack: vdpbf16ps takes four times as long as each of the two float32 products that it replaces.
-bool probe_slow_bfloat16() {
+bool bfloat16_is_slow() {
 #if defined(__x86_64__)
   constexpr unsigned kFloat16 = 1u << 23;  // AVX512-FP16, which Cooper Lake lacks
   unsigned a = 0, b = 0, c = 0, d = 0;
@@ -84,12 +84,10 @@ Isa detected_isa() {
   return isa;
 }
 
-bool bfloat16_is_slow() {
-  static const bool slow = probe_slow_bfloat16();
-  return slow;
+Isa fastest_isa() {
+  static const Isa isa = bfloat16_is_slow() ? Isa::avx512vnni : detected_isa();
+  return isa;
 }
-
-Isa fastest_isa() { return bfloat16_is_slow() ? Isa::avx512vnni : detected_isa(); }
 
 Isa active_isa() {
   const int isa = forced.load(std::memory_order_relaxed);

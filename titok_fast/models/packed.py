@@ -14,35 +14,30 @@ from torch import Tensor, nn
 from titok_fast.ops import inspect
 from titok_fast.ops.arguments import differentiated
 
+# None: this PyTorch does not say.
+_HAS_AMX = getattr(torch.cpu, "_is_amx_tile_supported", lambda: None)()
+
 
 def _widened() -> dict[torch.dtype, int]:
     if platform.machine() not in ("x86_64", "AMD64"):
         return {}
     if not torch.backends.mkldnn.is_available():
         return {torch.bfloat16: 0, torch.float16: 0}
-    operators = torch.ops.mkldnn
-    rows = {}
+    bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    float16 = torch.ops.mkldnn._is_mkldnn_fp16_supported()
     # PyTorch's loops take ten times as long as float32's products.
-    if not operators._is_mkldnn_bf16_supported():
-        rows[torch.bfloat16] = 0
-    elif _bfloat16_is_slow():
+    rows = {} if bfloat16 else {torch.bfloat16: 0}
+    rows |= {} if float16 else {torch.float16: 0}
+    # Of Intel's CPUs those that have float16, too, multiply bfloat16 at half float32's rate but for
+    # AMX, which a virtual machine may hide.
+    if bfloat16 and float16 and _HAS_AMX is False and "Intel" in inspect.cpu_name():
         rows[torch.bfloat16] = 128
-    if not operators._is_mkldnn_fp16_supported():
-        rows[torch.float16] = 0
     return rows
-
-
-def _bfloat16_is_slow() -> bool:
-    try:
-        return bool(inspect.extension().bfloat16_is_slow())
-    except RuntimeError:
-        return False
 
 
 # Of 16 bits, what this CPU multiplies slower than float32, and how many rows it takes for a product
 # to save the time that widening a weight costs.
 WIDENED = _widened()
-_HAS_AMX = hasattr(torch.cpu, "_is_amx_tile_supported") and torch.cpu._is_amx_tile_supported()
 
 
 def widens(x: Tensor, weight: Tensor) -> bool:

@@ -116,13 +116,18 @@ def choose_backend(backend: str, device_type: str, order: dict[str, tuple[str, .
     here = order.get(device_type, ())
     if backend == "auto" and here:
         return here[0]
+    check_backend(backend, order)
+    if backend != "reference" and backend not in here:
+        raise RuntimeError(f"backend {backend!r} is not available: it has no {device_type} version")
+    return backend
+
+
+def check_backend(backend: str, order: dict[str, tuple[str, ...]]) -> None:
+    """ValueError unless `backend` is a name that `choose_backend` knows."""
     names = sorted({name for row in order.values() for name in row})
     if backend not in ("auto", "reference", *names):
         allowed = ", ".join(repr(name) for name in ("auto", *names, "reference"))
         raise ValueError(f"backend: {backend!r} is not one of {allowed}")
-    if backend != "reference" and backend not in here:
-        raise RuntimeError(f"backend {backend!r} is not available: it has no {device_type} version")
-    return backend
 
 
 def choose_or_reference(backend: str, device_type: str, order: dict[str, tuple[str, ...]]) -> str:
