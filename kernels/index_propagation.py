@@ -94,7 +94,7 @@ _AMPERE = {
     (64, 1): Config(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
     (64, 2): Config(Tile(64, 32, 8, 2), Tile(64, 32, 8, 2), Tile(32, 64, 8, 2)),
     (128, 1): Config(Tile(128, 32, 8, 3), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
-    (128, 2): Config(Tile(64, 64, 8, 2), Tile(32, 32, 4, 2, sharp=16), Tile(32, 32, 4, 2)),
+    (128, 2): Config(Tile(64, 32, 8, 2), Tile(32, 32, 4, 2, sharp=16), Tile(32, 32, 4, 2)),
     (256, 1): Config(Tile(64, 64, 8, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
     (_WIDE, 2): Config(
         Tile(64, 32, 8, 2, 64, 256), Tile(64, 32, 8, 2, 64, 256), Tile(32, 64, 8, 2, 64, 256)
@@ -369,6 +369,7 @@ def index_propagation_fwd_kernel(
     PARTS: tl.constexpr,
     EVEN: tl.constexpr,
     ENTROPY: tl.constexpr,
+    MEAN: tl.constexpr,
     SHARP: tl.constexpr,  # of two launches, that for tiles with rows in float
 ):
     start, split, begin, end = _row_tile(row_tiles, steps, blocks, ROWS)
@@ -390,7 +391,8 @@ def index_propagation_fwd_kernel(
     total = tl.zeros([ROWS], tl.float32)
     sharp = tl.zeros([ROWS], tl.float32)
     weighted = tl.zeros([ROWS], tl.float32)
-    sums = tl.zeros([ROWS, OUT], tl.float32)
+    if MEAN:
+        sums = tl.zeros([ROWS, OUT], tl.float32)
     # Without the assumption products run one by one; invariants would spill.
     tl.assume(begin < end)
     for block in tl.range(begin, end, disable_licm=True):
@@ -400,7 +402,8 @@ def index_propagation_fwd_kernel(
             s = _product(a, a_low, e, e_low, tl.zeros([ROWS, CODES], tl.float32), PARTS)
         else:
             s = _sliced(rows, first, last, book, code, k, D, DEPTH, ROWS, CODES, PARTS, EVEN)
-            e, e_low = _load(book, code, k, out, D, OUT, CODES, PARTS, EVEN)
+            if MEAN:
+                e, e_low = _load(book, code, k, out, D, OUT, CODES, PARTS, EVEN)
         s *= scale
         if not EVEN:
             s = tl.where((tl.arange(0, CODES) < k - code)[None, :], s, float("-inf"))
@@ -419,7 +422,8 @@ def index_propagation_fwd_kernel(
             sharp = factor * sharp + tl.sum(q, axis=1)
         factor = tl.exp2((top - new_top) * _LOG2E)
         total = total * factor + tl.sum(p, axis=1)
-        sums = _accumulate(p, e, e_low, sums * factor[:, None], PARTS)
+        if MEAN:
+            sums = _accumulate(p, e, e_low, sums * factor[:, None], PARTS)
         top = new_top
 
     at = tl.cast(slot + split, tl.int64) * n
@@ -430,7 +434,8 @@ def index_propagation_fwd_kernel(
     if SHARP:
         tl.store(own + 2 * plane, sharp, mask=inside)
         tl.store(own + 3 * plane, weighted, mask=inside)
-    _store_tile(mean, sums, at + start, n - start, out, OUT_D)
+    if MEAN:
+        _store_tile(mean, sums, at + start, n - start, out, OUT_D)
 
 
 @triton.jit
@@ -524,6 +529,7 @@ def index_propagation_fwd_rows_kernel(
     STEP: tl.constexpr,
     PARTS: tl.constexpr,
     ENTROPY: tl.constexpr,
+    MEAN: tl.constexpr,
 ):
     entry = tl.program_id(0).to(tl.int64)
     row = first + entry
@@ -547,9 +553,10 @@ def index_propagation_fwd_rows_kernel(
         step = tl.load(where, real, float("-inf")) - top
         factor = tl.exp(step)
         total += tl.sum(tl.load(where + plane, real, 0.0) * factor, axis=0)
-        part = mean + ((at + split) * size + entry)[:, None] * D + columns[None, :]
-        part = tl.load(part, real[:, None] & (columns < D)[None, :], 0.0)
-        sums += tl.sum(part * factor[:, None], axis=0)
+        if MEAN:
+            part = mean + ((at + split) * size + entry)[:, None] * D + columns[None, :]
+            part = tl.load(part, real[:, None] & (columns < D)[None, :], 0.0)
+            sums += tl.sum(part * factor[:, None], axis=0)
         if ENTROPY and in_float:
             step = tl.maximum(step * inverse_t, _LOWEST)
             factor = tl.exp(step)
@@ -557,8 +564,9 @@ def index_propagation_fwd_rows_kernel(
             sharp += tl.sum(part_sharp * factor, axis=0)
             part_weighted = tl.load(where + 3 * plane, real, 0.0)
             weighted += tl.sum((part_weighted + part_sharp * step) * factor, axis=0)
-    sums = sums / total * _up(code_top, PARTS)
-    tl.store(mean_code + row * D + columns, sums, mask=columns < D)
+    if MEAN:
+        sums = sums / total * _up(code_top, PARTS)
+        tl.store(mean_code + row * D + columns, sums, mask=columns < D)
     total *= 2.0**-_SHIFT
     tl.store(own + _TOP, top)
     tl.store(own + _LOG_SUM, tl.log(total))
@@ -1471,7 +1479,13 @@ def _row_options(d: int, layout: _Layout, block: int, interpreted: bool) -> dict
 
 
 def launch_index_propagation_fwd(
-    z: Tensor, codebook: Tensor, temperature: float, entropy: bool, *, config: Config | None = None
+    z: Tensor,
+    codebook: Tensor,
+    temperature: float,
+    entropy: bool,
+    gradients: bool,
+    *,
+    config: Config | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Outputs of the op `index_propagation_fwd`; `z` [N, D] and `codebook` [K, D] by row.
 
@@ -1480,12 +1494,13 @@ def launch_index_propagation_fwd(
         codebook: likewise.
         temperature: of the sharp softmax.
         entropy: whether to compute it.
+        gradients: whether a backward pass follows; without, the mean code is empty.
         config: instead of the device's own, to try out tiles.
     """
     (n, d), k = z.shape, codebook.shape[0]
     device, interpreted = z.device, z.device.type == "cpu"
     indices = torch.empty(n, dtype=torch.int64, device=device)
-    mean_code = torch.empty(n, d, dtype=torch.float32, device=device)
+    mean_code = torch.empty(n if gradients else 0, d, dtype=torch.float32, device=device)
     statistics = torch.empty(n, 8, dtype=torch.float32, device=device)
     code_probability = torch.zeros(k, dtype=torch.float32, device=device)
     support_codes = torch.empty(n, 0, dtype=torch.int32, device=device)
@@ -1508,23 +1523,25 @@ def launch_index_propagation_fwd(
     slots = plan.slots
     table = torch.empty(blocks * plan.chunk, dtype=torch.float32, device=device)
     state = torch.empty(4 * slots * plan.chunk, dtype=torch.float32, device=device)
-    mean = torch.empty(slots * plan.chunk * d, dtype=torch.float32, device=device)
+    mean = torch.empty(slots * plan.chunk * d * gradients, dtype=torch.float32, device=device)
+    slices = tile.slices(d) if gradients else 1
     for first, size, row_tiles in plan.rows():
         for part, chunk in enumerate(_codes(codebook, code_top, layout, tile.codes)):
             code, count, codes, code_part, code_stride = chunk
             here, programs = plan.codes(count)
             for sharp in (False, True)[: 1 + entropy]:
-                index_propagation_fwd_kernel[(row_tiles * programs, tile.slices(d))](
+                index_propagation_fwd_kernel[(row_tiles * programs, slices)](
                     rows, codes, z_top, code_top, z_norm, code_norm, state, mean, table, first,
                     size, count, inverse_t, code // tile.codes, here, row_tiles, plan.steps,
                     part * plan.splits, slots, z_part, z_stride, code_part, code_stride,
-                    EVEN=count % tile.codes == 0, ENTROPY=entropy, SHARP=sharp,
+                    EVEN=count % tile.codes == 0, ENTROPY=entropy, MEAN=gradients, SHARP=sharp,
                     **_tile_options(tile, layout, d),
                 )  # fmt: skip
         index_propagation_fwd_rows_kernel[(size,)](
             z, codebook, z_norm, block_norm, code_norm, code_top, state, mean, table, indices,
             mean_code, statistics, counts, first, size, k, inverse_t, blocks, slots, z.stride(0),
-            codebook.stride(0), ENTROPY=entropy, **_row_options(d, layout, tile.codes, interpreted),
+            codebook.stride(0), ENTROPY=entropy, MEAN=gradients,
+            **_row_options(d, layout, tile.codes, interpreted),
         )  # fmt: skip
     if entropy:
         tile = config.bwd_codebook
@@ -1664,8 +1681,9 @@ def specializations(
     """(kernel, argument types, constants and options) of what a launch on `capability` compiles.
 
     Every tile, with padded widths and numbers of codes that fill no tile; what is left out compiles
-    to less: SHARP or EVEN alone missing from both, and all without ENTROPY. The static report
-    compiles them all; with `main` only the largest products, those of float32 at D = 256.
+    to less: SHARP or EVEN alone missing from both, all without ENTROPY, and MEAN missing elsewhere.
+    The static report compiles them all; with `main` only the largest products, those of float32 at
+    D = 256.
     """
     shapes = (  # whole: with the kernels whose code the tile hardly changes
         (256, "fp32", True),
@@ -1711,8 +1729,10 @@ def specializations(
             ((True, True),) if main else ((True, True), (True, False), (False, True))
         ):
             options = {"EVEN": even, "ENTROPY": True}
-            tile = {"SHARP": sharp, **_tile_options(config.fwd, layout, d)}
+            tile = {"MEAN": True, "SHARP": sharp, **_tile_options(config.fwd, layout, d)}
             yield index_propagation_fwd_kernel, halves, {**options, **tile}
+            if sharp and not main:  # may take more registers than with MEAN
+                yield index_propagation_fwd_kernel, halves, {**options, **tile, "MEAN": False}
             tile = _bwd_z_options(config.bwd_z, layout, d, sharp)
             yield index_propagation_bwd_z_kernel, halves, {**options, **tile}
         for sharp in (True, False)[: 1 if main else 2]:
@@ -1736,7 +1756,8 @@ def specializations(
             yield index_propagation_copy_kernel, halves, {**sizes, "PARTS": parts}
         block = {"BLOCK": config.fwd.codes, "FOLD": True, "ROWS": min(rows, config.fwd.codes)}
         yield index_propagation_measure_kernel, types, {**sizes, **block}
-        options = {"ENTROPY": True, **_row_options(d, layout, config.fwd.codes, False)}
+        options = _row_options(d, layout, config.fwd.codes, False)
+        options = {"ENTROPY": True, "MEAN": True, **options}
         yield index_propagation_fwd_rows_kernel, types, options
         types = types | {"code_weight": "*fp64", "wide": "*fp64"}
         options = {"ENTROPY": True, **_row_options(d, layout, config.bwd_z.codes, False)}

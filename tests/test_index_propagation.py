@@ -507,7 +507,7 @@ def test_rounds_gradients_as_pytorch_does(dtype):
     for isa in supported_isas():
         with cpu_isa(isa):
             ops = torch.ops.titok_fast
-            saved = ops.index_propagation_fwd(z, codebook, 1.0, False, "cpu")
+            saved = ops.index_propagation_fwd(z, codebook, 1.0, False, True, "cpu")
             indices, mean_code, statistics, weight, *support = saved
             grad_z, grad_codebook = ops.index_propagation_bwd(
                 grad, z, codebook, indices, mean_code, statistics, *support,
@@ -523,7 +523,9 @@ def test_opcheck():
     z, codebook = rows_and_codes(9, 33, 7)
     ops = torch.ops.titok_fast
     for entropy in (True, False):
-        arguments = (z, codebook, 0.01, entropy, "cpu")
+        alone = (z, codebook, 0.01, entropy, False, "cpu")
+        torch.library.opcheck(ops.index_propagation_fwd.default, alone)
+        arguments = (z, codebook, 0.01, entropy, True, "cpu")
         torch.library.opcheck(ops.index_propagation_fwd.default, arguments)
         indices, mean_code, statistics, _, *support = ops.index_propagation_fwd(*arguments)
         torch.library.opcheck(
@@ -687,11 +689,47 @@ def test_backend_asked_for_by_name_says_what_is_missing(monkeypatch):
         index_propagation(z, codebook, backend="triton")
 
 
+@pytest.mark.parametrize("entropy", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_gradients_the_same_comes_from_less_work(backend, device, entropy, dtype):
+    z, codebook = rows_and_codes(37, 450, 24, dtype=dtype, device=device)
+    options = {"temperature": 0.1, "entropy": entropy, "backend": backend}
+    expected = propagate(z.requires_grad_(), codebook, **options)
+    assert expected.quantized.requires_grad
+    with torch.no_grad():
+        actual, plain = propagate(z, codebook, **options), index_propagation(z, codebook, **options)
+    for name, value in actual._asdict().items():
+        torch.testing.assert_close(value, getattr(expected, name).detach(), rtol=1e-6, atol=1e-7)
+    assert torch.equal(plain[0], actual.quantized) and torch.equal(plain[1], actual.indices)
+    assert torch.equal(plain[2], actual.sample_entropy)
+    assert torch.equal(plain[3], actual.batch_entropy)
+
+
+def test_rows_of_many_codes_without_gradients(backend, device):
+    """More than the support, which only a backward needs, would hold."""
+    z = 1e3 * torch.randn(3, 8, device=device)
+    codebook = torch.randn(8, device=device) + 1e-6 * torch.randn(600, 8, device=device)
+    with torch.no_grad():
+        _, _, *entropies = index_propagation(z, codebook, temperature=1.0, backend=backend)
+        _, _, *expected = index_propagation(z, codebook, temperature=1.0, backend="reference")
+    torch.testing.assert_close(entropies, expected, rtol=1e-5, atol=0)
+
+
+def test_of_the_codes_alone_a_gradient_is_no_softmax(backend, device):
+    z, codebook = (x.requires_grad_() for x in rows_and_codes(20, 30, 8, device=device))
+    result = propagate(z, codebook, backend=backend)
+    weight = torch.randn(20, 8, device=device)
+    (result.codes * weight).sum().backward()
+    expected = torch.zeros_like(codebook).index_add_(0, result.indices, weight)
+    torch.testing.assert_close(codebook.grad, expected)
+    assert not z.grad.any()
+
+
 class Tokenizer(nn.Module):
-    def __init__(self, backend, process_group=None):
+    def __init__(self, backend, equal, process_group=None):
         super().__init__()
         self.encoder, self.codebook = nn.Linear(5, 8), nn.Parameter(torch.randn(50, 8))
-        self.backend, self.process_group = backend, process_group
+        self.backend, self.equal, self.process_group = backend, equal, process_group
 
     def forward(self, x):
         z = self.encoder(x)
@@ -699,15 +737,18 @@ class Tokenizer(nn.Module):
             z, self.codebook, temperature=0.1, process_group=self.process_group,
             backend=self.backend,
         )  # fmt: skip
-        loss = (quantized - z).square().mean() + sample_entropy - 2 * batch_entropy
+        loss = -2 * batch_entropy
+        if self.equal:  # DDP's mean of means is not that over all rows where ranks have unlike ones
+            loss = loss + (quantized - z).square().mean() + sample_entropy
         return loss, batch_entropy
 
 
 @pytest.mark.parametrize("choice", ["auto", "reference"])
-def test_two_ranks_equal_one_process_with_the_whole_batch(tmp_path, choice):
+@pytest.mark.parametrize("first", [12, 6, 24])
+def test_two_ranks_equal_one_process_with_the_whole_batch(tmp_path, choice, first):
     choice = default_backend() if choice == "auto" else choice
-    model, x = Tokenizer(choice), torch.randn(24, 5)
-    torch.save((model.state_dict(), x), tmp_path / "in.pt")
+    model, x = Tokenizer(choice, first == 12), torch.randn(24, 5)
+    torch.save((model.state_dict(), x.split([first, 24 - first])), tmp_path / "in.pt")
     torch.multiprocessing.spawn(_rank, args=(tmp_path, choice), nprocs=2)
     loss, batch_entropy = model(x)
     loss.backward()
@@ -723,11 +764,11 @@ def _rank(rank, folder, choice):
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
     )
-    state, x = torch.load(folder / "in.pt")
-    model = Tokenizer(choice, torch.distributed.group.WORLD)
+    state, parts = torch.load(folder / "in.pt")
+    model = Tokenizer(choice, len(parts[0]) == len(parts[1]), torch.distributed.group.WORLD)
     model.load_state_dict(state)
     parallel = nn.parallel.DistributedDataParallel(model)
-    loss, entropy = parallel(x[12 * rank : 12 * rank + 12])
+    loss, entropy = parallel(parts[rank])
     loss.backward()
     grads = {name: parameter.grad for name, parameter in model.named_parameters()}
     torch.save((entropy.detach(), loss.detach(), grads), folder / f"out{rank}.pt")

@@ -1,6 +1,8 @@
 """ibq_quantize and the drop-in layer against the official outputs and arithmetic."""
 
+import copy
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -251,6 +253,48 @@ def test_compiles_whole():
 def test_bad_shape(shape):
     with pytest.raises(ValueError, match=r"z: expected \[B, 6, H, W\], got shape"):
         make()(torch.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"entropy_temperature": 0.0}, ValueError, "entropy_temperature: 0.0 is not positive"),
+        ({"entropy_temperature": "1"}, TypeError, "entropy_temperature: expected a float"),
+        ({"backend": "numpy"}, ValueError, "backend: 'numpy' is not one of"),
+        ({"process_group": "x"}, TypeError, "process_group: expected a ProcessGroup or None, got"),
+    ],
+)
+def test_bad_options(options, error, words):
+    with pytest.raises(error, match=words):
+        make(**options)
+
+
+def test_bad_latents():
+    with pytest.raises(TypeError, match="z: expected a Tensor, got list"):
+        make()([1.0])
+    with pytest.raises(TypeError, match="z: expected a Tensor, got list"):
+        ibq_quantize([1.0], torch.zeros(3, 4))
+    with pytest.raises(ValueError, match=r"z: expected \[..., D\], got shape \[\]"):
+        ibq_quantize(torch.tensor(1.0), torch.zeros(3, 4))
+
+
+def test_a_copy_shares_the_process_group_and_a_pickle_leaves_it_out(tmp_path):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    try:
+        group = torch.distributed.group.WORLD
+        layer = make(use_entropy_loss=True, process_group=group)
+        z = torch.randn(2, 6, 1, 8)
+        expected = layer(z)[1]
+        twin = copy.deepcopy(layer)
+        assert twin.process_group is group
+        torch.testing.assert_close(twin(z)[1], expected)
+        loaded = pickle.loads(pickle.dumps(layer))
+        assert loaded.process_group is None and layer.process_group is group
+        torch.testing.assert_close(loaded(z)[1], expected)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def train(quantizer, steps=300):

@@ -8,7 +8,15 @@ import torch.distributed as dist
 from einops import rearrange
 from torch import Tensor, nn
 
-from titok_fast.ops.index_propagation import Propagation, propagate
+from titok_fast.ops import inspect
+from titok_fast.ops.arguments import strided
+from titok_fast.ops.index_propagation import (
+    BACKENDS,
+    Propagation,
+    check_process_group,
+    check_temperature,
+    propagate,
+)
 
 QuantizerLoss = Tensor | tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -88,7 +96,7 @@ def ibq_quantize(
     """
     output, _ = _quantize(
         z, codebook, beta, entropy_temperature, sample_weight, batch_weight, entropy,
-        process_group, backend,
+        process_group, backend, probability=False,
     )  # fmt: skip
     return output
 
@@ -103,11 +111,14 @@ def _quantize(
     entropy: bool,
     process_group: dist.ProcessGroup | None,
     backend: str,
+    probability: bool,
 ) -> tuple[IBQOutput, Propagation]:
+    if strided("z", z).ndim == 0:
+        raise ValueError("z: expected [..., D], got shape []")
     rows = z.reshape(-1, z.shape[-1]) if z.ndim != 2 else z
     result = propagate(
         rows, codebook, temperature=temperature, entropy=entropy, process_group=process_group,
-        backend=backend,
+        probability=probability, backend=backend,
     )  # fmt: skip
     loss_dtype = result.sample_entropy.dtype
     quantized, codes, rows = (x.to(loss_dtype) for x in (result.quantized, result.codes, rows))
@@ -126,6 +137,19 @@ def _quantize(
         sample_weight * result.sample_entropy - batch_weight * result.batch_entropy,
     )
     return output, result
+
+
+class _SharedGroup:
+    """A process group: a copy of a layer shares it, a file leaves it out."""
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self.group = group
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_SharedGroup":
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _SharedGroup, (None,)
 
 
 class IndexPropagationQuantize(nn.Module):
@@ -148,7 +172,8 @@ class IndexPropagationQuantize(nn.Module):
         entropy_temperature: of the softmax whose entropies are taken.
         sample_minimization_weight: of the mean entropy of the rows.
         batch_maximization_weight: of the entropy of their mean.
-        process_group: take that mean over these ranks, too.
+        process_group: take that mean over these ranks, too. A copy of the layer shares it; a pickle
+            leaves it out.
         backend: of `index_propagation`.
 
     Source: arXiv 2412.02692.
@@ -173,6 +198,8 @@ class IndexPropagationQuantize(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
+        check_temperature("entropy_temperature", entropy_temperature)
+        inspect.check_backend(backend, BACKENDS)
         self.n_e = n_e
         self.e_dim = e_dim
         self.beta = beta
@@ -195,6 +222,16 @@ class IndexPropagationQuantize(nn.Module):
                 self.re_embed += 1
         self._last: tuple[Tensor, Tensor] | None = None
 
+    @property
+    def process_group(self) -> dist.ProcessGroup | None:
+        """The ranks over whose rows the entropy of the mean is taken, beside this one."""
+        return self._group.group
+
+    @process_group.setter
+    def process_group(self, group: dist.ProcessGroup | None) -> None:
+        check_process_group(group)
+        self._group = _SharedGroup(group)
+
     def forward(
         self, z: Tensor, temp: Any = None, return_logits: bool = False
     ) -> tuple[Tensor, QuantizerLoss, tuple[None, None, Tensor]]:
@@ -213,7 +250,7 @@ class IndexPropagationQuantize(nn.Module):
         Raises:
             ValueError: `z` is not [B, e_dim, H, W].
         """
-        if z.ndim != 4 or z.shape[1] != self.e_dim:
+        if strided("z", z).ndim != 4 or z.shape[1] != self.e_dim:
             raise ValueError(f"z: expected [B, {self.e_dim}, H, W], got shape {list(z.shape)}")
         codebook = self.embedding.weight
         output, result = _quantize(
@@ -226,6 +263,7 @@ class IndexPropagationQuantize(nn.Module):
             self.use_entropy_loss,
             self.process_group,
             self.backend,
+            probability=True,
         )
         self._last = result.indices, result.max_probability
         quantized = rearrange(output.quantized, "b h w d -> b d h w").contiguous()

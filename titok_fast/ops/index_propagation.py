@@ -10,7 +10,7 @@ from torch import Tensor
 
 from titok_fast import _library, reference
 from titok_fast.ops import inspect
-from titok_fast.ops.arguments import DTYPES, dense_rows
+from titok_fast.ops.arguments import DTYPES, dense_rows, differentiated
 from titok_fast.ops.nearest_code import check_rows_and_codes, nearest_code
 from titok_fast.reference.index_propagation import EPS, mean_over_ranks
 from titok_fast.reference.index_propagation_streaming import add_rows, wide_dtype
@@ -25,26 +25,46 @@ SUPPORT = 256
 Forward = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def _check(z: Tensor, codebook: Tensor, temperature: float, backend: str) -> None:
+def check_temperature(name: str, temperature: float) -> None:
+    """TypeError or ValueError unless it is a positive, finite number."""
+    if not isinstance(temperature, int | float):
+        raise TypeError(f"{name}: expected a float, got {type(temperature).__name__}")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"{name}: {temperature} is not positive and finite")
+
+
+def check_process_group(process_group: object) -> None:
+    """TypeError unless it is a ProcessGroup or None."""
+    if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
+        raise TypeError(
+            f"process_group: expected a ProcessGroup or None, got {type(process_group).__name__}"
+        )
+
+
+def _check(
+    z: Tensor,
+    codebook: Tensor,
+    temperature: float,
+    process_group: dist.ProcessGroup | None,
+    backend: str,
+) -> None:
     check_rows_and_codes(
         z, codebook, (*DTYPES, torch.float64) if backend == "reference" else DTYPES
     )
     if z.ndim != 2:
         raise ValueError(f"z: expected [N, D], got shape {list(z.shape)}")
-    if not isinstance(temperature, int | float):
-        raise TypeError(f"temperature: expected a float, got {type(temperature).__name__}")
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature: {temperature} is not positive and finite")
+    check_temperature("temperature", temperature)
+    check_process_group(process_group)
 
 
 def _fake_fwd(
-    z: Tensor, codebook: Tensor, temperature: float, entropy: bool, backend: str
+    z: Tensor, codebook: Tensor, temperature: float, entropy: bool, gradients: bool, backend: str
 ) -> Forward:
     (n, d), k = z.shape, codebook.shape[0]
-    support = SUPPORT if entropy and backend == "cpu" else 0
+    support = SUPPORT if entropy and gradients and backend == "cpu" else 0
     return (
         z.new_empty(n, dtype=torch.int64),
-        z.new_empty(n, d, dtype=torch.float32),
+        z.new_empty(n if gradients else 0, d, dtype=torch.float32),
         z.new_empty(n, 8, dtype=torch.float32),
         z.new_empty(k, dtype=torch.float64),
         z.new_empty(n, support, dtype=torch.int32),
@@ -71,17 +91,17 @@ def _fake_bwd(
 
 
 def _cpu_fwd(
-    z: Tensor, codebook: Tensor, temperature: float, entropy: bool, backend: str
+    z: Tensor, codebook: Tensor, temperature: float, entropy: bool, gradients: bool, backend: str
 ) -> Forward:
     if backend == "triton":
-        return _triton_fwd(z, codebook, temperature, entropy, backend)
+        return _triton_fwd(z, codebook, temperature, entropy, gradients, backend)
     inspect.require_backend(backend, "cpu")
     extension = inspect.extension()
     z, codebook = dense_rows(z), dense_rows(codebook)
     (n, d), k = z.shape, codebook.shape[0]
-    support = SUPPORT if entropy else 0
+    support = SUPPORT if entropy and gradients else 0
     indices = torch.empty(n, dtype=torch.int64, device="cpu")
-    mean_code = torch.empty(n, d, dtype=torch.float32, device="cpu")
+    mean_code = torch.empty(n if gradients else 0, d, dtype=torch.float32, device="cpu")
     statistics = torch.zeros(n, 8, dtype=torch.float32, device="cpu")
     code_probability = torch.zeros(k, dtype=torch.float64, device="cpu")
     support_codes = torch.full((n, support), -1, dtype=torch.int32, device="cpu")
@@ -106,7 +126,7 @@ def _cpu_fwd(
         temperature=temperature,
         entropy=entropy,
         indices=indices.data_ptr(),
-        mean_code=mean_code.data_ptr(),
+        mean_code=mean_code.data_ptr() if gradients else 0,
         statistics=statistics.data_ptr(),
         code_probability=code_probability.data_ptr(),
         support_codes=support_codes.data_ptr(),
@@ -183,14 +203,14 @@ def _cpu_bwd(
 
 
 def _triton_fwd(
-    z: Tensor, codebook: Tensor, temperature: float, entropy: bool, backend: str
+    z: Tensor, codebook: Tensor, temperature: float, entropy: bool, gradients: bool, backend: str
 ) -> Forward:
     inspect.require_backend(backend, z.device.type)
     launch = inspect.kernels("index_propagation").launch_index_propagation_fwd
     # Triton launches on the current device, which need not be that of the tensors.
     with torch.cuda.device(z.device) if z.is_cuda else nullcontext():
         indices, mean_code, statistics, probability, codes, weights = launch(
-            dense_rows(z), dense_rows(codebook), temperature, entropy
+            dense_rows(z), dense_rows(codebook), temperature, entropy, gradients
         )
     return indices, mean_code, statistics, probability.double(), codes, weights.double()
 
@@ -222,7 +242,7 @@ def _triton_bwd(
 
 _fwd_op = _library.register(
     "index_propagation_fwd(Tensor z, Tensor codebook, float temperature, bool entropy, "
-    "str backend) -> (Tensor indices, Tensor mean_code, Tensor statistics, "
+    "bool gradients, str backend) -> (Tensor indices, Tensor mean_code, Tensor statistics, "
     "Tensor code_probability, Tensor support_codes, Tensor support_weights)",
     cpu=_cpu_fwd,
     cuda=_triton_fwd,
@@ -246,12 +266,12 @@ def _no_autocast(z: Tensor) -> AbstractContextManager[object]:
 
 
 def _streaming_fwd(
-    z: Tensor, codebook: Tensor, temperature: float, entropy: bool, backend: str
+    z: Tensor, codebook: Tensor, temperature: float, entropy: bool, gradients: bool, backend: str
 ) -> Forward:
     indices = nearest_code(z, codebook, metric="dot")
     with _no_autocast(z):
         mean_code, statistics, code_probability = reference.index_propagation_fwd(
-            z, codebook, indices, temperature, entropy
+            z, codebook, indices, temperature, entropy, gradients
         )
     empty = statistics[:, :0]
     return indices, mean_code, statistics, code_probability, empty.int(), empty
@@ -289,6 +309,7 @@ class Propagation(NamedTuple):
         sample_entropy: [] float32, the mean entropy of the rows.
         batch_entropy: [] float32, the entropy of the mean over rows (and ranks).
         max_probability: [N] float32, the largest softmax probability of each row; no gradient.
+            Empty where neither it nor a gradient or entropy was asked for.
     """
 
     quantized: Tensor
@@ -308,15 +329,17 @@ class _IndexPropagation(torch.autograd.Function):
         temperature: float,
         entropy: bool,
         process_group: dist.ProcessGroup | None,
+        gradients: bool,
         backend: str,
     ) -> tuple[Tensor, ...]:
         run = _streaming_fwd if backend == "streaming" else _fwd_op
         indices, mean_code, statistics, code_probability, support_codes, support_weights = run(
-            z, codebook, temperature, entropy, backend
+            z, codebook, temperature, entropy, gradients, backend
         )
         sample_entropy = batch_entropy = statistics.new_zeros(())
+        share: Tensor | float = 1.0
         if entropy:
-            code_probability = mean_over_ranks(code_probability, process_group)
+            code_probability, share = mean_over_ranks(code_probability, z.shape[0], process_group)
             probability = code_probability.to(wide_dtype(z.device))
             total = statistics[:, 4].sum(dtype=probability.dtype)
             sample_entropy = (total / max(1, z.shape[0])).float()
@@ -329,6 +352,7 @@ class _IndexPropagation(torch.autograd.Function):
             support_weights,
         )  # fmt: skip
         ctx.options = temperature, entropy, backend
+        ctx.share = share
         return (
             quantized, quantized.clone(), indices, sample_entropy, batch_entropy.clone(),
             max_probability,
@@ -342,7 +366,7 @@ class _IndexPropagation(torch.autograd.Function):
             grad_z, grad_codebook = _library.once(
                 "index_propagation", (grad_z, grad_codebook), *ctx.saved_tensors[:2], *grads
             )
-        return grad_z, grad_codebook, None, None, None, None
+        return grad_z, grad_codebook, None, None, None, None, None
 
     @staticmethod
     def _gradients(
@@ -357,16 +381,20 @@ class _IndexPropagation(torch.autograd.Function):
         z, codebook, indices, mean_code, statistics, code_probability, *support = ctx.saved_tensors
         support_codes, support_weights = support
         temperature, entropy, backend = ctx.options
+        if grad is None and grad_sample is None and grad_batch is None:
+            grad_z, grad_codebook = torch.zeros_like(z), torch.zeros_like(codebook)
+            if grad_codes is not None:
+                add_rows(grad_codebook, indices, grad_codes)
+            return grad_z, grad_codebook
         grad = torch.zeros_like(z) if grad is None else grad
         sample_weight = statistics.new_zeros(()) if grad_sample is None else grad_sample
         code_weight = torch.zeros_like(code_probability)
         if grad_batch is not None:
-            # DDP takes the mean of the ranks' gradients, each through the mean of its own rows:
-            # that of all rows, so there is nothing to scale.
+            # DDP takes the mean of the ranks' gradients, each through the mean of its own rows.
             probability = code_probability.to(wide_dtype(z.device))
             slope = -((probability + EPS).log() + probability / (probability + EPS))
             # The same for every code has no effect; small numbers keep more of what differs.
-            code_weight = grad_batch * (slope - slope.amin())
+            code_weight = grad_batch * ctx.share * (slope - slope.amin())
         run = _streaming_bwd if backend == "streaming" else _bwd_op
         grad_z, grad_codebook = run(
             grad, z, codebook, indices, mean_code, statistics, support_codes, support_weights,
@@ -393,11 +421,17 @@ def propagate(
     temperature: float = 0.01,
     entropy: bool = True,
     process_group: dist.ProcessGroup | None = None,
+    probability: bool = True,
     backend: str = "auto",
 ) -> Propagation:
-    """`index_propagation` with what a quantizer layer needs besides; same arguments and errors."""
+    """`index_propagation` with what a quantizer layer needs besides; same arguments and errors.
+
+    Args:
+        probability: whether `max_probability` is needed. Without it, gradients and entropies the
+            softmax is not computed.
+    """
     z, codebook = _autocast(z, codebook)
-    _check(z, codebook, temperature, backend)
+    _check(z, codebook, temperature, process_group, backend)
     device = z.device.type
     order = BACKENDS | {device: BACKENDS.get(device, ("streaming",))}
     backend = inspect.choose_backend(backend, device, order)
@@ -406,8 +440,14 @@ def propagate(
             z, codebook, temperature, entropy, process_group
         )
         return Propagation(quantized, codebook[others[0]], *others)
+    gradients = differentiated(z) or differentiated(codebook)
+    if not (gradients or entropy or probability):
+        search = "auto" if backend == "streaming" else backend
+        indices = nearest_code(z, codebook, metric="dot", backend=search)
+        codes, zero = codebook[indices], z.new_zeros((), dtype=torch.float32)
+        return Propagation(codes, codes, indices, zero, zero, zero[None][:0])
     outputs = _IndexPropagation.apply(  # type: ignore[no-untyped-call]
-        z, codebook, float(temperature), entropy, process_group, backend
+        z, codebook, float(temperature), entropy, process_group, gradients, backend
     )
     return Propagation(*outputs)
 
@@ -440,9 +480,10 @@ def index_propagation(
         codebook: E, [K, D] with K >= 1, same dtype and device as `z`.
         temperature: of the entropies, positive.
         entropy: False saves their time; both are then 0.
-        process_group: average q~ over its ranks, which then all see the same batch_entropy. Its
-            gradient is such that the mean over ranks, which DistributedDataParallel takes, is the
-            gradient of one process with all rows. None: the rows of this process alone.
+        process_group: take q~ over the rows of all its ranks, however many each has, which then all
+            see the same batch_entropy. Its gradient is such that the mean over ranks, which
+            DistributedDataParallel takes, is the gradient of one process with all rows. None: the
+            rows of this process alone.
         backend: "cpu" (C++), "triton" (GPU, or CPU tensors in Triton's interpreter), "streaming"
             (PyTorch on any device, chunks of codes, float64 where the device has it), "reference"
             (float64, materialises N x K), or "auto": "cpu" for CPU tensors, "triton" for CUDA
@@ -462,6 +503,6 @@ def index_propagation(
     """
     result = propagate(
         z, codebook, temperature=temperature, entropy=entropy, process_group=process_group,
-        backend=backend,
+        probability=False, backend=backend,
     )  # fmt: skip
     return result.quantized, result.indices, result.sample_entropy, result.batch_entropy

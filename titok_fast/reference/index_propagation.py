@@ -10,12 +10,20 @@ from titok_fast.reference.nearest_code import nearest_code
 EPS = 1e-5
 
 
-def mean_over_ranks(x: Tensor, process_group: dist.ProcessGroup | None) -> Tensor:
-    """The mean of `x` over the ranks of a group; `x` itself, which is overwritten, with None."""
-    if process_group is not None:
-        dist.all_reduce(x, group=process_group)
-        x /= dist.get_world_size(process_group)
-    return x
+def mean_over_ranks(
+    mean: Tensor, rows: int, process_group: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor | float]:
+    """From the `mean` [K] over the `rows` of each rank, that over the rows of all ranks of a group.
+
+    Also returns what the gradient of this rank's mean is to be multiplied by, so that the mean of
+    the ranks' gradients is that of all rows; 1 where each has as many.
+    """
+    if process_group is None:
+        return mean, 1.0
+    sums = torch.cat([mean * rows, mean.new_full((1,), rows)])
+    dist.all_reduce(sums, group=process_group)
+    total = sums[-1].clamp_min(1)
+    return sums[:-1] / total, dist.get_world_size(process_group) * rows / total
 
 
 def index_propagation(
@@ -46,9 +54,8 @@ def index_propagation(
         sample_entropy = -(sharp * log_sharp).sum() / max(n, 1)
         local = sharp.sum(0) / max(n, 1)  # [K]
         # The value of all ranks, the gradient of this one: DDP takes the mean of the gradients.
-        probability = local + (
-            mean_over_ranks(local.detach().clone(), process_group) - local.detach()
-        )
+        mean, share = mean_over_ranks(local.detach(), n, process_group)
+        probability = mean + share * (local - local.detach())
         batch_entropy = -(probability * (probability + EPS).log()).sum()
     return (
         quantized.to(z.dtype),

@@ -40,7 +40,7 @@ def _logits(z: Tensor, codebook: Tensor, top: Tensor) -> Iterator[tuple[int, Ten
 
 
 def index_propagation_fwd(
-    z: Tensor, codebook: Tensor, indices: Tensor, temperature: float, entropy: bool
+    z: Tensor, codebook: Tensor, indices: Tensor, temperature: float, entropy: bool, mean: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mean code, statistics and code probability of the op `index_propagation_fwd`.
 
@@ -53,16 +53,18 @@ def index_propagation_fwd(
         indices: [N] int64, of the largest logit of each row, so that no maximum is searched.
         temperature: of the sharp softmax.
         entropy: whether to compute it.
+        mean: whether to compute the mean code, which is otherwise empty.
     """
     n, k = z.shape[0], codebook.shape[0]
     wide = wide_dtype(z.device)
     top = (z.to(wide) * codebook[indices].to(wide)).sum(1, keepdim=True)  # [N, 1]
     total, sharp_total, energy = (torch.zeros_like(top) for _ in range(3))
-    mean_code = torch.zeros(z.shape, dtype=torch.float32, device=z.device)
+    mean_code = torch.zeros(z.shape, dtype=torch.float32, device=z.device)[: n if mean else 0]
     for _, codes, logits in _logits(z, codebook, top):
         weights = logits.clamp_min(_FLOOR).exp_()  # [N, C]
         total += weights.sum(1, keepdim=True, dtype=wide)
-        mean_code += weights @ codes
+        if mean:
+            mean_code += weights @ codes
         if entropy:
             logits.div_(temperature).clamp_min_(_FLOOR)
             weights = logits.exp()
@@ -83,7 +85,7 @@ def index_propagation_fwd(
         top - rounded, mean_energy,
     )  # fmt: skip
     statistics = torch.cat([column.float() for column in columns], 1)
-    return mean_code / total.float(), statistics, code_probability
+    return mean_code / total[: len(mean_code)].float(), statistics, code_probability
 
 
 def index_propagation_bwd(
