@@ -205,3 +205,22 @@ def test_what_cannot_be_replaced_is_left_with_a_reason(name, changes, reason):
     assert model is quantizer and not report.replaced
     assert report.left[""] == f"src.quantize.{name} {reason}"
     assert "\n" not in str(report)
+
+
+@pytest.mark.parametrize("make", [upstream, seed_voken])
+def test_an_option_that_the_layers_lack_is_left_alone(make):
+    """A fork's `l2_normalize`, say, changes what is nearest."""
+    quantizer = make(l2_normalize=True)()
+    model, report = accelerate(quantizer)
+    assert model is quantizer
+    assert "has l2_normalize, which the layers here do not know" in report.left[""]
+    quantizer = make(l2_normalize=False)()
+    quantizer.projection = nn.Linear(6, 6)
+    assert "has projection, which" in accelerate(quantizer)[1].left[""]
+    assert set(accelerate(make(l2_normalize=False)())[1].replaced) == {""}
+
+
+def test_the_pixel_quantizer_of_1d_tokenizer_is_left_alone():
+    attributes = {"num_embeddings": 32, "embedding_dim": 6}
+    quantizer = upstream(codebook_size=None, token_size=None, **attributes)()
+    assert "is MaskGIT-VQGAN's, whose returns are" in accelerate(quantizer)[1].left[""]

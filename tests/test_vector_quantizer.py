@@ -146,6 +146,44 @@ def test_bad_shape(shape):
         make()(torch.zeros(shape))
 
 
+@pytest.mark.parametrize(
+    ("z", "error", "words"),
+    [
+        ([1.0], TypeError, "z: expected a Tensor, got list"),
+        (torch.zeros(2, 12, 1, 8).int(), TypeError, "z: dtype torch.int32 is not a floating"),
+        (torch.zeros(2, 12, 1, 8, dtype=torch.complex64), TypeError, "z: dtype torch.complex64"),
+    ],
+)
+def test_bad_latents(z, error, words):
+    with pytest.raises(error, match=words):
+        make()(z)
+    with pytest.raises(ValueError, match="backend: 'numpy' is not one of"):
+        VectorQuantizer(4, 12, backend="numpy")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("clustering_vq", [True, False])
+def test_a_layer_of_another_dtype_quantizes_in_float32(dtype, clustering_vq):
+    layer = make(clustering_vq=clustering_vq).train().to(dtype)
+    z = torch.randn(2, 12, 1, 8, dtype=dtype, requires_grad=True)
+    output, result = layer(z)
+    assert output.dtype == result["quantizer_loss"].dtype == torch.float32
+    (output.sum() + result["quantizer_loss"]).backward()
+    assert layer.embedding.weight.grad.dtype == z.grad.dtype == dtype
+    assert bool(z.grad.isfinite().all() and layer.embedding.weight.isfinite().all())
+
+
+@pytest.mark.parametrize("clustering_vq", [True, False])
+def test_an_empty_batch_has_no_loss(clustering_vq):
+    layer = make(clustering_vq=clustering_vq).train()
+    z = torch.zeros(0, 12, 1, 8, requires_grad=True)
+    output, result = layer(z)
+    assert output.shape == z.shape and result["min_encoding_indices"].shape == (0, 1, 8)
+    assert result["quantizer_loss"] == result["commitment_loss"] == result["codebook_loss"] == 0
+    result["quantizer_loss"].backward()
+    assert not layer.embedding.weight.grad.any()
+
+
 def test_clustering_over_two_ranks_equals_one_process(tmp_path):
     layer = make(clustering_vq=True).train()
     z = torch.randn(4, 12, 1, 16)

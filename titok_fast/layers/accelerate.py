@@ -34,8 +34,9 @@ def accelerate(model: nn.Module, *, backend: str = "auto") -> tuple[nn.Module, A
     Modules are recognised by class name and attributes, without importing their package:
     `VectorQuantizer` of 1d-tokenizer and `IndexPropagationQuantize` of SEED-Voken. Parameters and
     buffers stay the same tensors, so optimizers, state dicts and checkpoints go on working; hooks
-    and the training mode move along. SEED-Voken's `VectorQuantizer` and `VectorQuantizer2` return
-    other things than the layers here and are left, with that reason in the report.
+    and the training mode move along. SEED-Voken's `VectorQuantizer` and `VectorQuantizer2` and the
+    `VectorQuantizer` of 1d-tokenizer's MaskGIT-VQGAN return other things than the layers here and
+    are left, with that reason in the report; so is a module with an option that these lack.
 
     Args:
         model: changed in place; a quantizer itself is fine too.
@@ -69,10 +70,14 @@ def accelerate(model: nn.Module, *, backend: str = "auto") -> tuple[nn.Module, A
 def _vector_quantizer(module: nn.Module, backend: str) -> nn.Module | str:
     if all(hasattr(module, name) for name in ("n_e", "e_dim", "beta")):
         return f"{_name(module)} is SEED-Voken's, whose result holds the one-hot rows [N, K]"
+    if all(hasattr(module, name) for name in ("num_embeddings", "embedding_dim")):
+        return f"{_name(module)} is MaskGIT-VQGAN's, whose returns are in another order"
     needed = ("codebook_size", "token_size", "commitment_cost", "use_l2_norm", "embedding")
     missing = [name for name in needed if not hasattr(module, name)]
     if missing:
         return f"{_name(module)} has no {', '.join(missing)}, so it is not 1d-tokenizer's"
+    if unknown := _unknown(module, (*needed, "clustering_vq", "decay", "embed_prob")):
+        return unknown
     values = {name: getattr(module, name) for name in needed[:-1]}
     clustering = bool(getattr(module, "clustering_vq", False))
     with torch.device("meta"):
@@ -92,6 +97,8 @@ def _index_propagation_quantize(module: nn.Module, backend: str) -> nn.Module | 
     missing = [name for name in (*needed, *remap, "embedding") if not hasattr(module, name)]
     if missing:
         return f"{_name(module)} has no {', '.join(missing)}, so it is not SEED-Voken's"
+    if unknown := _unknown(module, (*needed, *remap, "embedding", "unknown_index", "used")):
+        return unknown
     with torch.device("meta"):
         layer = IndexPropagationQuantize(
             **{name: getattr(module, name) for name in needed}, backend=backend
@@ -107,6 +114,18 @@ _BUILDERS: dict[str, Callable[[nn.Module, str], nn.Module | str]] = {
     "VectorQuantizer2": _vector_quantizer2,
     "IndexPropagationQuantize": _index_propagation_quantize,
 }
+
+
+def _unknown(module: nn.Module, known: tuple[str, ...]) -> str | None:
+    """Why to leave a module that has options or tensors beyond the `known`, which may matter."""
+    names = [
+        name for name, value in vars(module).items() if value is not None and value is not False
+    ]
+    names += [*module._parameters, *module._buffers, *module._modules]
+    others = [name for name in names if name not in (*known, "training") and name[0] != "_"]
+    if not others:
+        return None
+    return f"{_name(module)} has {', '.join(sorted(others))}, which the layers here do not know"
 
 
 def _take_over(layer: nn.Module, module: nn.Module) -> None:

@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from titok_fast.ops.nearest_code import nearest_code
+from titok_fast.ops import inspect
+from titok_fast.ops.arguments import strided
+from titok_fast.ops.nearest_code import BACKENDS, nearest_code
 
 
 def _gather(x: Tensor) -> Tensor:
@@ -18,6 +20,10 @@ def _gather(x: Tensor) -> Tensor:
     parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, x.contiguous())
     return torch.cat(parts)
+
+
+def _mean_square(x: Tensor, y: Tensor) -> Tensor:
+    return F.mse_loss(x, y) if x.numel() else (x - y).square().sum()
 
 
 class VectorQuantizer(nn.Module):
@@ -52,6 +58,7 @@ class VectorQuantizer(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
+        inspect.check_backend(backend, BACKENDS)
         self.codebook_size = codebook_size
         self.token_size = token_size
         self.commitment_cost = commitment_cost
@@ -73,11 +80,14 @@ class VectorQuantizer(nn.Module):
         Returns:
             Quantized latents [B, D, H, W], float32, whose gradient passes straight to `z`, and a
             dict of `quantizer_loss` (the sum of the next two), `commitment_loss`, `codebook_loss`
-            (float32 scalars) and `min_encoding_indices` [B, H, W], int64.
+            (float32 scalars, of an empty batch 0) and `min_encoding_indices` [B, H, W], int64.
 
         Raises:
+            TypeError: `z` is not a floating tensor.
             ValueError: `z` is not [B, token_size, H, W].
         """
+        if not strided("z", z).is_floating_point():
+            raise TypeError(f"z: dtype {z.dtype} is not a floating dtype")
         if z.ndim != 4 or z.shape[1] != self.token_size:
             raise ValueError(f"z: expected [B, {self.token_size}, H, W], got shape {list(z.shape)}")
         # There is no autocast for the meta device, nor a need of one.
@@ -88,12 +98,12 @@ class VectorQuantizer(nn.Module):
         z = rearrange(z, "b d h w -> b h w d").contiguous()
         latents = z.detach()
         indices = self._nearest(latents, self.embedding.weight)  # [B, H, W]
-        quantized = self.get_codebook_entry(indices.flatten()).view(z.shape)
+        quantized = self.get_codebook_entry(indices.flatten()).float().view(z.shape)
         if self.use_l2_norm:
             z = F.normalize(z, dim=-1)
 
-        commitment_loss = self.commitment_cost * F.mse_loss(z, quantized.detach())
-        codebook_loss = F.mse_loss(quantized, z.detach())
+        commitment_loss = self.commitment_cost * _mean_square(z, quantized.detach())
+        codebook_loss = _mean_square(quantized, z.detach())
         if self.clustering_vq and self.training:
             self._move_unused_codes(latents.flatten(0, 2), indices.flatten())
 
@@ -107,12 +117,14 @@ class VectorQuantizer(nn.Module):
 
     def _nearest(self, z: Tensor, codebook: Tensor) -> Tensor:
         metric = "cosine" if self.use_l2_norm else "l2"
-        return nearest_code(z, codebook.float(), metric=metric, backend=self.backend)
+        return nearest_code(z.float(), codebook.float(), metric=metric, backend=self.backend)
 
     @torch.no_grad()
     def _move_unused_codes(self, latents: Tensor, indices: Tensor) -> None:
         """Update usage from `indices` [N] and pull codes towards inputs of `latents` [N, D]."""
         indices, latents = _gather(indices), _gather(latents)
+        if indices.numel() == 0:
+            return
         counts = torch.zeros_like(self.embed_prob)
         counts.scatter_add_(0, indices, torch.ones_like(indices, dtype=counts.dtype))
         self.embed_prob.mul_(self.decay).add_(counts / indices.numel(), alpha=1 - self.decay)
@@ -130,7 +142,7 @@ class VectorQuantizer(nn.Module):
             indices: [N] int64, or weights over the codes [N, K], floating.
 
         Returns:
-            [N, D] float32, of unit length with `use_l2_norm`.
+            [N, D] in the dtype of the codebook, of unit length with `use_l2_norm`.
         """
         if indices.ndim == 1:
             codes = self.embedding(indices)
