@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bench import harness
 from bench.harness import Bench, Call, Provider, own_providers
 from titok_fast import attention
+from titok_fast.ops.attention import TRITON_UP_TO
 from titok_fast.testing import relative_error
 
 LENGTHS = (33, 65, 129, 289, 577, 1089)
@@ -157,8 +158,12 @@ def test_attention(measure: Callable[..., None], case: Case, provider: Provider)
     measure(BENCH, case, provider)
 
 
-def longest_for_triton(results: dict[str, object]) -> dict[tuple[str, int], int]:
-    """The largest L up to which Triton won every case over "sdpa", by dtype and Dh."""
+def longest_for_triton(results: dict[str, object]) -> dict[tuple[torch.dtype, int], int]:
+    """The entries of `TRITON_UP_TO` that the results tell.
+
+    Each is the largest L up to which Triton won every case over "sdpa" at the largest measured Dh
+    that the entry serves and no smaller one does.
+    """
     times: dict[tuple[str, int], dict[int, dict[tuple[str, str], float]]] = {}
     for entry in results["benchmarks"]:  # type: ignore[attr-defined]
         info = entry["extra_info"]
@@ -166,21 +171,29 @@ def longest_for_triton(results: dict[str, object]) -> dict[tuple[str, int], int]
             lengths = times.setdefault((info["dtype"], info["D"]), {})
             row = lengths.setdefault(info["L"], {})
             row[info["provider"], info["direction"]] = info["device_ms"]
-    table = {}
-    for key, lengths in times.items():
-        table[key] = 0
+    measured = {}
+    for (name, width), lengths in times.items():
+        longest = 0
         for length, row in sorted(lengths.items()):
             if any(
                 row["titok_fast-triton", way] > row["sdpa", way]
                 for way in {direction for _, direction in row}
             ):
                 break
-            table[key] = length
+            longest = length
+        measured[getattr(torch, name), width] = longest
+    table = {}
+    for dtype, width in TRITON_UP_TO:
+        # float16 runs in bfloat16's tiles.
+        for like in (torch.bfloat16, dtype) if dtype is torch.float16 else (dtype,):
+            within = {d: n for (kind, d), n in measured.items() if kind is like and d <= width}
+            if within and max(within) > width // 2:
+                table[dtype, width] = within[max(within)]
     return table
 
 
 if __name__ == "__main__":
-    for (dtype, width), length in longest_for_triton(
-        json.loads(Path(sys.argv[1]).read_text())
-    ).items():
-        print(f"(torch.{dtype}, {width}): {length},")
+    measured = longest_for_triton(json.loads(Path(sys.argv[1]).read_text()))
+    for entry, predicted in TRITON_UP_TO.items():
+        word = "measured" if entry in measured else "predicted"
+        print(f"{entry}: {measured.get(entry, predicted)},  # {word}")

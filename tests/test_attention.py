@@ -7,6 +7,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from bench.bench_attention import longest_for_triton
 from tests.kernels import assert_kernels_compile
 from titok_fast import attention
 from titok_fast.ops import inspect
@@ -473,7 +474,13 @@ def test_double_backward_is_refused():
     ("change", "error", "words"),
     [
         ({"qkv": [1.0]}, TypeError, "qkv: expected a Tensor, got list"),
-        ({"qkv": torch.zeros(1, 2, 3, 1, 8).double()}, TypeError, "qkv: dtype torch.float64 is"),
+        (
+            {"qkv": torch.zeros(1, 2, 3, 1, 8).double(), "backend": "cpu"},
+            TypeError,
+            "qkv: dtype torch.float64 is",
+        ),
+        ({"qkv": torch.zeros(1, 2, 3, 1, 8).int()}, TypeError, "qkv: dtype torch.int32 is not"),
+        ({"qkv": torch.zeros(6, 8).to_sparse()}, TypeError, "qkv: layout torch.sparse_coo is not"),
         ({"qkv": torch.zeros(1, 2, 3, 8)}, ValueError, "qkv: expected [B, L, 3, H, Dh], got"),
         ({"qkv": torch.zeros(1, 2, 2, 1, 8)}, ValueError, "qkv: expected [B, L, 3, H, Dh], got"),
         ({"qkv": torch.zeros(1, 0, 3, 1, 8)}, ValueError, "qkv: L must be 1 to 4096, got 0"),
@@ -504,6 +511,30 @@ def test_backend_asked_for_by_name_says_what_is_missing(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(RuntimeError, match="backend 'triton' is not available: it needs CUDA"):
         attention(torch.zeros(1, 2, 3, 1, 8), backend="triton")
+
+
+def test_float64_goes_to_pytorch():
+    qkv = torch.randn(2, 5, 3, 2, 16, dtype=torch.float64, requires_grad=True)
+    expected = attention(qkv, backend="reference")
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = attention(qkv)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+    (grad,) = torch.autograd.grad(actual.square().sum(), qkv)
+    torch.testing.assert_close(grad, torch.autograd.grad(expected.square().sum(), qkv)[0])
+
+
+def test_a_table_of_auto_from_results():
+    def row(dtype, length, provider, milliseconds):
+        info = {"op": "attention", "device": "cuda", "dtype": dtype, "D": 64, "L": length}
+        info |= {"provider": provider, "direction": "forward", "device_ms": milliseconds}
+        return {"extra_info": info}
+
+    rows = [row("bfloat16", length, "sdpa", 1.0) for length in (33, 65, 129)]
+    rows += [row("bfloat16", n, "titok_fast-triton", t) for n, t in ((33, 0.5), (65, 0.9))]
+    rows += [row("bfloat16", 129, "titok_fast-triton", 1.1)]
+    measured = longest_for_triton({"benchmarks": rows})
+    assert measured == {(torch.float16, 64): 65, (torch.bfloat16, 64): 65}
+    assert measured.keys() < TRITON_UP_TO.keys()
 
 
 def test_the_table_of_auto_covers_every_input():

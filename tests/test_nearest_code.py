@@ -479,6 +479,8 @@ def test_gives_no_gradient():
         ({"codebook": torch.zeros(0, 4)}, ValueError, "codebook: K and D must be >= 1"),
         ({"codebook": torch.zeros(8, 4, device="meta")}, ValueError, "codebook: on meta, but z is"),
         ({"codebook": torch.zeros(8, 4).long()}, TypeError, "codebook: dtype torch.int64 is not"),
+        ({"z": torch.zeros(3, 4).to_sparse()}, TypeError, "z: layout torch.sparse_coo is not"),
+        ({"codebook": torch.zeros(8, 4).to_mkldnn()}, TypeError, "codebook: layout torch._mkldnn"),
         ({"metric": "l1"}, ValueError, "metric: 'l1' is not one of 'l2', 'cosine', 'dot'"),
         ({"backend": "numpy"}, ValueError, "backend: 'numpy' is not one of 'auto', 'cpu'"),
     ],
@@ -489,6 +491,16 @@ def test_bad_input(change, error, words):
         nearest_code(arguments.pop("z"), arguments.pop("codebook"), **arguments)
     assert str(raised.value).startswith(words)
     assert "\n" not in str(raised.value)
+
+
+def test_under_autocast_the_wider_dtype_counts():
+    z, codebook = torch.randn(9, 4).bfloat16(), torch.randn(20, 4)
+    expected = nearest_code(z.float(), codebook)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(nearest_code(z, codebook), expected)
+        assert torch.equal(nearest_code(codebook, z), nearest_code(codebook, z.float()))
+    with pytest.raises(TypeError, match="differs from z's"):
+        nearest_code(z, codebook)
 
 
 def test_backend_asked_for_by_name_says_what_is_missing(monkeypatch):

@@ -21,8 +21,7 @@ def check_tensor(
     like_name: str,
 ) -> None:
     """`tensor` has this shape, one of these dtypes and the device of `like`."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
+    tensor = strided(name, tensor)
     if tensor.dtype not in dtypes:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{name}: dtype {tensor.dtype} is not {names}")
@@ -30,6 +29,15 @@ def check_tensor(
         raise ValueError(f"{name}: expected shape {shape}, got {list(tensor.shape)}")
     if tensor.device != like.device:
         raise ValueError(f"{name}: on {tensor.device}, but {like_name} is on {like.device}")
+
+
+def strided(name: str, tensor: object) -> Tensor:
+    """`tensor` itself; TypeError unless it is a Tensor that is neither sparse nor oneDNN's."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{name}: layout {tensor.layout} is not torch.strided")
+    return tensor
 
 
 def check_number(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from titok_fast import _library, reference
 from titok_fast.ops import inspect
-from titok_fast.ops.arguments import DTYPES, check_no_gradient, differentiated
+from titok_fast.ops.arguments import DTYPES, check_no_gradient, differentiated, strided
 
 BACKENDS: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu", "torch", "triton"),
@@ -35,10 +35,8 @@ TRITON_UP_TO = {
 
 
 def _check(qkv: Tensor, dropout_p: float, seed: int | Tensor | None, backend: str) -> None:
-    if not isinstance(qkv, Tensor):
-        raise TypeError(f"qkv: expected a Tensor, got {type(qkv).__name__}")
-    dtypes = (*DTYPES, torch.float64) if backend == "reference" else DTYPES
-    if qkv.dtype not in dtypes:
+    fused = backend in ("cpu", "triton")
+    if strided("qkv", qkv).dtype not in (DTYPES if fused else (*DTYPES, torch.float64)):
         raise TypeError(f"qkv: dtype {qkv.dtype} is not float32, float16 or bfloat16")
     if qkv.ndim != 5 or qkv.shape[2] != 3:
         raise ValueError(f"qkv: expected [B, L, 3, H, Dh], got shape {list(qkv.shape)}")
@@ -198,6 +196,8 @@ class _Attention(torch.autograd.Function):
 
 def _automatic(qkv: Tensor, dropout_p: float) -> str:
     """The backend that "auto" stands for."""
+    if qkv.dtype is torch.float64:
+        return "torch"
     if qkv.device.type == "cpu":
         return "cpu" if _X86 and dropout_p == 0 and not differentiated(qkv) else "torch"
     if not qkv.is_cuda or inspect.why_not("triton", "cuda") is not None:
@@ -240,13 +240,13 @@ def attention(
     backward. "torch" with dropout takes the arithmetic of "reference", since the generator of
     `scaled_dot_product_attention` knows no such seed.
 
-    Under autocast `qkv` is cast to its dtype. Differentiable in `qkv`; the gradient is packed, in
-    the dtype of `qkv`. There is no double backward with "triton".
+    Under autocast `qkv` is cast to its dtype, but for float64. Differentiable in `qkv`; the
+    gradient is packed, in the dtype of `qkv`. A second derivative is "reference"'s alone.
 
     Args:
         qkv: [B, L, 3, H, Dh] with queries, keys and values along the third dimension; float32,
-            float16 or bfloat16 ("reference": also float64). L is 1 to 4096, Dh a multiple of 8 up
-            to 128; B may be 0.
+            float16 or bfloat16, or float64, which "torch" and "reference" take. L is 1 to 4096, Dh
+            a multiple of 8 up to 128; B may be 0.
         dropout_p: probability in [0, 1) that a softmax probability is dropped; the others are
             divided by 1 - dropout_p.
         seed: of the dropout; an int, or [] int64 on the device of `qkv`, which a captured CUDA
@@ -271,7 +271,7 @@ def attention(
     """
     _check(qkv, dropout_p, seed, backend)
     device = qkv.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):
+    if qkv.dtype in DTYPES and device != "meta" and torch.is_autocast_enabled(device):
         qkv = qkv.to(torch.get_autocast_dtype(device))
     order = BACKENDS | {device: BACKENDS.get(device, ("torch",))}
     chosen = inspect.choose_backend(backend, device, order)

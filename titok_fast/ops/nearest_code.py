@@ -8,7 +8,7 @@ from torch import Tensor
 
 from titok_fast import _library, reference
 from titok_fast.ops import inspect
-from titok_fast.ops.arguments import DTYPES, dense_rows
+from titok_fast.ops.arguments import DTYPES, dense_rows, strided
 
 METRICS = ("l2", "cosine", "dot")
 BACKENDS = {"cpu": ("cpu", "triton"), "cuda": ("triton",), "meta": ("cpu", "triton")}
@@ -19,9 +19,7 @@ def check_rows_and_codes(
 ) -> None:
     """TypeError or ValueError unless `z` is [..., D] and `codebook` [K, D] of the same kind."""
     for name, tensor in (("z", z), ("codebook", codebook)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
-        if tensor.dtype not in dtypes:
+        if strided(name, tensor).dtype not in dtypes:
             raise TypeError(f"{name}: dtype {tensor.dtype} is not float32, float16 or bfloat16")
     if codebook.ndim != 2:
         raise ValueError(f"codebook: expected [K, D], got shape {list(codebook.shape)}")
@@ -42,6 +40,16 @@ def _check(z: Tensor, codebook: Tensor, metric: str) -> None:
     check_rows_and_codes(z, codebook)
     if metric not in METRICS:
         raise ValueError(f"metric: {metric!r} is not one of 'l2', 'cosine', 'dot'")
+
+
+def _autocast(z: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
+    """Under autocast the two in the wider of their dtypes."""
+    tensors = z, codebook
+    kinds = [x.device.type for x in tensors if isinstance(x, Tensor) and x.dtype in DTYPES]
+    if len(kinds) < 2 or "meta" in kinds or not torch.is_autocast_enabled(kinds[0]):
+        return tensors
+    wider = torch.promote_types(z.dtype, codebook.dtype)
+    return z.to(wider), codebook.to(wider)
 
 
 def _fake(z: Tensor, codebook: Tensor, metric: str, backend: str) -> tuple[Tensor, Tensor]:
@@ -135,7 +143,8 @@ def nearest_code(
 
     Args:
         z: [..., D], float32, float16 or bfloat16, any strides; may be empty.
-        codebook: [K, D] with K >= 1, same dtype and device as `z`.
+        codebook: [K, D] with K >= 1, same dtype and device as `z`; under autocast the two are taken
+            in the wider of their dtypes.
         metric: "l2": argmin ||z - e||^2; "cosine": argmax z.e / max(||e||, 1e-12);
             "dot": argmax z.e.
         return_distance: also return the distance of the chosen code.
@@ -155,6 +164,7 @@ def nearest_code(
     Source: the quantizer of TiTok (arXiv 2406.07550, section 3.1) and, with "dot", of IBQ
     (arXiv 2412.02692, section 3.2).
     """
+    z, codebook = _autocast(z, codebook)
     _check(z, codebook, metric)
     rows = z.detach() if z.requires_grad else z
     rows = rows if z.ndim == 2 else rows.reshape(-1, z.shape[-1])
@@ -187,6 +197,7 @@ def rescored_codes(
     Returns:
         [...], int64: K where the row needed every code, 0 for a row with a NaN.
     """
+    z, codebook = _autocast(z, codebook)
     _check(z, codebook, metric)
     backend = inspect.choose_backend(backend, z.device.type, BACKENDS)
     if backend == "reference":
