@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import torch
 from PIL import Image
 
 from titok_fast.models import ARTransformer, IBQTokenizer, MaskGIT, TiTok
-from titok_fast.tokens import TokenFile
+from titok_fast.tokens import TokenFile, fingerprint
 
 COMMAND = Path(sys.executable).with_name("titok-fast")
 ENVIRONMENT = os.environ | {
@@ -65,7 +66,7 @@ def test_files_of_a_run(titok_fast, tmp_path):
     np.testing.assert_array_equal(np.stack([pixels(out / name) for name in names]), expected)
 
     with np.load(npz) as archive:
-        assert archive.files == ["arr_0"] and archive["arr_0"].dtype == np.uint8
+        assert archive.files == ["arr_0", "options"] and archive["arr_0"].dtype == np.uint8
         np.testing.assert_array_equal(archive["arr_0"], expected)
 
     file = TokenFile.load(out / "tokens.npz")
@@ -171,6 +172,22 @@ def test_an_array_alone_resumes(titok_fast, tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == [npz.name]
 
 
+def test_a_finished_array_has_nothing_to_repeat(titok_fast, tmp_path):
+    npz = tmp_path / "samples.npz"
+    command = (*DIGITS, "--count", 2, "--npz", npz)
+    assert titok_fast(*command).returncode == 0
+    before = npz.read_bytes()
+    again = titok_fast(*command)
+    assert again.returncode == 0 and "2 of 2 images were done before" in again.out
+    changed = titok_fast(*command, "--seed", 1)
+    assert changed.returncode == 2 and len(changed.err.strip().splitlines()) == 1
+    assert f"--npz: {npz} is from a run with other settings (--seed 0 now 1)" in changed.err
+    both = titok_fast(*command, "--seed", 1, "-o", tmp_path / "out")
+    assert both.returncode == 2
+    assert npz.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == [npz.name]
+
+
 def test_options_reach_the_sampler(titok_fast, tmp_path, monkeypatch):
     seen = {}
 
@@ -228,14 +245,65 @@ def test_errors_are_one_line(titok_fast, tmp_path, options, words):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_needs_a_place_of_its_own(titok_fast, tmp_path):
+def test_a_run_needs_a_place_of_its_own(titok_fast, tmp_path, monkeypatch):
     result = titok_fast(*DIGITS)
     assert result.returncode == 2 and "--output: got neither it nor --npz" in result.err
     result = titok_fast(*DIGITS, "-o", tmp_path, "--npz", tmp_path / "tokens.npz")
     assert result.returncode == 2 and "which is the token file" in result.err
-    (tmp_path / "000000.png").touch()
-    result = titok_fast(*DIGITS, "-o", tmp_path)
-    assert result.returncode == 2 and "options.json: not readable" in result.err
+    monkeypatch.chdir(tmp_path)
+    result = titok_fast(*DIGITS, "-o", "out", "--npz", tmp_path / "out" / "tokens.npz")
+    assert result.returncode == 2 and "which is the token file" in result.err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("000000.png", ""),
+        ("sheet.png", ""),
+        ("tokens.npz", ""),
+        ("options.json", ""),
+        ("options.json", '{"lr": 0.1}'),
+        ("options.json", "[]"),
+    ],
+)
+def test_files_of_others_in_the_folder_are_kept(titok_fast, tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    result = titok_fast(*DIGITS, "--count", 1, "-o", tmp_path)
+    assert result.returncode == 2 and len(result.err.strip().splitlines()) == 1
+    assert f"--output: {tmp_path / name} is there and not from a run of generate" in result.err
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == text
+
+
+def test_a_run_without_an_image_is_replaced(titok_fast, tmp_path):
+    (tmp_path / "options.json").write_text('{"--model": "titok-digits", "--batch-size": 999}')
+    assert titok_fast(*DIGITS, "--count", 1, "-o", tmp_path).returncode == 0
+    assert json.loads((tmp_path / "options.json").read_text())["--batch-size"] == 64
+
+
+def test_files_of_others_are_not_replaced_by_an_array(titok_fast, tmp_path):
+    npz = tmp_path / "x.npz"
+
+    def refused(*options):
+        before = npz.read_bytes()
+        result = titok_fast(*DIGITS, "--count", 1, "--npz", npz, *options)
+        assert result.returncode == 2 and len(result.err.strip().splitlines()) == 1
+        assert f"--npz: {npz} is there and not from a run of generate" in result.err
+        assert npz.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == [npz.name]
+
+    npz.write_text("notes")
+    refused()
+    with npz.open("wb") as file:
+        np.save(file, np.zeros(3))
+    refused("-o", tmp_path / "out")
+    np.savez(npz, options=np.array("{}"))
+    refused()
+    TokenFile(
+        np.zeros((1, 16), np.int64), ["a"], "titok-digits",
+        fingerprint(TiTok.from_pretrained("titok-digits")), 32, 256,
+    ).save(npz)  # fmt: skip
+    refused("--ids", npz, "--regenerate", "0-3")
 
 
 @pytest.fixture(scope="module")
@@ -295,6 +363,65 @@ def test_an_autoregressive_run_goes_on_from_given_tokens(titok_fast, tmp_path, i
     result = titok_fast(*edit, "-o", tmp_path / "c", "--regenerate", "3,6-15")
     assert result.returncode == 2
     assert "--regenerate: got '3,6-15', allowed is 3-15, to the end" in result.err
+    result = titok_fast(*edit, "-o", tmp_path / "d", "--regenerate", "0-15")
+    assert result.returncode == 0, result.err
+
+
+@pytest.mark.parametrize("side", [2, 8])
+def test_given_tokens_of_another_grid_are_refused(titok_fast, tmp_path, ibq_pair, side):
+    mark = fingerprint(IBQTokenizer.from_pretrained(ibq_pair[4]))
+    tokens, given = np.zeros((1, side, side), np.int64), tmp_path / "given.npz"
+    TokenFile(tokens, ["a"], str(ibq_pair[4]), mark, 2 * side, 64).save(given)
+    result = titok_fast(
+        *ibq_pair, "--labels", 4, "-o", tmp_path / "out", "--ids", given, "--regenerate", "2-15"
+    )
+    assert result.returncode == 2 and len(result.err.strip().splitlines()) == 1
+    assert f"{given} has images of {side} x {side} tokens, allowed is 4 x 4" in result.err
+    assert [p.name for p in tmp_path.iterdir()] == [given.name]
+
+
+@pytest.mark.parametrize("place", ["-o", "--npz"])
+@pytest.mark.parametrize("finished", [True, False])
+def test_other_weights_are_refused(titok_fast, tmp_path, ibq_pair, monkeypatch, place, finished):
+    tokenizer, generator = tmp_path / "tokenizer", tmp_path / "generator"
+    shutil.copytree(ibq_pair[4], tokenizer)
+    shutil.copytree(ibq_pair[6], generator)
+    output = tmp_path / "samples.npz"
+    command = (
+        *ibq_pair[:3], "--tokenizer", tokenizer, "--generator", generator, "--labels", "4,9",
+        "--batch-size", 1, place, output,
+    )  # fmt: skip
+    if finished:
+        assert titok_fast(*command).returncode == 0
+    else:
+        run = ARTransformer.generate
+
+        def interrupted(self, labels, **options):
+            if options["image_ids"] == 1:
+                raise OSError("disk full")
+            return run(self, labels, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(ARTransformer, "generate", interrupted)
+            assert titok_fast(*command).returncode == 2
+    files = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    for folder, kind, name in (
+        (tokenizer, IBQTokenizer, "decoder.conv_out.bias"),
+        (generator, ARTransformer, "head.weight"),
+    ):
+        weights = folder / "model.safetensors"
+        model, before = kind.from_pretrained(folder), weights.read_bytes()
+        with torch.no_grad():
+            model.get_parameter(name).add_(1)
+        model.save_pretrained(folder)
+        result = titok_fast(*command)
+        assert result.returncode == 2 and len(result.err.strip().splitlines()) == 1
+        assert f"with other settings ({folder.name} weights " in result.err
+        weights.write_bytes(before)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == files
+    again = titok_fast(*command)
+    assert again.returncode == 0
+    assert f"{2 if finished else 1} of 2 images were done before" in again.out
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,12 @@
 
 import glob
 import hashlib
+import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,7 +36,7 @@ from titok_fast.models import MaskGIT
 from titok_fast.models.checks import Options, replaced
 from titok_fast.models.generate import PAIRS, Generator, arranged, image_size, pack_pair
 from titok_fast.models.maskgit import GUIDANCE_DECAYS, RULES, SCHEDULES
-from titok_fast.tokens import Parts, Setting, TokenFile, check_settings, write_settings
+from titok_fast.tokens import Parts, Setting, TokenFile, write_settings
 
 SHEET = 16  # images along a side of the contact sheet, at most
 
@@ -103,7 +106,7 @@ def generate(
         raise ValueError("--output: got neither it nor --npz, at least one is needed")
     if npz is not None and npz.suffix != ".npz":
         raise ValueError(f"--npz: got suffix {npz.suffix!r}, allowed is .npz")
-    if output is not None and npz == home:
+    if output is not None and npz is not None and npz.resolve() == home.resolve():
         raise ValueError(f"--npz: got {npz}, which is the token file")
     if not 0 <= seed < 2**63:
         raise ValueError(f"--seed: got {seed}, allowed is 0 to 2**63 - 1")
@@ -139,7 +142,7 @@ def generate(
     classes = torch.tensor(_numbers("--labels", labels, transformer.num_classes))
     kept = None
     if ids is not None and regenerate is not None:
-        kept = _kept(_tokens(ids, network), regenerate, transformer)
+        kept = _kept(_tokens(ids, network, transformer), regenerate, transformer)
     if count is None:
         count = len(classes if kept is None else kept)
     run = _Run(
@@ -151,12 +154,13 @@ def generate(
             "--model": model,
             "--tokenizer": None if tokenizer is None else network.name,
             "--generator": generator,
+            "tokenizer weights": _digest(network.model.state_dict().values()),
+            "generator weights": _digest(transformer.state_dict().values()),
             "--labels": labels,
             "--count": count,
             "--seed": seed,
             **{_flag(name): value for name, value in asdict(sampling).items()},
-            "--ids": None if kept is None else _digest(kept),
-            "--npz": None if npz is None else str(npz),
+            "--ids": None if kept is None else _digest([kept]),
             "--device": network.device.type,
             "--dtype": dtype,
             "--batch-size": batch_size,  # rounding in the matrix products can depend on it
@@ -185,8 +189,12 @@ def generate(
     say(f"{count} images to {places}: {counter.speed}")
 
 
-def _digest(tokens: Tensor) -> str:
-    return hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16]
+def _digest(tensors: Iterable[Tensor]) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        flat = tensor.detach().cpu().contiguous().flatten()
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
 
 
 def _flag(name: str) -> str:
@@ -231,8 +239,8 @@ def _numbers(flag: str, text: str, limit: int) -> list[int]:
     return numbers
 
 
-def _tokens(path: Path, network: Network) -> Tensor:
-    """The tokens [N, L] int64 of a token file of the same tokenizer."""
+def _tokens(path: Path, network: Network, generator: Generator) -> Tensor:
+    """The tokens [N, L] int64 of a token file of the same tokenizer and of the generator's grid."""
     file = TokenFile.load(path)
     if file.fingerprint != network.fingerprint:
         raise ValueError(
@@ -241,14 +249,62 @@ def _tokens(path: Path, network: Network) -> Tensor:
         )
     if not len(file.tokens):
         raise ValueError(f"--ids: {path} holds no image")
+    got = file.tokens.shape[1:]
+    allowed = arranged(network.model, torch.zeros(1, generator.num_tokens)).shape[1:]
+    if got != allowed:
+        sizes = [" x ".join(map(str, shape)) for shape in (got, allowed)]
+        raise ValueError(f"--ids: {path} has images of {sizes[0]} tokens, allowed is {sizes[1]}")
     return torch.from_numpy(file.tokens.astype(np.int64)).flatten(1)
+
+
+def _recorded(path: Path) -> dict[str, Setting] | None:
+    """The settings of the run that made an `options.json` or an array; None if none did."""
+    try:
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as archive:
+                settings = json.loads(str(archive["options"]))
+        else:
+            settings = json.loads(path.read_text(encoding="utf-8"))
+    except (
+        AttributeError, EOFError, KeyError, OSError, TypeError, ValueError, zipfile.BadZipFile,
+        zlib.error,
+    ):  # fmt: skip
+        return None
+    return settings if isinstance(settings, dict) and "--model" in settings else None
+
+
+def _check(flag: str, path: Path, record: Path, settings: Mapping[str, Setting]) -> None:
+    """Raises ValueError unless the run that `record` tells of had the same settings.
+
+    Args:
+        flag: that names the place.
+        path: the file that would be replaced.
+        record: what `_recorded` takes.
+        settings: of the run that would replace it.
+    """
+    old = _recorded(record)
+    if old is None:
+        raise ValueError(
+            f"{flag}: {path} is there and not from a run of generate, allowed is another place"
+        )
+    changes = [
+        f"{name} {old.get(name)} now {value}"
+        for name, value in settings.items()
+        if old.get(name) != value
+    ]
+    if changes:
+        raise ValueError(
+            f"{flag}: {record} is from a run with other settings ({', '.join(changes)}); "
+            "repeat those, or name another place"
+        )
 
 
 class _Run:
     """The files of a run, and which images an earlier run has finished.
 
     An image is finished when its tokens are among the parts and its PNG file exists; its pixels
-    are in the array before its tokens are among the parts.
+    are in the array before its tokens are among the parts. `options.json` and the array tell the
+    settings of the run that made them.
 
     Args:
         home: the file whose parts hold the tokens until the end.
@@ -258,7 +314,7 @@ class _Run:
         settings: everything that the images depend on.
 
     Raises:
-        ValueError: when the files are those of a run with other settings.
+        ValueError: when there are files of a run with other settings, or of none.
     """
 
     def __init__(
@@ -272,21 +328,30 @@ class _Run:
     ) -> None:
         count, size = shape
         self._folder, self._npz, self._size = folder, npz, size
+        self._settings = settings
         self._paths: list[Path] = []
-        self._whole = False
+        last = []
+        options = {**settings, "--npz": None if npz is None else str(npz)}
         if folder is not None:
             self._paths = [folder / f"{i:06d}.png" for i in range(count)]
-            options = folder / "options.json"
-            if any(folder.glob("[0-9]" * 6 + ".png")):
-                check_settings(options, settings)
-                last = [folder / "sheet.png", folder / "tokens.npz", *([npz] if npz else [])]
-                self._whole = all(path.exists() for path in (*self._paths, *last))
-            else:
-                write_settings(options, settings)
+            last = [folder / "sheet.png", folder / "tokens.npz"]
+            record = folder / "options.json"
+            pictures = sorted(folder.glob("[0-9]" * 6 + ".png"))
+            there = [path for path in (record, *last, *pictures) if path.exists()]
+            # A run that made no image, for want of memory say, leaves nothing to keep.
+            if there and not (there == [record] and _recorded(record)):
+                _check("--output", there[0], record, options)
+        if npz is not None:
+            last.append(npz)
+            if npz.exists():
+                _check("--npz", npz, npz, settings)
+        self._whole = all(path.exists() for path in (*self._paths, *last))
+        self._parts = Parts(home, options)
+        if folder is not None:
+            write_settings(folder / "options.json", options)
             remove_temporaries(folder, "*.png")
         if npz is not None:
             remove_temporaries(npz.parent, glob.escape(npz.name))
-        self._parts = Parts(home, settings)
         finished = np.full(count, self._whole)
         finished[self._parts.load()[0]] = True
         if folder is not None:
@@ -323,7 +388,8 @@ class _Run:
         self._parts.flush()
         if not self._whole and self._npz is not None:
             with replacing(self._npz) as temporary, open(temporary, "wb") as file:
-                np.savez(file, arr_0=open_memmap(self._array, "r"))
+                options = np.array(json.dumps(self._settings))
+                np.savez(file, arr_0=open_memmap(self._array, "r"), options=options)
         if not self._whole and self._folder is not None:
             rows = [
                 [to_float(read_pixels(self._paths[i], self._size)) for i in row]
