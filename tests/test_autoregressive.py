@@ -230,6 +230,17 @@ def test_sixteen_bits(tiny, ids, tmp_path):
     assert torch.equal(again.generate(LABELS, seed=1), tiny.generate(LABELS, seed=1))
 
 
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_float64(tiny, ids, scale):
+    double = copy.deepcopy(tiny).cast(torch.float64)
+    logits = double.logits(ids[:, :-1], LABELS)
+    assert logits.dtype == torch.float64
+    assert relative_error(logits, tiny.logits(ids[:, :-1], LABELS)) < 1e-5
+    for options in ({}, {"prefix": ids[:, :5]}):
+        options |= {"guidance_scale": scale, "seed": 1}
+        assert torch.equal(double.generate(LABELS, **options), tiny.generate(LABELS, **options))
+
+
 def test_reads_its_part_of_a_checkpoint(tiny, tmp_path):
     state = {f"transformer.{name}": tensor for name, tensor in tiny.state_dict().items()}
     state["transformer.blocks.0.attention.kv_cache.k_cache"] = torch.zeros(1, 2)
@@ -323,8 +334,9 @@ def test_no_images(tiny):
         (lambda m: m.logits(torch.zeros(1, 1), LABELS[:1]), TypeError, "tokens: got dtype"),
         (lambda m: m.generate([11]), ValueError, r"labels: got labels in \[11, 11\], allowed is"),
         (lambda m: m.generate([1.0]), TypeError, "labels: got dtype torch.float32"),
-        (lambda m: m.generate([1], num_tokens=17), ValueError, "num_tokens: got 17, allowed is 0"),
-        (lambda m: m.generate([1], prefix=LABELS[None], num_tokens=1), ValueError, "is 2 to 16"),
+        (lambda m: m.generate([1], num_tokens=17), ValueError, "num_tokens: got 17, allowed is an"),
+        (lambda m: m.generate([1], prefix=LABELS[None], num_tokens=1), ValueError, "from 2 to 16"),
+        (lambda m: m.generate([1], num_tokens=2.5), ValueError, "num_tokens: got 2.5, allowed is"),
         (lambda m: m.generate([1, 2], prefix=LABELS[None]), ValueError, r"prefix: got shape \[1"),
         (lambda m: m.generate([1], temperature=-1.0), ValueError, "temperature: got -1.0, allowed"),
         (lambda m: m.generate([1], top_k=-1), ValueError, "top_k: got -1, allowed"),
@@ -334,6 +346,13 @@ def test_no_images(tiny):
         (lambda m: ARTransformer.from_config({"n_layer": 1}), ValueError, "lacks vocab_size, bl"),
         (lambda m: ARTransformer.from_config(CONFIG | {"block_size": 8}), ValueError, "a square"),
         (lambda m: ARTransformer.from_config(CONFIG | {"n_head": 3}), ValueError, "multiple of 4"),
+        (
+            lambda m: ARTransformer.from_config(CONFIG | {"n_head": 0}),
+            ValueError,
+            "n_head is 0, a",
+        ),
+        (lambda m: ARTransformer.from_config(CONFIG | {"n_embd": "8"}), ValueError, "embd is '8'"),
+        (lambda m: ARTransformer.from_config(CONFIG | {"multiple_of": 0}), ValueError, "of is 0"),
         (lambda m: ARTransformer.from_config(CONFIG | {"n_kv_head": 3}), ValueError, "divisor"),
         (lambda m: ARTransformer.from_config(CONFIG | {"shared_aln": True}), ValueError, "shared"),
     ],

@@ -386,6 +386,8 @@ def test_inconsistent_archives(tmp_path):
     refused("its storage 0 has 7 bytes for 2 numbers", data_0=bytes(7))
     refused("no item named 'archive/data/0'")
     refused("not little-endian", data_0=bytes(8), byteorder=b"big")
+    flat = REBUILD + b"(" + STORAGE + b"K\x00J\x00\x28\x6b\x7e\x85K\x00\x85\x89}tR"  # stride 0
+    refused("has 2120951808 numbers for the 2 of its storage 0", entry(flat), data_0=bytes(8))
     refused("out of bounds", data=entry(tensor_call(shape=b"K\x03\x85")), data_0=bytes(8))
     with zipfile.ZipFile(tmp_path / "z.ckpt", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", assembled(sound))
@@ -449,6 +451,9 @@ def test_misfits_are_named(tmp_path, state):
     refused({"quant_conv.bias": None}, "does not fit IBQTokenizer: missing quant_conv.bias")
     refused({"more.weight": torch.ones(1)}, "unexpected more.weight")
     refused({"quant_conv.bias": torch.ones(3)}, "quant_conv.bias is [3] instead of [32]")
+    for dtype in (torch.int64, torch.bool, torch.complex64):
+        odd = {"quant_conv.bias": torch.ones(32).to(dtype)}
+        refused(odd, f"wrong dtype: quant_conv.bias is {dtype} instead of torch.float32 or")
     with pytest.raises(FileNotFoundError, match=r"no config\.json beside .*m\.ckpt"):
         IBQTokenizer.from_pretrained(path)
     with pytest.raises(ValueError, match="config: 'ibq' is not one of ibq-1024, "):

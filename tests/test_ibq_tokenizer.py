@@ -100,6 +100,35 @@ def test_trains(tiny):
     tiny.zero_grad()
 
 
+def test_float64(tiny, tmp_path):
+    images = image(64)[None]
+    tiny.save_pretrained(tmp_path)
+    double = IBQTokenizer.from_pretrained(tmp_path, dtype=torch.float64)
+    assert double.latents(images).dtype == torch.float64
+    tokens = tiny.encode(images)
+    assert torch.equal(double.encode(images), tokens)
+    assert double.decode(tokens).dtype == torch.float64
+    assert relative_error(double.decode(tokens), tiny.decode(tokens)) < 1e-5
+
+
+def test_the_quantizer_takes_its_options(tiny):
+    options = {
+        "beta": 0.5,
+        "use_entropy_loss": True,
+        "cosine_similarity": True,
+        "entropy_temperature": 0.02,
+        "sample_minimization_weight": 2.0,
+        "batch_maximization_weight": 3.0,
+    }
+    with torch.device("meta"):
+        model = IBQTokenizer.from_config(tiny.config | options | {"remap": None})
+    assert {name: getattr(model.quantize, name) for name in options} == options
+
+
+def changed(tiny, **layers):
+    return IBQTokenizer.from_config(tiny.config | {"ddconfig": tiny.config["ddconfig"] | layers})
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -110,6 +139,46 @@ def test_trains(tiny):
         (lambda m: m.decode(torch.zeros(1, 4).long()), ValueError, r"allowed is \[B, h, w\]"),
         (lambda m: m.decode(torch.full((1, 2, 2), 1024)), ValueError, r"\[1024, 1024\], allowed"),
         (lambda m: IBQTokenizer.from_config({"n_embed": 4}), ValueError, "lacks embed_dim, ddcon"),
+        (
+            lambda m: changed(m, ch_mult=[]),
+            ValueError,
+            r"config: ddconfig\.ch_mult is \[\], ",
+        ),
+        (
+            lambda m: changed(m, ch_mult=[1, 0]),
+            ValueError,
+            r"ddconfig\.ch_mult is \[1, 0\], allowed",
+        ),
+        (
+            lambda m: changed(m, resolution=0),
+            ValueError,
+            r"ddconfig\.resolution is 0, allowed",
+        ),
+        (
+            lambda m: changed(m, resolution=-1),
+            ValueError,
+            r"resolution is -1, allowed is a pos",
+        ),
+        (
+            lambda m: changed(m, ch=48),
+            ValueError,
+            r"ddconfig\.ch is 48, allowed is a pos",
+        ),
+        (
+            lambda m: IBQTokenizer.from_config(m.config | {"ddconfig": [1]}),
+            ValueError,
+            r"config: ddconfig is \[1\], allowed is a mapping",
+        ),
+        (
+            lambda m: IBQTokenizer.from_config(m.config | {"n_embed": 0}),
+            ValueError,
+            "config: n_embed is 0, allowed is a positive int",
+        ),
+        (
+            lambda m: IBQTokenizer.from_config(m.config | {"remap": "used.npy"}),
+            ValueError,
+            r"config: remap is 'used\.npy', allowed is None",
+        ),
     ],
 )
 def test_bad_input(tiny, call, error, message):

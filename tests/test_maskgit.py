@@ -224,6 +224,44 @@ def test_saves_and_loads(model_type, tmp_path):
 
 
 @pytest.mark.parametrize("model_type", ["ViT", "UViT"])
+def test_float64(model_type, tmp_path):
+    model = small(model_type)
+    model.save_pretrained(tmp_path)
+    double = MaskGIT.from_pretrained(tmp_path, dtype=torch.float64)
+    options = {"steps": 3, "guidance_scale": 2.0, "seed": 4}
+    assert double.logits(some_ids(model), None).dtype == torch.float64
+    assert torch.equal(double.generate([1, 0, 4], **options), model.generate([1, 0, 4], **options))
+
+
+@pytest.mark.parametrize("model_type", ["ViT", "UViT"])
+def test_training_mode_does_not_change_tokens(model_type):
+    model = small(model_type, dropout=0.5, attn_drop=0.5)
+    tokens = model.generate([1, 0, 4])
+    model.train()
+    model._head_layer.eval()
+    assert torch.equal(model.generate([1, 0, 4]), tokens)
+    assert model.training and not model._head_layer.training
+
+
+def test_the_model_has_the_defaults():
+    model = small(num_tokens=16)
+    options = {
+        "steps": 4,
+        "guidance_scale": 2.0,
+        "guidance_decay": "power-cosine",
+        "guidance_scale_pow": 1.5,
+        "randomize_temperature": 3.0,
+        "softmax_temperature_annealing": False,
+        "schedule": "square",
+        "rule": "maskgit",
+    }
+    wanted = model.generate([1, 0, 4], **options)
+    assert not torch.equal(model.generate([1, 0, 4]), wanted)
+    model.sampling = Sampling(**options)
+    assert torch.equal(model.generate([1, 0, 4]), wanted)
+
+
+@pytest.mark.parametrize("model_type", ["ViT", "UViT"])
 def test_trains(model_type):
     model = small(model_type, dropout=0.1, attn_drop=0.1).train()
     ids = torch.randint(0, 21, (4, 9))
@@ -262,7 +300,27 @@ def test_trains(model_type):
             ValueError,
             "config: model.generator lacks hidden_size",
         ),
-        (lambda m: small("BERT"), ValueError, "config: model_type is 'BERT', allowed are"),
+        (
+            lambda m: MaskGIT.from_config({"model": 1}),
+            ValueError,
+            "config: model is 1, allowed is",
+        ),
+        (
+            lambda m: MaskGIT.from_config(
+                {"model": {"vq_model": {"codebook_size": 4}, "generator": "x"}}
+            ),
+            ValueError,
+            r"config: model\.generator is 'x', allowed is a mapping",
+        ),
+        (
+            lambda m: small(num_attention_heads=0),
+            ValueError,
+            r"config: model\.generator\.num_attention_heads is 0, allowed is a positive int",
+        ),
+        (lambda m: small(dropout=2), ValueError, r"dropout is 2, allowed is a number from 0 to 1"),
+        (lambda m: small(num_steps=0), ValueError, r"generator\.num_steps is 0, allowed is a pos"),
+        (lambda m: small(hidden_size=33), ValueError, r"hidden_size is 33, allowed is a multiple"),
+        (lambda m: small("BERT"), ValueError, "model_type is 'BERT', allowed is 'ViT' or"),
     ],
 )
 def test_bad_input(call, error, message):
@@ -291,6 +349,35 @@ def test_from_labels_to_images():
     assert torch.allclose(images, one, atol=1e-5)
     with pytest.raises(ValueError, match="model: 'titok-x' is not one of 'titok-l-32'"):
         titok_fast.generate([1], model="titok-x")
+
+
+def test_options_of_each_image():
+    options = {"model": "titok-digits", "seed": 5, "device": "cpu"}
+    images = titok_fast.generate([3, 1, 4, 1, 5], **options)
+    numbers = torch.tensor([4, 2, 0])
+    some = titok_fast.generate([5, 4, 3], image_ids=numbers, batch_size=2, **options)
+    assert torch.allclose(some, images[numbers], atol=1e-5)
+    ids = torch.full((5, 16), 256)
+    ids[:, :4] = torch.arange(20).view(5, 4)
+    kept = titok_fast.generate([3, 1, 4, 1, 5], ids=ids, batch_size=2, **options)
+    whole = titok_fast.generate([3, 1, 4, 1, 5], ids=ids, batch_size=5, **options)
+    assert torch.allclose(kept, whole, atol=1e-5) and not torch.allclose(kept, images, atol=0.1)
+    assert titok_fast.generate([], **options).shape == (0, 3, 32, 32)
+    for given, error, words in (
+        ({"return_steps": True}, ValueError, "return_steps: got True, allowed is False"),
+        (
+            {"image_ids": numbers},
+            ValueError,
+            r"image_ids: got shape \[3\], allowed is \[1, ",
+        ),
+        ({"ids": ids}, ValueError, r"ids: got shape \[5, 16\], allowed is \[1, "),
+        ({"labels": [3.9]}, TypeError, r"labels: got dtype torch\.float32, allowed is an int64"),
+        ({"labels": [[3]]}, ValueError, r"labels: got shape \[1, 1\]"),
+        ({"batch_size": 1.5}, ValueError, "batch_size: got 1.5, allowed is a positive int"),
+    ):
+        with pytest.raises(error, match=words) as raised:
+            titok_fast.generate(**({"labels": [1]} | options | given))
+        assert "\n" not in str(raised.value)
 
 
 def test_capture_needs_a_gpu():

@@ -1,5 +1,7 @@
 """MaskGITVQGAN against the official implementation, its files and its errors."""
 
+import re
+
 import pytest
 import torch
 
@@ -121,3 +123,6 @@ def test_bad_tokens(tiny, tokens, error, message):
 def test_bad_config():
     with pytest.raises(ValueError, match="config: MaskGITVQGAN lacks z_channels"):
         MaskGITVQGAN.from_config({key: TINY[key] for key in TINY if key != "z_channels"})
+    for key, value in (("channel_mult", []), ("hidden_channels", 0), ("num_res_blocks", "2")):
+        with pytest.raises(ValueError, match=rf"^config: {key} is {re.escape(repr(value))}, "):
+            MaskGITVQGAN.from_config(dict(TINY) | {key: value})

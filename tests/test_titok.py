@@ -577,19 +577,39 @@ def test_methods_of_other_variants_refuse():
     [
         ("titok-xl", ValueError, "name_or_config: 'titok-xl' is not a TiTok configuration"),
         (7, TypeError, "name_or_config: got int"),
-        ({}, ValueError, "crop_size is None"),
+        ({}, ValueError, r"config: dataset\.preprocessing lacks crop_size"),
         (variant("vq", crop_size=33), ValueError, "vit_enc_patch_size is 8"),
         (variant("vq", quantize_mode="fsq"), ValueError, "quantize_mode is 'fsq'"),
         (variant("vq", vit_dec_model_size="huge"), ValueError, "vit_dec_model_size is 'huge'"),
         (variant("vq", vit_enc_model_size={"width": 8}), ValueError, "vit_enc_model_size"),
-        (variant("vq", vit_enc_model_size=SIZE | {"num_layers": 0}), ValueError, "one layer or"),
+        (
+            variant("vq", vit_enc_model_size=SIZE | {"num_layers": 0}),
+            ValueError,
+            "num_heads, positive",
+        ),
         (variant("vq", finetune_decoder=True), ValueError, "finetune_decoder is true"),
         ({"dataset": {"preprocessing": {"crop_size": 32}}}, ValueError, "lacks token_size"),
+        (variant("vq") | {"model": []}, ValueError, r"config: model is \[\], allowed is a mapping"),
+        (variant("vq") | {"model": {"vq_model": 3}}, ValueError, r"config: model\.vq_model is 3"),
+        (variant("vq") | {"dataset": "x"}, ValueError, "config: dataset is 'x', allowed is a map"),
+        (variant("vq") | {"dataset": {"preprocessing": 4}}, ValueError, r"\.preprocessing is 4"),
+        (variant("vq", crop_size=0), ValueError, r"\.crop_size is 0, allowed is a positive int"),
+        (variant("vq", vit_enc_patch_size=0), ValueError, r"vq_model\.vit_enc_patch_size is 0"),
+        (variant("vq", vit_dec_model_size=7), ValueError, r"vq_model\.vit_dec_model_size is 7"),
+        (variant("vq", vit_dec_model_size=SIZE | {"num_heads": 0}), ValueError, "model_size is"),
+        (variant("vq", vit_dec_model_size=SIZE | {"width": "8"}), ValueError, "model_size is"),
+        (
+            variant("vq", codebook_size=0),
+            ValueError,
+            r"config: model\.vq_model\.codebook_size is 0",
+        ),
+        (variant("vq", use_l2_norm="no"), ValueError, "use_l2_norm is 'no', allowed is true or fa"),
     ],
 )
 def test_bad_config(config, error, message):
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=message) as raised:
         TiTok.from_config(config)
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -609,9 +629,45 @@ def test_sixteen_bits_keep_the_tokens(dtype):
     assert relative_error(half.decode(tokens), decoded) < 0.02
 
 
+@pytest.mark.parametrize("kind", ["vq", "vae", "stage2"])
+def test_float64(kind, tmp_path):
+    model, images = small(kind), batch(32)
+    tokens = model.encode(images)
+    model.save_pretrained(tmp_path)
+    double = TiTok.from_pretrained(tmp_path, dtype=torch.float64)
+    assert double.latents(images).dtype == torch.float64
+    assert relative_error(double.encode(images).double(), tokens.double()) < 1e-5
+    assert double.decode(tokens).dtype == torch.float64
+    assert relative_error(double.decode(tokens), model.decode(tokens)) < 1e-5
+
+
+class Method(torch.nn.Module):
+    """A method of a model, as a model's forward pass."""
+
+    def __init__(self, model, name):
+        super().__init__()
+        self.model, self.name = model, name
+
+    def forward(self, x):
+        return getattr(self.model, self.name)(x)
+
+
+@pytest.mark.parametrize("kind", ["vq", "vae", "stage2"])
+def test_exports_for_any_number_of_images(kind):
+    model, images = small(kind), torch.rand(3, 3, 32, 32)
+    x, dim = batch(32), torch.export.Dim("batch")
+    for name in ("encode", "decode"):
+        program = torch.export.export(Method(model, name), (x,), dynamic_shapes=({0: dim},))
+        x = model.encode(batch(32))
+        given = images if name == "encode" else model.encode(images)
+        out, wanted = program.module()(given), getattr(model, name)(given)
+        assert out.dtype == wanted.dtype and relative_error(out.double(), wanted.double()) < 1e-5
+
+
 def test_cast_says_what_it_takes():
-    with pytest.raises(TypeError, match=r"dtype: got torch\.int8, allowed is a floating dtype"):
-        small("vq").cast(torch.int8)
+    for dtype in (torch.int8, torch.float8_e5m2, "float32"):
+        with pytest.raises(TypeError, match=rf"dtype: got {dtype}, allowed is torch\.float32 or"):
+            small("vq").cast(dtype)
     assert small("vae").cast(torch.bfloat16).encoder.conv_out.weight.dtype == torch.float32
     assert {p.dtype for p in small("vq").cast(torch.float64).parameters()} == {torch.float64}
 

@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import zipfile
 
 import numpy as np
 import pytest
@@ -114,6 +115,9 @@ def test_npz_opens_with_numpy_alone(tmp_path):
         ({"codebook_size": None}, TypeError, "int64, allowed are floating latents"),
         ({"tokens": np.full((3, 1, 1), np.nan), "codebook_size": None}, ValueError, "not finite"),
         ({"image_ids": IDS[:2]}, ValueError, "image_ids: got 2, allowed is one for each of 3"),
+        ({"image_ids": [1, 2, 3]}, TypeError, "image_ids: got int, allowed is a sequence of str"),
+        ({"image_ids": "abc"}, TypeError, "image_ids: got str, allowed is a sequence of str"),
+        ({"class_names": [b"a", b"b"]}, TypeError, "class_names: got bytes, allowed is a seq"),
         ({"labels": np.array([0, 1, 2])}, ValueError, "labels: got 0 to 2, allowed is -1 to 1"),
         ({"labels": np.array([0, 1])}, ValueError, r"labels: got int64 \[2\]"),
         ({"labels": None}, ValueError, "class_names: allowed with labels"),
@@ -174,6 +178,53 @@ def test_files_of_another_version_or_with_wrong_contents(tmp_path):
         token_file().save(path)
         with pytest.raises(ValueError, match=words):
             TokenFile.load(rewritten(path, **changes))
+
+
+def member(contents, compression=zipfile.ZIP_STORED, **changes):
+    """A zip of tokens.npy alone, whose directory has these changes."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", compression) as archive:
+        archive.writestr("tokens.npy", contents)
+        for name, value in changes.items():
+            setattr(archive.infolist()[0], name, value)
+    return file.getvalue()
+
+
+def test_damaged_members(tmp_path):
+    huge = io.BytesIO()
+    header = {"descr": "<u2", "fortran_order": False, "shape": (10**12, 16)}
+    np.lib.format.write_array_header_1_0(huge, header)
+    noise = np.random.default_rng(0).bytes(2000)
+    files = {
+        "huge": member(huge.getvalue()),
+        "no array": member(b"no magic"),
+        "method": member(b"x" * 50, compress_type=97),
+    }
+    for name, kind in (("lzma", zipfile.ZIP_LZMA), ("bz2", zipfile.ZIP_BZIP2)):
+        whole = bytearray(member(noise, kind))
+        whole[200:1000] = bytes(800)
+        files[name] = bytes(whole)
+    whole = bytearray(member(noise * 3, zipfile.ZIP_DEFLATED))
+    whole[60:1000] = b"\xff" * 940
+    files["deflate"] = bytes(whole)
+    for name, contents in files.items():
+        path = tmp_path / f"{name}.npz"
+        path.write_bytes(contents)
+        with pytest.raises(ValueError, match="not a token file") as caught:
+            TokenFile.load(path)
+        assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value), name
+
+
+@pytest.mark.parametrize(
+    "ids", [np.arange(3), np.array([b"a", b"b", b"c"]), np.array([["a"], ["b"], ["c"]])]
+)
+def test_names_are_strings(tmp_path, ids):
+    path = tmp_path / "t.npz"
+    token_file().save(path)
+    with pytest.raises(
+        ValueError, match=r"t\.npz: image_ids: got \w+, allowed is a sequence of str"
+    ):
+        TokenFile.load(rewritten(path, image_ids=ids))
 
 
 def test_pickles_are_not_run(tmp_path):

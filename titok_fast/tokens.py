@@ -5,17 +5,15 @@ import json
 import os
 import shutil
 import time
-import zipfile
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from titok_fast._files import replacing
@@ -47,7 +45,8 @@ class TokenFile:
         class_names: the classes in alphabetical order; None exactly when labels are.
 
     Raises:
-        TypeError: for tokens of a dtype that does not go with `codebook_size`.
+        TypeError: for tokens of a dtype that does not go with `codebook_size`, or names that are
+            not strings.
         ValueError: for tokens or labels out of range, latents that are not finite, or lengths that
             do not fit together.
     """
@@ -70,12 +69,14 @@ class TokenFile:
             dtype = np.uint16 if self.codebook_size <= 2**16 else np.int32
         object.__setattr__(self, "tokens", np.ascontiguousarray(self.tokens, dtype=dtype))
         count = len(self.tokens)
+        _check_names("image_ids", self.image_ids)
         if len(self.image_ids) != count:
             raise ValueError(f"image_ids: got {len(self.image_ids)}, allowed is one for each of "
                              f"{count} images")  # fmt: skip
         if (self.labels is None) != (self.class_names is None):
             raise ValueError("class_names: allowed with labels and only with them")
         if self.labels is not None and self.class_names is not None:
+            _check_names("class_names", self.class_names)
             labels = np.asarray(self.labels)
             if labels.shape != (count,) or labels.dtype.kind not in "iu":
                 raise ValueError(
@@ -138,23 +139,25 @@ class TokenFile:
 
         Raises:
             FileNotFoundError: when there is no such file.
-            ValueError: when it is not a token file, of another version, or not consistent.
+            OSError: when it cannot be opened.
+            ValueError: when it is not a token file, of another version, or not consistent; one line
+                that begins with the path.
         """
         path = Path(path)
         check_suffix(path)
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file")
-        try:
-            arrays, texts, fields = _read_npz(path) if path.suffix == ".npz" else _read_st(path)
-        except (
-            EOFError, KeyError, SafetensorError, ValueError, zipfile.BadZipFile, zlib.error
-        ) as error:  # fmt: skip
-            reason = " ".join(str(error).split())
-            raise ValueError(f"{path}: not a token file ({reason})") from error
+        with open(path, "rb") as file:
+            try:
+                arrays, texts, fields = _read_npz(file) if path.suffix == ".npz" else _read_st(path)
+            except Exception as error:  # a damaged or hostile file raises whatever it runs into
+                reason = " ".join(str(error).split()) or type(error).__name__
+                raise ValueError(f"{path}: not a token file ({reason})") from error
         version = fields.pop("version", None)
         if fields.pop("format", None) != FORMAT or version is None:
             raise ValueError(f"{path}: not a token file (its format is not {FORMAT})")
         if version != str(VERSION):
+            version = " ".join(version.split())
             raise ValueError(f"{path}: got format version {version}, allowed is {VERSION}")
         try:
             return cls(
@@ -195,15 +198,31 @@ def _check_tokens(tokens: Array, codebook_size: int | None) -> None:
         )
 
 
+def _check_names(name: str, names: Sequence[str]) -> None:
+    single = isinstance(names, str) or not isinstance(names, Sequence | np.ndarray)
+    for each in [None] if single else names:
+        if not isinstance(each, str):
+            kind = type(names if single else each).__name__
+            raise TypeError(f"{name}: got {kind}, allowed is a sequence of str")
+
+
 _Contents = tuple[dict[str, Array], dict[str, list[str]], dict[str, str]]
 
 
-def _read_npz(path: Path) -> _Contents:
-    archive = np.load(path, allow_pickle=False)
+def _arrays(file: IO[bytes]) -> dict[str, Array]:
+    archive = np.load(file, allow_pickle=False)
     if not isinstance(archive, np.lib.npyio.NpzFile):
         raise ValueError("it is a single array")
     with archive:
         members = {name: archive[name] for name in archive.files}
+    for name, member in members.items():
+        if not isinstance(member, np.ndarray):
+            raise ValueError(f"its {name} is not an array")
+    return members
+
+
+def _read_npz(file: IO[bytes]) -> _Contents:
+    members = _arrays(file)
     texts: dict[str, list[str]] = {}
     fields = {}
     for name in list(members):
@@ -217,6 +236,8 @@ def _read_npz(path: Path) -> _Contents:
 def _read_st(path: Path) -> _Contents:
     with safe_open(path, framework="np") as file:
         fields = json.loads((file.metadata() or {}).get(FORMAT, "{}"))
+        if not isinstance(fields, dict) or not all(isinstance(v, str) for v in fields.values()):
+            raise ValueError(f"its {FORMAT} is not a mapping of strings")
         if not fields:
             raise ValueError(f"its metadata lack {FORMAT}")
         members = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -334,9 +355,10 @@ class Parts:
         indices, tokens = [], []
         for path in sorted(self.folder.glob("[0-9]*.npz")):
             try:
-                with np.load(path, allow_pickle=False) as part:
-                    some, values = part["indices"], part["tokens"]
-            except (EOFError, KeyError, OSError, ValueError, zipfile.BadZipFile, zlib.error):
+                with open(path, "rb") as file:
+                    part = _arrays(file)
+                some, values = part["indices"], part["tokens"]
+            except Exception:  # as in `TokenFile.load`
                 path.unlink()
                 continue
             indices.append(some)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -19,9 +19,22 @@ from titok_fast.models.blocks import (
     SwiGLU,
     decode_layer,
 )
-from titok_fast.models.checks import check_labels, check_number, check_tokens, replaced
+from titok_fast.models.checks import (
+    COUNT,
+    NUMBER,
+    POSITIVE,
+    SHARE,
+    as_labels,
+    check_labels,
+    check_number,
+    check_section,
+    check_tokens,
+    one_of,
+    or_none,
+    replaced,
+)
 from titok_fast.models.packed import Linear, PackableLinear, packed
-from titok_fast.models.pretrained import PretrainedModel, Release
+from titok_fast.models.pretrained import PretrainedModel, Release, evaluating
 from titok_fast.ops import sample_token
 from titok_fast.ops.decode_attention import MAX_HEAD_WIDTH
 from titok_fast.ops.decode_linear import MAX_ROWS
@@ -248,18 +261,18 @@ class ARTransformer(PretrainedModel):
             ValueError: for another shape or a number out of range.
         """
         device = self.head.weight.device
-        labels = torch.as_tensor(labels, device=device)
+        labels = as_labels(labels, self.num_classes, device)
         count = self.num_tokens if num_tokens is None else num_tokens
-        check_labels(labels, len(labels), self.num_classes)
         prefix = labels.new_zeros(len(labels), 0) if prefix is None else prefix
         check_tokens("prefix", prefix, self.codebook_size, "B, P")
         if len(prefix) != len(labels):
             raise ValueError(
                 f"prefix: got shape {list(prefix.shape)}, allowed is [{len(labels)}, P]"
             )
-        if not prefix.shape[1] <= count <= self.num_tokens:
+        if not isinstance(count, int) or not prefix.shape[1] <= count <= self.num_tokens:
             raise ValueError(
-                f"num_tokens: got {count}, allowed is {prefix.shape[1]} to {self.num_tokens}"
+                f"num_tokens: got {count!r}, allowed is an int from {prefix.shape[1]} to "
+                f"{self.num_tokens}"
             )
         sampling = replaced(
             self.sampling,
@@ -431,7 +444,7 @@ class Decoding:
         if count:
             self.tokens[:, 1 : count + 1] = prefix
             x = torch.cat([self._condition, self._embedded(prefix[:, :-1])], dim=1)
-            with _evaluating(model):
+            with evaluating(model):
                 model.network(x, modulations, self._rotation[:count], self._caches)
 
     def step(self, position: Tensor) -> Tensor:
@@ -440,6 +453,8 @@ class Decoding:
         last = self._embedded(self.tokens.index_select(1, position))
         x = torch.where(position == 0, self._condition, last)[:, 0]  # [rows, W]
         logits = model.decode(x, self._parts, self._rotation, self._caches, position)
+        if logits.dtype == torch.float64:  # which no sampling op takes
+            logits = logits.float()
         cond, uncond = logits.chunk(2) if self._guided else (logits, None)
         drawn = sample_token(
             cond,
@@ -456,18 +471,6 @@ class Decoding:
         """Of tokens [B, T], for both branches of guidance."""
         x: Tensor = self._model.tok_emb(tokens)
         return torch.cat([x, x]) if self._guided else x
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Within it, all modules are in evaluation mode."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 _DEFAULTS: Mapping[str, Any] = {
@@ -489,20 +492,44 @@ _DEFAULTS: Mapping[str, Any] = {
 }
 
 
+_KINDS = {
+    "vocab_size": COUNT,
+    "block_size": COUNT,
+    "n_layer": COUNT,
+    "n_head": COUNT,
+    "n_embd": COUNT,
+    "class_num": COUNT,
+    "n_kv_head": or_none(COUNT),
+    "multiple_of": COUNT,
+    "ffn_dim_multiplier": or_none(POSITIVE),
+    "rope_base": POSITIVE,
+    "norm_eps": NUMBER,
+    "alng": NUMBER,
+    "initalizer_range": NUMBER,
+    "token_drop": SHARE,
+    "attn_dropout_p": SHARE,
+    "resid_dropout_p": SHARE,
+    "ffn_dropout_p": SHARE,
+    "drop_path_rate": SHARE,
+    "guidance_scale": NUMBER,
+    "temperature": NUMBER,
+}
+# As all releases have it.
+_FIXED = {
+    "cls_token_num": one_of(1),
+    "shared_aln": one_of(False),
+    "use_pretrained_codebook": one_of(False),
+}
+
+
 def _check_config(config: Mapping[str, Any]) -> None:
     """Raises ValueError unless ARTransformer can be built from the configuration."""
-    needed = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")
-    missing = [key for key in needed if not isinstance(config.get(key), int)]
-    if missing:
-        raise ValueError(f"config: ARTransformer lacks {', '.join(missing)}")
+    check_section(config, "", _KINDS, _FIXED, model="ARTransformer")
     width, heads = config["n_embd"], config["n_head"]
     kv_heads = config["n_kv_head"] or heads
     for key, allowed, right in (
         ("block_size", "a square number", math.isqrt(config["block_size"]) ** 2),
         ("cond_dim", f"n_embd {width}", width),
-        ("cls_token_num", "1", 1),
-        ("shared_aln", "False, which all releases have", False),
-        ("use_pretrained_codebook", "False, which all releases have", False),
     ):
         if config.get(key, right) != right:
             raise ValueError(f"config: {key} is {config[key]!r}, allowed is {allowed}")

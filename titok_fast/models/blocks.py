@@ -19,6 +19,7 @@ from titok_fast.models.packed import (
     linear,
     untouched,
 )
+from titok_fast.ops.arguments import DTYPES
 from titok_fast.ops.attention import attention
 from titok_fast.ops.decode_attention import decode_attention
 from titok_fast.ops.decode_linear import MAX_ROWS, decode_linear, has_fast_backend
@@ -298,7 +299,8 @@ def decode_layer(
     ours = all(untouched(each, PackableLinear) for each in layers)
     if norm is not None:
         ours = ours and untouched(norm[0], nn.RMSNorm)
-    if ours and len(x) <= MAX_ROWS and has_fast_backend(x.device.type):
+    fast = x.dtype in DTYPES and has_fast_backend(x.device.type)
+    if ours and fast and x.shape[0] <= MAX_ROWS:
         options: dict[str, Any] = {}
         if norm is not None:
             module, scale, shift = norm
@@ -353,7 +355,8 @@ class CausalSelfAttention(nn.Module):
         qkv = self.wqkv(x).unflatten(2, (-1, self.head_dim)).transpose(1, 2)  # [B, heads, T, Dh]
         queries, keys, values = self.heads
         qk, v = qkv.split([queries + keys, values], dim=1)
-        q, k = rotate(qk.float(), rotation).to(v.dtype).split([queries, keys], dim=1)
+        wide = torch.promote_types(qk.dtype, torch.float32)
+        q, k = rotate(qk.to(wide), rotation).to(v.dtype).split([queries, keys], dim=1)
         if cache is not None:
             cache.begin(k, v)
         out = F.scaled_dot_product_attention(
@@ -452,7 +455,8 @@ class LlamaBlock(nn.Module):
         gate1, gate2, scale1, scale2, shift1, shift2 = modulation
         attention, ffn = self.attention, self.feed_forward
         qkv = decode_layer(x, attention.wqkv, norm=(self.attention_norm, scale1, shift1))
-        out = decode_attention(qkv, cache.keys, cache.values, rotation, position)
+        backend = "auto" if qkv.dtype in DTYPES else "reference"
+        out = decode_attention(qkv, cache.keys, cache.values, rotation, position, backend=backend)
         x = decode_layer(out, attention.wo, residual=(x, gate1))
         h = decode_layer(x, ffn.w1, up=ffn.w3, norm=(self.ffn_norm, scale2, shift2))
         return decode_layer(h, ffn.w2, residual=(x, gate2))
@@ -460,5 +464,5 @@ class LlamaBlock(nn.Module):
     def _kept(self, h: Tensor) -> Tensor:
         if not self.training or self.drop_path == 0:
             return h
-        kept = torch.rand(len(h), 1, 1, device=h.device) >= self.drop_path
+        kept = torch.rand(h.shape[0], 1, 1, device=h.device) >= self.drop_path
         return h * kept / (1 - self.drop_path)

@@ -3,13 +3,92 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 Options = TypeVar("Options")
+
+
+class Kind(NamedTuple):
+    """What may stand at a key of a configuration."""
+
+    allowed: str
+    fits: Callable[[Any], bool]
+
+
+def _is_int(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_number(value: Any, largest: float = math.inf) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and 0 <= value <= largest and value < math.inf
+
+
+COUNT = Kind("a positive int", lambda value: _is_int(value, 1))
+COUNTS = Kind(
+    "a list of positive ints, not empty",
+    lambda value: isinstance(value, list) and bool(value) and all(_is_int(v, 1) for v in value),
+)
+WIDTH = Kind("a positive multiple of 32", lambda value: _is_int(value, 1) and value % 32 == 0)
+NUMBER = Kind("a finite number from 0", _is_number)
+POSITIVE = Kind("a finite number above 0", lambda value: _is_number(value) and value > 0)
+SHARE = Kind("a number from 0 to 1", lambda value: _is_number(value, 1))
+MAPPING = Kind("a mapping", lambda value: isinstance(value, Mapping))
+FLAG = Kind("true or false", lambda value: isinstance(value, bool))
+
+
+def one_of(*values: Any) -> Kind:
+    """One of these values."""
+    return Kind(" or ".join(map(repr, values)), lambda value: value in values)
+
+
+def or_none(kind: Kind) -> Kind:
+    """Nothing, or what is of a kind."""
+    return Kind(f"{kind.allowed} or None", lambda value: value is None or kind.fits(value))
+
+
+def check_section(
+    config: Mapping[str, Any],
+    path: str,
+    needed: Mapping[str, Kind],
+    optional: Mapping[str, Kind] | None = None,
+    *,
+    model: str,
+) -> Mapping[str, Any]:
+    """A section of a configuration, after a check of its keys; it may have others.
+
+    Args:
+        config: of a model.
+        path: keys with dots between levels; "" is the whole.
+        needed: the kinds of the keys that the section must have.
+        optional: the kinds of those that it may have.
+        model: name of the model.
+
+    Raises:
+        ValueError: for something else than a mapping, a key that is missing, or a value of another
+            kind; one line that begins with "config:".
+    """
+    section: Any = config
+    keys = path.split(".") if path else []
+    for level, key in enumerate(keys, 1):
+        section = section.get(key, {})
+        if not MAPPING.fits(section):
+            name = ".".join(keys[:level])
+            raise ValueError(f"config: {name} is {section!r}, allowed is {MAPPING.allowed}")
+    missing = [key for key in needed if key not in section]
+    if missing:
+        raise ValueError(f"config: {path or model} lacks {', '.join(missing)}")
+    for key, kind in {**needed, **(optional or {})}.items():
+        if key in section and not kind.fits(section[key]):
+            name = ".".join([*keys, key])
+            raise ValueError(f"config: {name} is {section[key]!r}, allowed is {kind.allowed}")
+    found: Mapping[str, Any] = section
+    return found
 
 
 def replaced(options: Options, kind: str, **given: Any) -> Options:
@@ -29,8 +108,8 @@ def replaced(options: Options, kind: str, **given: Any) -> Options:
 
 def check_number(name: str, value: float) -> None:
     """Raises ValueError unless value is a finite number from 0."""
-    if not isinstance(value, int | float) or not 0 <= value < math.inf:
-        raise ValueError(f"{name}: got {value!r}, allowed is a finite number from 0")
+    if not NUMBER.fits(value):
+        raise ValueError(f"{name}: got {value!r}, allowed is {NUMBER.allowed}")
 
 
 def check_floating(name: str, value: Tensor) -> None:
@@ -46,6 +125,16 @@ def check_tokens(name: str, value: Tensor, codebook_size: int, shape: str = "B, 
     if value.ndim != shape.count(",") + 1:
         raise ValueError(f"{name}: got shape {list(value.shape)}, allowed is [{shape}]")
     _check_range(f"{name}: got tokens", value, codebook_size - 1)
+
+
+def as_labels(labels: Tensor | Sequence[int], num_classes: int, device: torch.device) -> Tensor:
+    """Labels [B] int64 on the device; raises as `check_labels`."""
+    empty = not isinstance(labels, Tensor) and len(labels) == 0  # which has no dtype of its own
+    labels = torch.as_tensor(labels, dtype=torch.int64 if empty else None, device=device)
+    if labels.ndim != 1:
+        raise ValueError(f"labels: got shape {list(labels.shape)}, allowed is [B]")
+    check_labels(labels, labels.shape[0], num_classes)
+    return labels
 
 
 def check_labels(labels: Tensor, batch: int, num_classes: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import pickletools
@@ -171,6 +172,9 @@ class _Tensor(_Inert):
                 torch.frombuffer(data, dtype=dtype) if data else torch.zeros(0, dtype=dtype)
             )
         tensor = storages[key].view(dtype).as_strided(*self._view)
+        count = math.prod(tensor.shape)
+        if count > numel:  # a copy could take any amount of memory
+            raise ValueError(f"a tensor has {count} numbers for the {numel} of its storage {key}")
         return tensor if tensor.numel() == numel else tensor.clone()
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from titok_fast.models.accelerated import pack_weights
 from titok_fast.models.auto import Tokenizer, load_tokenizer
 from titok_fast.models.autoregressive import ARTransformer
+from titok_fast.models.checks import COUNT, as_labels
 from titok_fast.models.maskgit import MaskGIT
 from titok_fast.models.packed import packable
 from titok_fast.models.titok import TiTok
@@ -68,29 +69,41 @@ def generate(
         dtype: of both networks; None keeps that of the weights.
         device: None is the first GPU if there is one, otherwise the CPU.
         **options: of `MaskGIT.generate`, such as steps or guidance_scale, or of
-            `ARTransformer.generate`, such as temperature or top_k.
+            `ARTransformer.generate`, such as temperature or top_k. Of image_ids, ids and prefix
+            there is one entry for each label; return_steps is not allowed.
 
     Returns:
         [N, 3, S, S] in [0, 1], in the dtype of the tokenizer, on the device.
 
     Raises:
-        ValueError: an unknown model, a label or a number out of range.
+        TypeError: labels of another dtype than int64, an unknown option.
+        ValueError: an unknown model, a label or a number out of range, another number of entries
+            than labels, or return_steps.
         FileNotFoundError: the weights are missing and cannot be downloaded.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size: got {batch_size}, allowed is a positive int")
+    if not COUNT.fits(batch_size):
+        raise ValueError(f"batch_size: got {batch_size!r}, allowed is {COUNT.allowed}")
+    if options.pop("return_steps", False):
+        raise ValueError("return_steps: got True, allowed is False: only whole images are decoded")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     tokenizer, generator = load_pair(model, dtype, device)
-    labels = torch.as_tensor(labels, dtype=torch.int64, device=device)
-    if labels.ndim != 1:
-        raise ValueError(f"labels: got shape {list(labels.shape)}, allowed is [N]")
-    numbers = torch.arange(len(labels), device=device)
-    images = [
-        tokenizer.decode(
-            arranged(tokenizer, generator.generate(part, seed=seed, image_ids=ids, **options))
-        )
-        for part, ids in zip(labels.split(batch_size), numbers.split(batch_size), strict=True)
-    ]
+    labels = as_labels(labels, generator.num_classes, device)
+    of_each: dict[str, Tensor] = {"image_ids": torch.arange(len(labels), device=device)}
+    for name in ("image_ids", "ids", "prefix"):
+        value = options.pop(name, None)
+        if value is not None:
+            of_each[name] = torch.as_tensor(value, device=device)
+            if of_each[name].shape[:1] != labels.shape:
+                raise ValueError(
+                    f"{name}: got shape {list(of_each[name].shape)}, allowed is "
+                    f"[{len(labels)}, ...], one entry for each label"
+                )
+    images = []
+    for start in range(0, max(1, len(labels)), batch_size):
+        rows = slice(start, start + batch_size)
+        given: dict[str, Any] = {name: value[rows] for name, value in of_each.items()}
+        tokens = generator.generate(labels[rows], seed=seed, **given, **options)
+        images.append(tokenizer.decode(arranged(tokenizer, tokens)))
     return torch.cat(images)
 
 

@@ -11,7 +11,21 @@ from torch import Tensor, nn
 
 from titok_fast.layers import IndexPropagationQuantize
 from titok_fast.models.blocks import PointwiseConv
-from titok_fast.models.checks import check_floating, check_tokens
+from titok_fast.models.checks import (
+    COUNT,
+    COUNTS,
+    FLAG,
+    MAPPING,
+    NUMBER,
+    POSITIVE,
+    SHARE,
+    WIDTH,
+    Kind,
+    check_floating,
+    check_section,
+    check_tokens,
+    one_of,
+)
 from titok_fast.models.maskgit_vqgan import (
     PackableConv,
     activated,
@@ -35,6 +49,27 @@ _DDCONFIG = {
     "num_res_blocks": 4,
     "attn_resolutions": [16],
     "dropout": 0.0,
+}
+_KINDS = {"n_embed": COUNT, "embed_dim": COUNT, "ddconfig": MAPPING}
+_KINDS_OF_LAYERS = {
+    "double_z": one_of(False),
+    "z_channels": COUNT,
+    "resolution": COUNT,
+    "in_channels": COUNT,
+    "out_ch": COUNT,
+    "ch": WIDTH,
+    "ch_mult": COUNTS,
+    "num_res_blocks": COUNT,
+    "attn_resolutions": Kind("a list", lambda value: isinstance(value, list)),
+    "dropout": SHARE,
+}
+_KINDS_OF_QUANTIZER = {
+    "beta": NUMBER,
+    "use_entropy_loss": FLAG,
+    "cosine_similarity": FLAG,
+    "entropy_temperature": POSITIVE,
+    "sample_minimization_weight": NUMBER,
+    "batch_maximization_weight": NUMBER,
 }
 
 
@@ -223,8 +258,10 @@ class IBQTokenizer(PretrainedModel):
     """IBQ's tokenizer (arXiv 2412.02692, section 3): 16 x 16 tokens for a 256 px image.
 
     Args:
-        config: the official configuration as a mapping of n_embed, embed_dim and ddconfig; further
-            keys of the official model (`entropy_temperature` and so on) go to the quantizer.
+        config: the official configuration as a mapping of n_embed, embed_dim and ddconfig; beta,
+            use_entropy_loss, cosine_similarity, entropy_temperature, sample_minimization_weight and
+            batch_maximization_weight, where present, go to the quantizer. There is no remap: a
+            token is a position in the whole codebook.
 
     Attributes:
         image_size: height and width in pixels of the images it was trained on.
@@ -233,7 +270,7 @@ class IBQTokenizer(PretrainedModel):
         interpolation: how the official evaluation resizes images, see `titok_fast.images`.
 
     Raises:
-        ValueError: when a key is missing.
+        ValueError: when a key is missing or its value is not allowed.
     """
 
     full_precision = ("quant_conv", "quantize")
@@ -254,17 +291,14 @@ class IBQTokenizer(PretrainedModel):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__(config)
-        missing = [key for key in ("n_embed", "embed_dim", "ddconfig") if key not in config]
-        missing += [key for key in _DDCONFIG if key not in config.get("ddconfig", _DDCONFIG)]
-        if missing:
-            raise ValueError(f"config: IBQTokenizer lacks {', '.join(missing)}")
-        layers, width = config["ddconfig"], config["embed_dim"]
+        optional = {**_KINDS_OF_QUANTIZER, "remap": one_of(None)}
+        config = check_section(self.config, "", _KINDS, optional, model="IBQTokenizer")
+        layers = check_section(config, "ddconfig", _KINDS_OF_LAYERS, model="IBQTokenizer")
+        width = config["embed_dim"]
         self.encoder = IBQEncoder(layers)
         self.decoder = IBQDecoder(layers)
-        options = ("beta", "use_entropy_loss", "entropy_temperature", "cosine_similarity")
-        self.quantize = IndexPropagationQuantize(
-            config["n_embed"], width, **{key: config[key] for key in options if key in config}
-        )
+        options = {key: config[key] for key in _KINDS_OF_QUANTIZER if key in config}
+        self.quantize = IndexPropagationQuantize(config["n_embed"], width, **options)
         self.quant_conv = PointwiseConv(layers["z_channels"], width)
         self.post_quant_conv = Conv(width, layers["z_channels"], 1)
         self.image_size: int = layers["resolution"]
@@ -317,7 +351,8 @@ class IBQTokenizer(PretrainedModel):
             ValueError: for another shape.
         """
         z = self.latents(images)
-        return nearest_code(z.permute(0, 2, 3, 1), self.quantize.embedding.weight, metric="dot")
+        codebook = self.quantize.embedding.weight.float()
+        return nearest_code(z.float().permute(0, 2, 3, 1), codebook, metric="dot")
 
     @torch.no_grad()
     def decode(self, tokens: Tensor, *, clamp: bool = True) -> Tensor:

@@ -13,9 +13,20 @@ from torch import Tensor, nn
 
 from titok_fast.models.accelerated import capture
 from titok_fast.models.blocks import BertBlock, UViTBlock
-from titok_fast.models.checks import check_labels, check_number, check_tokens, replaced
+from titok_fast.models.checks import (
+    COUNT,
+    NUMBER,
+    SHARE,
+    as_labels,
+    check_labels,
+    check_number,
+    check_section,
+    check_tokens,
+    one_of,
+    replaced,
+)
 from titok_fast.models.packed import PackableLinear
-from titok_fast.models.pretrained import PretrainedModel, Release
+from titok_fast.models.pretrained import PretrainedModel, Release, evaluating
 from titok_fast.ops import maskgit_step
 
 GUIDANCE_DECAYS = ("constant", "linear", "power-cosine")
@@ -175,6 +186,7 @@ class MaskGIT(PretrainedModel):
         num_tokens: tokens of an image, L.
         num_classes: class labels are below it.
         mask_id: the id of a masked position, V.
+        sampling: the defaults of `generate`.
 
     Raises:
         ValueError: when a key is missing or its value is not allowed.
@@ -290,8 +302,8 @@ class MaskGIT(PretrainedModel):
         if ids.shape[1] != self.num_tokens:
             raise ValueError(f"ids: got shape {list(ids.shape)}, allowed is [B, {self.num_tokens}]")
         if labels is None:
-            labels = ids.new_full((len(ids),), self.num_classes)
-        check_labels(labels, len(ids), self.num_classes)
+            labels = ids.new_full((ids.shape[0],), self.num_classes)
+        check_labels(labels, ids.shape[0], self.num_classes)
         return self._head(self._hidden(ids, labels))
 
     @torch.no_grad()
@@ -302,11 +314,11 @@ class MaskGIT(PretrainedModel):
         steps: int | None = None,
         guidance_scale: float | None = None,
         guidance_decay: str | None = None,
-        guidance_scale_pow: float = 3.0,
+        guidance_scale_pow: float | None = None,
         randomize_temperature: float | None = None,
-        softmax_temperature_annealing: bool = True,
-        schedule: str = "arccos",
-        rule: str = "titok",
+        softmax_temperature_annealing: bool | None = None,
+        schedule: str | None = None,
+        rule: str | None = None,
         seed: int | Tensor = 0,
         image_ids: Tensor | None = None,
         ids: Tensor | None = None,
@@ -318,15 +330,16 @@ class MaskGIT(PretrainedModel):
 
         An image depends on the seed, its id, its label and the model alone, not on the images
         around it (up to rounding in the network's matrix products, which may depend on the batch).
+        The network runs in evaluation mode, whatever the mode of the model.
 
         Args:
             labels: [B] int64 in [0, num_classes], or a sequence of them; num_classes is no class.
-            steps: number of sampling steps; None here and below is the release's default.
+            steps: number of sampling steps; None here and below is the value in `sampling`.
             guidance_scale: of classifier-free guidance, see `Sampling`.
             guidance_decay: "constant", "linear" or "power-cosine".
             guidance_scale_pow: exponent of the power-cosine decay.
             randomize_temperature: of the noise in the first step.
-            softmax_temperature_annealing: as the official sampling script sets it, true.
+            softmax_temperature_annealing: see `Sampling`.
             schedule: "arccos", "cosine", "linear", "root" or "square".
             rule: "titok" or "maskgit", see `Sampling`.
             seed: in [0, 2**63).
@@ -348,8 +361,7 @@ class MaskGIT(PretrainedModel):
             ValueError: for another shape, an unknown option or a number out of range.
         """
         device = self._head_layer.weight.device
-        labels = torch.as_tensor(labels, device=device)
-        check_labels(labels, len(labels), self.num_classes)
+        labels = as_labels(labels, self.num_classes, device)
         sampling = replaced(
             self.sampling,
             "MaskGIT",
@@ -362,7 +374,7 @@ class MaskGIT(PretrainedModel):
             schedule=schedule,
             rule=rule,
         )
-        batch, length = len(labels), self.num_tokens
+        batch, length = labels.shape[0], self.num_tokens
         fresh = ids is None
         if ids is None:
             ids = torch.full((batch, length), self.mask_id, device=device)
@@ -383,43 +395,44 @@ class MaskGIT(PretrainedModel):
         masked = starts[0] if together else length
 
         history = [ids]
-        for step in range(sampling.steps):
-            positions = None
-            if masked < length:
-                order = (ids != self.mask_id).to(torch.uint8).argsort(dim=1, stable=True)
-                positions = order[:, :masked]  # [B, masked], ascending
-            cond, uncond = self._branches(
-                ids,
-                labels,
-                positions,
-                guided=sampling.guidance(step) is not None,
-                alike=fresh and step == 0,
-            )
-            uniforms = None
-            if noise is not None:
-                of_tokens = noise(step, "token", (batch, length, self.codebook_size)).to(device)
-                of_confidence = noise(step, "confidence", (batch, length)).to(device)
-                uniforms = _gather(of_tokens, positions), _gather(of_confidence, positions)
-            left = [row[step] for row in counts]
-            drawn, _, _ = self._step(
-                cond,
-                _gather(ids, positions),
-                mask_id=self.mask_id,
-                num_masked=left[0]
-                if together
-                else torch.tensor(left, dtype=torch.int64, device=device),
-                uncond_logits=uncond,
-                seed=seed,
-                step=step,
-                image_ids=image_ids,
-                positions=positions,
-                noise=uniforms,
-                backend=backend,
-                **sampling.options(step),
-            )
-            ids = drawn if positions is None else ids.scatter(1, positions, drawn)
-            masked = left[0] if together else length
-            history = [*history, ids] if return_steps else []
+        with evaluating(self):
+            for step in range(sampling.steps):
+                positions = None
+                if masked < length:
+                    order = (ids != self.mask_id).to(torch.uint8).argsort(dim=1, stable=True)
+                    positions = order[:, :masked]  # [B, masked], ascending
+                cond, uncond = self._branches(
+                    ids,
+                    labels,
+                    positions,
+                    guided=sampling.guidance(step) is not None,
+                    alike=fresh and step == 0,
+                )
+                uniforms = None
+                if noise is not None:
+                    of_tokens = noise(step, "token", (batch, length, self.codebook_size)).to(device)
+                    of_confidence = noise(step, "confidence", (batch, length)).to(device)
+                    uniforms = _gather(of_tokens, positions), _gather(of_confidence, positions)
+                left = [row[step] for row in counts]
+                drawn, _, _ = self._step(
+                    cond,
+                    _gather(ids, positions),
+                    mask_id=self.mask_id,
+                    num_masked=left[0]
+                    if together
+                    else torch.tensor(left, dtype=torch.int64, device=device),
+                    uncond_logits=uncond,
+                    seed=seed,
+                    step=step,
+                    image_ids=image_ids,
+                    positions=positions,
+                    noise=uniforms,
+                    backend=backend,
+                    **sampling.options(step),
+                )
+                ids = drawn if positions is None else ids.scatter(1, positions, drawn)
+                masked = left[0] if together else length
+                history = [*history, ids] if return_steps else []
         return torch.stack(history) if return_steps else ids
 
     def capture(self, batch_size: int, **options: Any) -> Callable[..., Tensor]:
@@ -451,18 +464,20 @@ class MaskGIT(PretrainedModel):
 
         Images that are `alike` but for their label are done once for each label.
         """
-        batch, index = len(ids), None
+        batch, index = ids.shape[0], None
         nothing = torch.full_like(labels, self.num_classes)
         if alike and batch and not torch.compiler.is_compiling() and not _capturing(ids):
             labels, index = labels.unique(return_inverse=True)
-            ids, nothing = ids[:1].expand(len(labels), -1), nothing[:1]
+            ids, nothing = ids[:1].expand(labels.shape[0], -1), nothing[:1]
         if guided:
-            ids, labels = torch.cat([ids, ids[: len(nothing)]]), torch.cat([labels, nothing])
+            ids, labels = torch.cat([ids, ids[: nothing.shape[0]]]), torch.cat([labels, nothing])
             positions = None if positions is None else torch.cat([positions, positions])
         logits = self._head(_gather(self._hidden(ids, labels), positions))
+        if logits.dtype == torch.float64:  # which no sampling op takes
+            logits = logits.float()
         if not guided:
             return (logits if index is None else logits[index]), None
-        split = len(logits) - len(nothing)
+        split = logits.shape[0] - nothing.shape[0]
         cond, uncond = logits[:split], logits[split:]
         if index is not None:
             return cond[index], uncond.expand(batch, -1, -1)
@@ -537,24 +552,31 @@ def _init_weights(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
+_KINDS = {
+    "hidden_size": COUNT,
+    "num_hidden_layers": COUNT,
+    "num_attention_heads": COUNT,
+    "intermediate_size": COUNT,
+    "image_seq_len": COUNT,
+    "condition_num_classes": COUNT,
+}
+_OPTIONAL = {
+    "model_type": one_of("ViT", "UViT"),
+    "dropout": SHARE,
+    "attn_drop": SHARE,
+    "num_steps": COUNT,
+    "guidance_scale": NUMBER,
+    "guidance_decay": one_of(*GUIDANCE_DECAYS),
+    "randomize_temperature": NUMBER,
+}
+
+
 def _check_config(config: Mapping[str, Any]) -> None:
     """Raises ValueError unless MaskGIT can be built from the configuration."""
-    model = config.get("model", {})
-    if not isinstance(model.get("vq_model", {}).get("codebook_size"), int):
-        raise ValueError("config: model.vq_model lacks codebook_size")
-    generator = model.get("generator", {})
-    needed = (
-        "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
-        "image_seq_len", "condition_num_classes",
-    )  # fmt: skip
-    missing = [key for key in needed if not isinstance(generator.get(key), int)]
-    if missing:
-        raise ValueError(f"config: model.generator lacks {', '.join(missing)}")
-    kind = generator.get("model_type", "ViT")
-    if kind not in ("ViT", "UViT"):
-        raise ValueError(f"config: model_type is {kind!r}, allowed are 'ViT' and 'UViT'")
+    check_section(config, "model.vq_model", {"codebook_size": COUNT}, model="MaskGIT")
+    generator = check_section(config, "model.generator", _KINDS, _OPTIONAL, model="MaskGIT")
     if generator["hidden_size"] % generator["num_attention_heads"]:
         raise ValueError(
-            f"config: hidden_size is {generator['hidden_size']}, allowed is a multiple of "
-            f"num_attention_heads {generator['num_attention_heads']}"
+            f"config: model.generator.hidden_size is {generator['hidden_size']}, allowed is a "
+            f"multiple of num_attention_heads {generator['num_attention_heads']}"
         )

@@ -13,7 +13,14 @@ from torch import Tensor, nn
 
 from titok_fast.layers import VectorQuantizer
 from titok_fast.models.blocks import PointwiseConv
-from titok_fast.models.checks import check_floating, check_tokens
+from titok_fast.models.checks import (
+    COUNT,
+    COUNTS,
+    WIDTH,
+    check_floating,
+    check_section,
+    check_tokens,
+)
 from titok_fast.models.packed import Conv, Packable, plain, untouched
 from titok_fast.models.pretrained import PretrainedModel, Release
 from titok_fast.ops import conv3x3, inspect, pack_conv3x3
@@ -30,6 +37,13 @@ VQGAN_CONFIG: Mapping[str, Any] = {
     "num_res_blocks": 2,
     "resolution": 256,
     "z_channels": 256,
+}
+_KINDS = {
+    "channel_mult": COUNTS,
+    "hidden_channels": WIDTH,
+    "num_channels": COUNT,
+    "num_res_blocks": COUNT,
+    "z_channels": COUNT,
 }
 
 
@@ -125,7 +139,8 @@ def image_by_image(network: nn.Module, x: Tensor) -> Tensor:
     On a CPU one at a time, where no gradient is asked for: each op's result then fits into memory
     that the one before has freed, and a batch's would be fetched from the system, page by page.
     """
-    if x.device.type != "cpu" or len(x) < 2 or torch.is_grad_enabled():
+    traced = torch.compiler.is_compiling()  # perhaps for every number of images
+    if traced or x.device.type != "cpu" or x.shape[0] < 2 or torch.is_grad_enabled():
         whole: Tensor = network(x)
         return whole
     return torch.cat([network(image) for image in x.split(1)])
@@ -246,7 +261,7 @@ class MaskGITVQGAN(PretrainedModel):
             `resolution` follow from the rest or do not matter here, and are not read.
 
     Raises:
-        ValueError: when a key is missing.
+        ValueError: when a key is missing or its value is not allowed.
     """
 
     releases: ClassVar[Mapping[str, Release]] = {
@@ -263,10 +278,7 @@ class MaskGITVQGAN(PretrainedModel):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__(config)
-        unused = {"num_resolutions", "dropout", "resolution"}
-        missing = sorted(VQGAN_CONFIG.keys() - unused - config.keys())
-        if missing:
-            raise ValueError(f"config: MaskGITVQGAN lacks {', '.join(missing)}")
+        config = check_section(self.config, "", _KINDS, model="MaskGITVQGAN")
         self.encoder = PixelEncoder(config)
         self.decoder = PixelDecoder(config)
         self.quantize = VectorQuantizer(VQGAN_CODEBOOK_SIZE, config["z_channels"])

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from titok_fast._files import replacing
 from titok_fast.models.convert import naming, read_checkpoint, select
+from titok_fast.ops.arguments import DTYPES
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 OLD_WEIGHTS_FILE = "pytorch_model.bin"
+FLOATING = (*DTYPES, torch.float64)
 
 Model = TypeVar("Model", bound="PretrainedModel")
 
@@ -139,9 +141,10 @@ class PretrainedModel(nn.Module):
         Raises:
             FileNotFoundError: when the path, the repository, the weights or the configuration are
                 missing.
-            ValueError: for weights whose names or shapes are not exactly the model's, an unreadable
-                file, a model that was never released, an unknown configuration, or a revision
-                without a Hub repository.
+            ValueError: for weights whose names or shapes are not exactly the model's, or that are
+                not floating, an unreadable file, a model that was never released, an unknown
+                configuration, or a revision without a Hub repository.
+            TypeError: for another `dtype`.
         """
         weights, config = locate(path_or_hub_id, cls.releases, revision=revision, config=config)
         model, _ = load_weights(cls, weights, config)
@@ -152,7 +155,8 @@ class PretrainedModel(nn.Module):
         """Casts the network in place; what `full_precision` names stays float32, or becomes it.
 
         Args:
-            dtype: float32, bfloat16, float16 or float64, which casts everything.
+            dtype: float32, bfloat16, float16 or float64, which casts everything; codes are searched
+                and tokens drawn in float32 even then.
 
         Returns:
             The model.
@@ -160,8 +164,8 @@ class PretrainedModel(nn.Module):
         Raises:
             TypeError: for another dtype.
         """
-        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-            raise TypeError(f"dtype: got {dtype}, allowed is a floating dtype")
+        if dtype not in FLOATING:
+            raise TypeError(f"dtype: got {dtype}, allowed is {' or '.join(map(str, FLOATING))}")
         modules = dict(self.named_modules())
         kept = [modules[name] for name in self.full_precision if name in modules]
         states = [module.state_dict() for module in kept]  # not yet rounded
@@ -183,6 +187,18 @@ class PretrainedModel(nn.Module):
             save_file(tensors, temporary, metadata={"format": "pt"})
         with replacing(folder / CONFIG_FILE) as temporary:
             temporary.write_text(json.dumps(self.config, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Within it, all modules are in evaluation mode."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def locate(
@@ -265,8 +281,8 @@ def load_weights(
         The model on the CPU in training mode, and {its names: those in the file}.
 
     Raises:
-        ValueError: for an unreadable file, names or shapes that are not exactly the model's, or an
-            unusable configuration.
+        ValueError: for an unreadable file, names or shapes that are not exactly the model's,
+            weights that are not floating, or an unusable configuration.
     """
     with torch.device("meta"):
         model = model_class(config)
@@ -340,19 +356,25 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _load_strict(model: nn.Module, state: Mapping[str, Tensor], origin: Path) -> None:
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    given = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    expected = model.state_dict()
+    common = sorted(expected.keys() & state.keys())
     shapes = [
-        f"{name} is {list(given[name])} instead of {list(expected[name])}"
-        for name in sorted(expected.keys() & given.keys())
-        if given[name] != expected[name]
+        f"{name} is {list(state[name].shape)} instead of {list(expected[name].shape)}"
+        for name in common
+        if state[name].shape != expected[name].shape
+    ]
+    dtypes = [
+        f"{name} is {state[name].dtype} instead of {' or '.join(map(str, FLOATING))}"
+        for name in common
+        if state[name].dtype not in FLOATING
     ]
     faults = [
         f"{label} {_shortened(names)}"
         for label, names in (
-            ("missing", sorted(expected.keys() - given.keys())),
-            ("unexpected", sorted(given.keys() - expected.keys())),
+            ("missing", sorted(expected.keys() - state.keys())),
+            ("unexpected", sorted(state.keys() - expected.keys())),
             ("wrong shape:", shapes),
+            ("wrong dtype:", dtypes),
         )
         if names
     ]

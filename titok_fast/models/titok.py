@@ -14,7 +14,16 @@ from torch import Tensor, nn
 from titok_fast.layers import VectorQuantizer
 from titok_fast.models.accelerated import capture
 from titok_fast.models.blocks import PointwiseConv, ResidualAttentionBlock
-from titok_fast.models.checks import check_floating, check_tokens
+from titok_fast.models.checks import (
+    COUNT,
+    FLAG,
+    NUMBER,
+    Kind,
+    check_floating,
+    check_section,
+    check_tokens,
+    one_of,
+)
 from titok_fast.models.maskgit_vqgan import (
     VQGAN_CODEBOOK_SIZE,
     VQGAN_CONFIG,
@@ -128,7 +137,7 @@ class _ViT(nn.Module):
 
     def transform(self, patches: Tensor, latents: Tensor, rows: slice) -> Tensor:
         """Maps patches [B, P, W] and latent tokens [B, L, W] to these rows of [B, 1 + P + L, W]."""
-        start = self.class_embedding.expand(len(patches), 1, self.width)  # [B, 1, W]
+        start = self.class_embedding.expand(patches.shape[0], 1, self.width)  # [B, 1, W]
         patches = torch.cat([start, patches], dim=1) + self.positional_embedding  # [B, 1 + P, W]
         latents = latents + self.latent_token_positional_embedding  # [B, L, W]
         x: Tensor = self.ln_pre(torch.cat([patches, latents], dim=1))  # [B, 1 + P + L, W]
@@ -160,11 +169,11 @@ class TiTokEncoder(_ViT):
     def forward(self, images: Tensor, latent_tokens: Tensor) -> Tensor:
         """Maps [B, 3, S, S] and [L, W] to [B, C, 1, L]."""
         patches = self.patch_embed(images).flatten(2).transpose(1, 2)  # [B, P, W]
-        latents = latent_tokens.expand(len(images), -1, -1)  # [B, L, W]
+        latents = latent_tokens.expand(images.shape[0], -1, -1)  # [B, L, W]
         x = self.ln_post(self.transform(patches, latents, slice(1 + patches.shape[1], None)))
         if self.is_legacy:
             # The legacy weights were trained on this reinterpretation of memory, not a transpose.
-            x = x.reshape(len(x), self.width, 1, x.shape[1])  # [B, W, 1, L]
+            x = x.reshape(x.shape[0], self.width, 1, x.shape[1])  # [B, W, 1, L]
         else:
             x = x.transpose(1, 2).unsqueeze(2)  # [B, W, 1, L]
         out: Tensor = self.conv_out(x.to(self.conv_out.weight.dtype))  # [B, C, 1, L]
@@ -207,7 +216,7 @@ class TiTokDecoder(_ViT):
         """Maps [B, C, 1, L] to proxy logits [B, 1024, G, G] (legacy) or pixels [B, 3, S, S]."""
         latents = self.decoder_embed(z.squeeze(2).transpose(1, 2))  # [B, L, W]
         num_patches = self.grid_size**2
-        patches = self.mask_token.expand(len(z), num_patches, -1)  # [B, P, W]
+        patches = self.mask_token.expand(z.shape[0], num_patches, -1)  # [B, P, W]
         x = self.ln_post(self.transform(patches, latents, slice(1, 1 + num_patches)))
         x = rearrange(x, "b (g h) w -> b w g h", g=self.grid_size)  # [B, W, G, G]
         out: Tensor = self.conv_out(self.ffn(x))
@@ -531,43 +540,45 @@ def _init_weights(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
+def _is_size(size: Any) -> bool:
+    if isinstance(size, str):
+        return size in _SIZES
+    counted = isinstance(size, Mapping) and all(COUNT.fits(size.get(k)) for k in _SIZES["base"])
+    return counted and size["width"] % size["num_heads"] == 0
+
+
+_SIZE = Kind(
+    f"{', '.join(_SIZES)} or a mapping of width, num_layers and num_heads, positive ints with "
+    "width a multiple of num_heads",
+    _is_size,
+)
+_KINDS = {
+    "token_size": COUNT,
+    "num_latent_tokens": COUNT,
+    "vit_enc_model_size": _SIZE,
+    "vit_enc_patch_size": COUNT,
+    "vit_dec_model_size": _SIZE,
+    "vit_dec_patch_size": COUNT,
+}
+_KINDS_OF_VQ = {"codebook_size": COUNT, "commitment_cost": NUMBER, "use_l2_norm": FLAG}
+_OPTIONAL = {"quantize_mode": one_of("vq", "vae"), "is_legacy": FLAG, "finetune_decoder": FLAG}
+
+
 def _check_config(config: Mapping[str, Any]) -> None:
     """Raises ValueError unless TiTok can be built from the configuration."""
-    vq = config.get("model", {}).get("vq_model", {})
-    crop_size = config.get("dataset", {}).get("preprocessing", {}).get("crop_size")
-    if not isinstance(crop_size, int):
-        raise ValueError(
-            f"config: dataset.preprocessing.crop_size is {crop_size!r}, allowed is an int"
-        )
+    images = check_section(config, "dataset.preprocessing", {"crop_size": COUNT}, model="TiTok")
+    vq = check_section(config, "model.vq_model", _KINDS, _OPTIONAL, model="TiTok")
     mode = vq.get("quantize_mode", "vq")
-    if mode not in ("vq", "vae"):
-        raise ValueError(f"config: quantize_mode is {mode!r}, allowed are 'vq' and 'vae'")
-    needed = ["token_size", "num_latent_tokens"]
-    needed += [
-        f"vit_{part}_{what}" for part in ("enc", "dec") for what in ("model_size", "patch_size")
-    ]
     if mode == "vq":
-        needed += ["codebook_size", "commitment_cost", "use_l2_norm"]
-    missing = [key for key in needed if key not in vq]
-    if missing:
-        raise ValueError(f"config: model.vq_model lacks {', '.join(missing)}")
-    for part in ("enc", "dec"):
-        patch_size, size = vq[f"vit_{part}_patch_size"], vq[f"vit_{part}_model_size"]
-        if crop_size % patch_size:
+        check_section(config, "model.vq_model", _KINDS_OF_VQ, model="TiTok")
+    for key in ("vit_enc_patch_size", "vit_dec_patch_size"):
+        if images["crop_size"] % vq[key]:
             raise ValueError(
-                f"config: vit_{part}_patch_size is {patch_size}, allowed is a divisor of crop_size "
-                f"{crop_size}"
-            )
-        size = _SIZES.get(size, {}) if isinstance(size, str) else size
-        known = _SIZES["base"].keys() <= size.keys() and size["num_layers"] > 0
-        if not known or size["width"] % size["num_heads"]:
-            raise ValueError(
-                f"config: vit_{part}_model_size is {vq[f'vit_{part}_model_size']!r}, allowed are "
-                f"{', '.join(_SIZES)} or a mapping of width, num_layers and num_heads, "
-                "one layer or more, with width a multiple of num_heads"
+                f"config: model.vq_model.{key} is {vq[key]}, allowed is a divisor of crop_size "
+                f"{images['crop_size']}"
             )
     if vq.get("finetune_decoder", True) and (mode == "vae" or not vq.get("is_legacy", True)):
         raise ValueError(
-            "config: finetune_decoder is true (its default), allowed is false unless the model "
-            "is_legacy with quantize_mode 'vq'"
+            "config: model.vq_model.finetune_decoder is true (its default), allowed is false "
+            "unless the model is_legacy with quantize_mode 'vq'"
         )
