@@ -17,6 +17,7 @@ from torch import Tensor
 _PIXELS = 64  # of a chunk
 _APPLIED = 16  # of a program of the last pass
 _CHUNKS = 64  # that are combined at a time
+_MOST_IMAGES = 65_535  # of a launch: they are its grid's last axis
 _SIZES = ("pixels", "chunks")
 
 
@@ -165,6 +166,10 @@ def launch_norm_silu(
     """
     batch, height, width, channels = x.shape
     if batch == 0:
+        return
+    if batch > _MOST_IMAGES:
+        for part, into in zip(x.split(_MOST_IMAGES), out.split(_MOST_IMAGES), strict=True):
+            launch_norm_silu(part, norm, norm_bias, num_groups, norm_eps, into)
         return
     pixels = height * width
     chunks = triton.cdiv(pixels, _PIXELS)

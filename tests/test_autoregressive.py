@@ -10,7 +10,8 @@ from torch import nn
 
 import titok_fast
 from tests.conformance import expected, manifest, uniform, weights
-from titok_fast.models import ARTransformer
+from titok_fast.models import ARTransformer, autoregressive
+from titok_fast.models.accelerated import is_recording, recording
 from titok_fast.models.autoregressive import ARSampling, Decoding
 from titok_fast.testing import relative_error
 
@@ -46,6 +47,21 @@ def tiny():
 def ids(tiny):
     shape = [2, tiny.num_tokens]
     return torch.from_numpy(np.floor(uniform("ids", shape) * tiny.codebook_size)).long()
+
+
+def test_what_surrounds_a_capture_does_not_matter(tiny, monkeypatch):
+    """Autocast and inference mode end before the function is called; no GPU here, so no graph."""
+    monkeypatch.setattr(autoregressive, "capture", lambda function, *examples: function)
+    labels, seed, numbers = torch.zeros(20, dtype=torch.int64), torch.tensor(3), torch.arange(20)
+    options = {"guidance_scale": 2.0, "temperature": 1.0}
+    expected = tiny.generate(labels, seed=3, **options)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        run = tiny.capture(20, **options)
+    assert torch.equal(run(labels, seed, numbers), expected)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), recording(labels.device):
+        assert is_recording(labels) and not torch.is_autocast_enabled("cpu")
+        assert not labels.clone().is_inference()
+    assert not is_recording(labels)
 
 
 def test_logits_conform(tiny, ids):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TypeVar
 
 import torch
@@ -81,8 +83,31 @@ def pack_weights(model: Model) -> Model:
     return model
 
 
+_recording = ContextVar("recording", default=False)
+
+
+@contextmanager
+def recording(device: torch.device) -> Iterator[None]:
+    """What `capture` runs in: its tensors can be written anywhere, and no weight is cast."""
+    autocast = torch.autocast(device.type, enabled=False)
+    token = _recording.set(True)
+    try:
+        with torch.inference_mode(False), torch.no_grad(), autocast:
+            yield
+    finally:
+        _recording.reset(token)
+
+
+def is_recording(tensor: Tensor) -> bool:
+    """Whether what is done with the tensor becomes part of a CUDA graph, or prepares one."""
+    return _recording.get() or (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
 def capture(function: Callable[..., Tensor], *examples: Tensor) -> Callable[..., Tensor]:
     """Records a function of CUDA tensors as one CUDA graph, which a call replays.
+
+    It is recorded without gradients and without autocast, whose copies of weights would not outlive
+    it.
 
     Args:
         function: does not synchronise, and depends on nothing but its arguments and parameters
@@ -99,8 +124,8 @@ def capture(function: Callable[..., Tensor], *examples: Tensor) -> Callable[...,
     device = examples[0].device
     if device.type != "cuda":
         raise RuntimeError(f"capture: the model is on {device}, allowed is a CUDA device")
-    static = [example.clone() for example in examples]
-    with torch.cuda.device(device), torch.no_grad():
+    with torch.cuda.device(device), recording(device):
+        static = [example.clone() for example in examples]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # kernels are compiled and libraries set up before
@@ -108,7 +133,8 @@ def capture(function: Callable[..., Tensor], *examples: Tensor) -> Callable[...,
                 function(*static)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # The default stream of a capture is that of the first device that anything was captured on.
+        with torch.cuda.graph(graph, stream=stream):
             result = function(*static)
 
     @functools.wraps(function)  # keeps what the graph reads and writes: parameters, caches

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from titok_fast.models.accelerated import capture
+from titok_fast.models.accelerated import capture, recording
 from titok_fast.models.blocks import (
     CausalSelfAttention,
     KVCache,
@@ -309,11 +309,12 @@ class ARTransformer(PretrainedModel):
             ValueError: an unknown option or a number out of range.
         """
         sampling = replaced(self.sampling, "ARTransformer", **options)
-        decoding = Decoding(self, batch_size, sampling, "auto")
-        labels = torch.zeros(batch_size, dtype=torch.int64, device=self.head.weight.device)
-        nothing = labels.new_zeros(batch_size, 0)
-        positions = torch.arange(self.num_tokens, device=labels.device)
-        with torch.no_grad():
+        device = self.head.weight.device
+        with recording(device):
+            decoding = Decoding(self, batch_size, sampling, "auto")
+            labels = torch.zeros(batch_size, dtype=torch.int64, device=device)
+            nothing = labels.new_zeros(batch_size, 0)
+            positions = torch.arange(self.num_tokens, device=device)
             decoding.start(labels, nothing, labels.new_zeros(()), None)
         step = capture(decoding.step, positions[:1])
 

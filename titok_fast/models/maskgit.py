@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from titok_fast.models.accelerated import capture
+from titok_fast.models.accelerated import capture, is_recording
 from titok_fast.models.blocks import BertBlock, UViTBlock
 from titok_fast.models.checks import (
     COUNT,
@@ -449,8 +449,7 @@ class MaskGIT(PretrainedModel):
         Raises:
             RuntimeError: the model is not on a CUDA device.
         """
-        # Of as many labels as may be, for the first step runs once for each.
-        labels = torch.arange(batch_size, device=self._head_layer.weight.device) % self.num_classes
+        labels = torch.zeros(batch_size, dtype=torch.int64, device=self._head_layer.weight.device)
 
         def run(labels: Tensor, seed: Tensor, image_ids: Tensor) -> Tensor:
             return self.generate(labels, seed=seed, image_ids=image_ids, **options)
@@ -466,7 +465,7 @@ class MaskGIT(PretrainedModel):
         """
         batch, index = ids.shape[0], None
         nothing = torch.full_like(labels, self.num_classes)
-        if alike and batch and not torch.compiler.is_compiling() and not _capturing(ids):
+        if alike and batch and not torch.compiler.is_compiling() and not is_recording(ids):
             labels, index = labels.unique(return_inverse=True)
             ids, nothing = ids[:1].expand(labels.shape[0], -1), nothing[:1]
         if guided:
@@ -539,10 +538,6 @@ def _gather(values: Tensor, positions: Tensor | None) -> Tensor:
     return torch.take_along_dim(
         values, positions.reshape(*positions.shape, *[1] * (values.ndim - 2)), dim=1
     )
-
-
-def _capturing(tensor: Tensor) -> bool:
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _init_weights(module: nn.Module) -> None:
