@@ -5,6 +5,7 @@ between `<!-- begin generated: NAME -->` and `<!-- end generated -->`:
 
     README.md            summary      the goals' cases: ours, official, next best; goals counted
     docs/performance.md  goals        every goal with its measured value, met or missed
+                         profiles     samplers beside a diffusion model, of bench/results/profiles/
                          rates        images per second of every model, as a picture
                          performance  every op on every machine: time, memory, speed-up
     docs/ops/<op>.md     measured     every provider of the op and its ratio to each of ours
@@ -17,6 +18,7 @@ the file does not describe. `--check` writes nothing and exits with 1 where a do
 """
 
 import argparse
+import json
 import os
 import re
 import sys
@@ -30,6 +32,7 @@ from bench import figures, goals
 from bench.harness import ROOT
 from bench.rows import BASELINE, OURS, RefusedError, Result, Row, decimals, grouped, newest
 from titok_fast._files import replacing
+from titok_fast.cli.profile_chart import duration
 from titok_fast.ops.inspect import CAPABILITIES
 
 REGION = re.compile(r"(<!-- begin generated: (\S+) -->\n).*?(<!-- end generated -->)", re.DOTALL)
@@ -312,6 +315,39 @@ def exactness(results: list[Result], document: Path) -> list[str]:
     return lines or NO_RUN
 
 
+def profiles(_results: list[Result], document: Path) -> list[str]:
+    """A table for each file that `titok-fast profile` wrote, the newest of a machine and model."""
+    lines = []
+    head = ["model", "mode", "steps", "images/s", "latency", "speed-up", "the paper's"]
+    head += ["transformer", "step op", "de-tokenizer", "other"]
+    for path in newest((ROOT / "bench" / "results" / "profiles").glob("*.json")):
+        data = json.loads(path.read_text())
+        body = []
+        for measured in data["measurements"]:
+            faster, paper = measured["speed_up"], data["paper_speed_up"]
+            note = measured["extrapolation"]
+            seconds = measured["breakdown_seconds"]
+            body.append(
+                [
+                    f"`{measured['model']}`",
+                    measured["mode"],
+                    f"{measured['steps']}{f', {note}' if note else ''}",
+                    f"{measured['images_per_second']:.3g}",
+                    duration(measured["latency_seconds"]),
+                    f"{faster:.3g}x" if faster else "",
+                    f"{paper}x" if faster and paper else "",
+                    *(duration(seconds[name]) if name in seconds else "" for name in head[7:]),
+                ]
+            )
+        title = f"{data['model']} and {data['baseline']}, {data['image_size']} px"
+        facts = [f"batch of {data['batch_size']}", data["dtype"], data["device"]]
+        facts += [f"torch {data['versions']['torch']}", path.stem[-len("2030-01-02") :]]
+        link = os.path.relpath(path, (ROOT / document).parent)
+        lines += [f"**{title}**: {', '.join(facts)}, [`{path.name}`]({link})", ""]
+        lines += table(head, body, texts=3)
+    return lines or NO_RUN
+
+
 def scaling_path(document: Path) -> Path:
     return document.with_name(f"{document.stem}_scaling.png")
 
@@ -339,6 +375,7 @@ def roofline(results: list[Result], document: Path) -> list[str]:
 REGIONS = {
     "summary": summary,
     "goals": every_goal,
+    "profiles": profiles,
     "rates": rates,
     "performance": performance,
     "measured": measured,

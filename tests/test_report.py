@@ -267,6 +267,30 @@ def test_exactness(tree):
     assert (root / "docs/performance.md").read_text().count("**Some GPU") == 1
 
 
+def test_profiles(tree):
+    root = tree()
+    (root / "bench/results/profiles").mkdir()
+    path = root / "docs/performance.md"
+    path.write_text(path.read_text().replace("generated: rates", "generated: profiles"))
+    assert report.main([]) == 0 and "No run is on record yet." in path.read_text()
+    ours = {"model": "titok-l-32", "mode": "eager", "steps": 8, "extrapolation": None}
+    ours |= {"images_per_second": 0.5, "latency_seconds": 2.0, "speed_up": 200.0}
+    ours["breakdown_seconds"] = {"transformer": 1.5, "step op": 0.5}
+    theirs = ours | {"model": "dit-xl-2", "speed_up": None, "extrapolation": "23 of 250 steps"}
+    data = {"model": "titok-l-32", "baseline": "dit-xl-2", "image_size": 256, "batch_size": 1}
+    data |= {"dtype": "float32", "device": "some CPU", "versions": {"torch": "9"}}
+    data |= {"paper_speed_up": 169, "measurements": [ours, theirs]}
+    for day in ("01", "02"):
+        name = f"bench/results/profiles/some-cpu-titok-l-32-2030-01-{day}.json"
+        (root / name).write_text(json.dumps(data))
+    assert report.main([]) == 0
+    page = path.read_text()
+    assert "| `titok-l-32` | eager | 8 | 0.5 | 2 s | 200x | 169x | 1.5 s | 500 ms |  |  |" in page
+    assert "| `dit-xl-2` | eager | 8, 23 of 250 steps | 0.5 | 2 s |  |  | 1.5 s | 500 ms" in page
+    assert page.count("dit-xl-2, 256 px**: batch of 1, float32, some CPU, torch 9, 2030-01-02") == 1
+    assert "titok-l-32-2030-01-01" not in page
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
