@@ -37,6 +37,7 @@ bench-gpu: venv
 	$(BIN)/python -m bench.run --gpu --check
 	$(MAKE) $(VENV)/.bench-gpu
 	$(BIN)/python -m bench.run --gpu
+	$(BIN)/titok-fast profile --model titok-l-32 --device cuda --dtype bfloat16 --no-compile -o build/profile
 
 report: venv
 	$(BIN)/python -m bench.report
