@@ -44,7 +44,7 @@ def scaling(result: Result, op: str, size: str) -> Series:
 
 
 def best_scaling(results: Iterable[Result], op: str) -> tuple[Result, dict[str, Series]] | None:
-    """The series over K and N of the file that has the longest, the newest of equals."""
+    """The series over K and N of the file that has the longest; then most rows, then the newest."""
     found = []
     for result in results:
         series = {size: lines for size in SIZES if (lines := scaling(result, op, size))}
@@ -52,10 +52,11 @@ def best_scaling(results: Iterable[Result], op: str) -> tuple[Result, dict[str, 
             len({at for pairs in lines.values() for at, _ in pairs}) for lines in series.values()
         ]
         if series:
-            found.append((sum(points), str(result.data["datetime"]), result, series))
+            rows = sum(len(pairs) for lines in series.values() for pairs in lines.values())
+            found.append((sum(points), rows, str(result.data["datetime"]), result, series))
     if not found:
         return None
-    *_, result, series = max(found, key=lambda entry: entry[:2])
+    *_, result, series = max(found, key=lambda entry: entry[:3])
     return result, series
 
 

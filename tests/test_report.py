@@ -211,6 +211,22 @@ def test_scaling_takes_the_longest_series(tree):
     assert (root / "docs/ops/my_op_scaling.png").stat().st_size > 1000
 
 
+def test_of_series_as_long_scaling_takes_that_with_more_rows(tree):
+    def change(result):
+        result["benchmarks"], result["datetime"] = series((1024, 2048, 4096)), "2030-01-01"
+
+    def ours_alone(result):
+        change(result)
+        result["datetime"] = "2030-01-09"
+        rows = result["benchmarks"]
+        result["benchmarks"] = [r for r in rows if r["extra_info"]["provider"] != "official"]
+
+    tree(ours_alone, "newer-2030-01-09.json")
+    root = tree(change, "other-2030-01-01.json")
+    files = map(Result.load, sorted((root / "bench/results").glob("*.json")))
+    assert figures.best_scaling(files, "my_op")[0].path.name == "other-2030-01-01.json"
+
+
 def test_images_per_second(tree):
     def add(result):
         for batch, seconds in ((1, 0.5), (64, 8.0)):
