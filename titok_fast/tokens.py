@@ -276,8 +276,14 @@ def fingerprint(model: Tokenizer) -> str:
     for name, tensor in model.state_dict().items():
         if name.startswith((first, "encoder.", "quantize.embedding.")):
             digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            digest.update(raw_bytes(tensor))
     return digest.hexdigest()[:16]
+
+
+def raw_bytes(tensor: torch.Tensor) -> memoryview:
+    """A tensor's numbers as they lie in memory, row by row, to be hashed."""
+    flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+    return flat.numpy().data
 
 
 def write_settings(path: Path, settings: Mapping[str, Setting]) -> None:
@@ -286,15 +292,19 @@ def write_settings(path: Path, settings: Mapping[str, Setting]) -> None:
         temporary.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
+def changed(old: Mapping[str, Setting], settings: Mapping[str, Setting]) -> str:
+    """What is not as it was, name by name; "" where nothing is."""
+    names = [name for name in settings if old.get(name) != settings[name]]
+    return ", ".join(f"{name} {old.get(name)} now {settings[name]}" for name in names)
+
+
 def check_settings(path: Path, settings: Mapping[str, Setting]) -> None:
     """Raises ValueError unless `write_settings` wrote the same to the path."""
     try:
-        old = json.loads(path.read_text(encoding="utf-8"))
-        names = [name for name in settings if old.get(name) != settings[name]]
+        changes = changed(json.loads(path.read_text(encoding="utf-8")), settings)
     except (AttributeError, OSError, ValueError):
         raise ValueError(f"{path}: not readable, delete its folder to start anew") from None
-    if names:
-        changes = ", ".join(f"{name} {old.get(name)} now {settings[name]}" for name in names)
+    if changes:
         raise ValueError(
             f"{path.parent}: left by a run with other settings ({changes}); "
             "repeat those to finish it, or delete the folder to start anew"

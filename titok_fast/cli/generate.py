@@ -36,7 +36,7 @@ from titok_fast.models import MaskGIT
 from titok_fast.models.checks import Options, replaced
 from titok_fast.models.generate import PAIRS, Generator, arranged, image_size, pack_pair
 from titok_fast.models.maskgit import GUIDANCE_DECAYS, RULES, SCHEDULES
-from titok_fast.tokens import Parts, Setting, TokenFile, write_settings
+from titok_fast.tokens import Parts, Setting, TokenFile, changed, raw_bytes, write_settings
 
 SHEET = 16  # images along a side of the contact sheet, at most
 
@@ -192,8 +192,7 @@ def generate(
 def _digest(tensors: Iterable[Tensor]) -> str:
     digest = hashlib.sha256()
     for tensor in tensors:
-        flat = tensor.detach().cpu().contiguous().flatten()
-        digest.update(flat.view(torch.uint8).numpy().data)
+        digest.update(raw_bytes(tensor))
     return digest.hexdigest()[:16]
 
 
@@ -287,14 +286,9 @@ def _check(flag: str, path: Path, record: Path, settings: Mapping[str, Setting])
         raise ValueError(
             f"{flag}: {path} is there and not from a run of generate, allowed is another place"
         )
-    changes = [
-        f"{name} {old.get(name)} now {value}"
-        for name, value in settings.items()
-        if old.get(name) != value
-    ]
-    if changes:
+    if changes := changed(old, settings):
         raise ValueError(
-            f"{flag}: {record} is from a run with other settings ({', '.join(changes)}); "
+            f"{flag}: {record} is from a run with other settings ({changes}); "
             "repeat those, or name another place"
         )
 

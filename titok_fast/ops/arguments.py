@@ -82,6 +82,14 @@ def differentiated(tensor: Tensor | None) -> bool:
     return backward or forward_ad.unpack_dual(tensor).tangent is not None
 
 
+def autocast_dtype(tensor: object) -> torch.dtype | None:
+    """Autocast's dtype where it is on for a tensor's device and casts its dtype, otherwise None."""
+    if not isinstance(tensor, Tensor) or tensor.is_meta or tensor.dtype not in DTYPES:
+        return None  # there is no autocast for the meta device, nor a need of one
+    kind = tensor.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
 def check_no_gradient(tensors: dict[str, Tensor | None]) -> None:
     """RuntimeError if a gradient is asked for, of an op that has none."""
     for name, tensor in tensors.items():

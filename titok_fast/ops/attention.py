@@ -10,7 +10,13 @@ from torch import Tensor
 
 from titok_fast import _library, reference
 from titok_fast.ops import inspect
-from titok_fast.ops.arguments import DTYPES, check_no_gradient, differentiated, strided
+from titok_fast.ops.arguments import (
+    DTYPES,
+    autocast_dtype,
+    check_no_gradient,
+    differentiated,
+    strided,
+)
 
 BACKENDS: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu", "torch", "triton"),
@@ -270,9 +276,7 @@ def attention(
     as in FlashAttention-2 (arXiv 2307.08691).
     """
     _check(qkv, dropout_p, seed, backend)
-    device = qkv.device.type
-    if qkv.dtype in DTYPES and device != "meta" and torch.is_autocast_enabled(device):
-        qkv = qkv.to(torch.get_autocast_dtype(device))
+    qkv, device = qkv.to(autocast_dtype(qkv) or qkv.dtype), qkv.device.type
     order = BACKENDS | {device: BACKENDS.get(device, ("torch",))}
     chosen = inspect.choose_backend(backend, device, order)
     if backend == "auto":

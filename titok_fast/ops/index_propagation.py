@@ -10,7 +10,7 @@ from torch import Tensor
 
 from titok_fast import _library, reference
 from titok_fast.ops import inspect
-from titok_fast.ops.arguments import DTYPES, dense_rows, differentiated
+from titok_fast.ops.arguments import DTYPES, autocast_dtype, dense_rows, differentiated
 from titok_fast.ops.nearest_code import check_rows_and_codes, nearest_code
 from titok_fast.reference.index_propagation import EPS, mean_over_ranks
 from titok_fast.reference.index_propagation_streaming import add_rows, wide_dtype
@@ -378,14 +378,24 @@ class _IndexPropagation(torch.autograd.Function):
         grad_batch: Tensor | None,
         _max_probability: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
+        z, codebook, indices, *_ = ctx.saved_tensors
+        if grad is None and grad_sample is None and grad_batch is None:
+            grad_z, grad_codebook = torch.zeros_like(z), torch.zeros_like(codebook)
+        else:
+            grad_z, grad_codebook = _IndexPropagation._through_softmax(
+                ctx, grad, grad_sample, grad_batch
+            )
+        if grad_codes is not None:
+            add_rows(grad_codebook, indices, grad_codes)
+        return grad_z, grad_codebook
+
+    @staticmethod
+    def _through_softmax(
+        ctx: Any, grad: Tensor | None, grad_sample: Tensor | None, grad_batch: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         z, codebook, indices, mean_code, statistics, code_probability, *support = ctx.saved_tensors
         support_codes, support_weights = support
         temperature, entropy, backend = ctx.options
-        if grad is None and grad_sample is None and grad_batch is None:
-            grad_z, grad_codebook = torch.zeros_like(z), torch.zeros_like(codebook)
-            if grad_codes is not None:
-                add_rows(grad_codebook, indices, grad_codes)
-            return grad_z, grad_codebook
         grad = torch.zeros_like(z) if grad is None else grad
         sample_weight = statistics.new_zeros(()) if grad_sample is None else grad_sample
         code_weight = torch.zeros_like(code_probability)
@@ -396,22 +406,11 @@ class _IndexPropagation(torch.autograd.Function):
             # The same for every code has no effect; small numbers keep more of what differs.
             code_weight = grad_batch * ctx.share * (slope - slope.amin())
         run = _streaming_bwd if backend == "streaming" else _bwd_op
-        grad_z, grad_codebook = run(
+        gradients: tuple[Tensor, Tensor] = run(
             grad, z, codebook, indices, mean_code, statistics, support_codes, support_weights,
             sample_weight, code_weight, temperature, entropy, backend,
         )  # fmt: skip
-        if grad_codes is not None:
-            add_rows(grad_codebook, indices, grad_codes)
-        return grad_z, grad_codebook
-
-
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Floating tensors in autocast's dtype where it is on, as for a matrix product."""
-    kind = tensors[0].device.type if isinstance(tensors[0], Tensor) else "meta"
-    if kind == "meta" or not torch.is_autocast_enabled(kind):
-        return tensors
-    dtype = torch.get_autocast_dtype(kind)
-    return tuple(x.to(dtype) if x.dtype in DTYPES else x for x in tensors)
+        return gradients
 
 
 def propagate(
@@ -430,7 +429,7 @@ def propagate(
         probability: whether `max_probability` is needed. Without it, gradients and entropies the
             softmax is not computed.
     """
-    z, codebook = _autocast(z, codebook)
+    z, codebook = (x.to(dtype) if (dtype := autocast_dtype(x)) else x for x in (z, codebook))
     _check(z, codebook, temperature, process_group, backend)
     device = z.device.type
     order = BACKENDS | {device: BACKENDS.get(device, ("streaming",))}

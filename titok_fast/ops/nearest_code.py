@@ -8,7 +8,7 @@ from torch import Tensor
 
 from titok_fast import _library, reference
 from titok_fast.ops import inspect
-from titok_fast.ops.arguments import DTYPES, dense_rows, strided
+from titok_fast.ops.arguments import DTYPES, autocast_dtype, dense_rows, strided
 
 METRICS = ("l2", "cosine", "dot")
 BACKENDS = {"cpu": ("cpu", "triton"), "cuda": ("triton",), "meta": ("cpu", "triton")}
@@ -44,10 +44,8 @@ def _check(z: Tensor, codebook: Tensor, metric: str) -> None:
 
 def _autocast(z: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
     """Under autocast the two in the wider of their dtypes."""
-    tensors = z, codebook
-    kinds = [x.device.type for x in tensors if isinstance(x, Tensor) and x.dtype in DTYPES]
-    if len(kinds) < 2 or "meta" in kinds or not torch.is_autocast_enabled(kinds[0]):
-        return tensors
+    if autocast_dtype(z) is None or autocast_dtype(codebook) is None:
+        return z, codebook
     wider = torch.promote_types(z.dtype, codebook.dtype)
     return z.to(wider), codebook.to(wider)
 
