@@ -360,17 +360,20 @@ class _IndexPropagation(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        # Activation checkpointing lets a backward unpack what it saved only once.
+        saved = ctx.saved_tensors
         with torch.no_grad():
-            grad_z, grad_codebook = _IndexPropagation._gradients(ctx, *grads)
+            grad_z, grad_codebook = _IndexPropagation._gradients(ctx, saved, *grads)
         if torch.is_grad_enabled():
             grad_z, grad_codebook = _library.once(
-                "index_propagation", (grad_z, grad_codebook), *ctx.saved_tensors[:2], *grads
+                "index_propagation", (grad_z, grad_codebook), *saved[:2], *grads
             )
         return grad_z, grad_codebook, None, None, None, None, None
 
     @staticmethod
     def _gradients(
         ctx: Any,
+        saved: tuple[Tensor, ...],
         grad: Tensor | None,
         grad_codes: Tensor | None,
         _indices: Tensor | None,
@@ -378,12 +381,12 @@ class _IndexPropagation(torch.autograd.Function):
         grad_batch: Tensor | None,
         _max_probability: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        z, codebook, indices, *_ = ctx.saved_tensors
+        z, codebook, indices, *_ = saved
         if grad is None and grad_sample is None and grad_batch is None:
             grad_z, grad_codebook = torch.zeros_like(z), torch.zeros_like(codebook)
         else:
             grad_z, grad_codebook = _IndexPropagation._through_softmax(
-                ctx, grad, grad_sample, grad_batch
+                ctx, saved, grad, grad_sample, grad_batch
             )
         if grad_codes is not None:
             add_rows(grad_codebook, indices, grad_codes)
@@ -391,9 +394,13 @@ class _IndexPropagation(torch.autograd.Function):
 
     @staticmethod
     def _through_softmax(
-        ctx: Any, grad: Tensor | None, grad_sample: Tensor | None, grad_batch: Tensor | None
+        ctx: Any,
+        saved: tuple[Tensor, ...],
+        grad: Tensor | None,
+        grad_sample: Tensor | None,
+        grad_batch: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        z, codebook, indices, mean_code, statistics, code_probability, *support = ctx.saved_tensors
+        z, codebook, indices, mean_code, statistics, code_probability, *support = saved
         support_codes, support_weights = support
         temperature, entropy, backend = ctx.options
         grad = torch.zeros_like(z) if grad is None else grad
