@@ -103,15 +103,27 @@ def counted(outcomes: Iterable[goals.Outcome]) -> str:
     return ", ".join(f"{verdicts[name]} {name}" for name in ("met", "missed", "not measured"))
 
 
-def machine_name(goal: goals.Goal) -> str:
-    return goal.machine.name if goal.machine else "any machine"
-
-
 def outcomes_by_machine(results: list[Result]) -> dict[str, list[goals.Outcome]]:
+    """For each machine that goals were set for, and each processor that is such a machine."""
     groups: dict[str, list[goals.Outcome]] = {}
     for goal in goals.GOALS:
-        groups.setdefault(machine_name(goal), []).append(goals.outcome(goal, results))
+        for name, measured in processors(goal.machine, results).items():
+            groups.setdefault(name, []).append(goals.outcome(goal, measured))
     return groups
+
+
+def processors(machine: goals.Machine | None, results: list[Result]) -> dict[str, list[Result]]:
+    """The results of each processor that is the machine; all where no two are."""
+    if machine is None:
+        return {"any machine": results}
+    found = grouped([r for r in results if r.rows and machine.matches(r.machine)], processor)
+    if len(found) < 2:
+        return {machine.name: results}
+    return {f"{machine.name} ({name})": measured for name, measured in found.items()}
+
+
+def processor(result: Result) -> str:
+    return str(result.machine.get("gpu_name") or result.machine["cpu_name"])
 
 
 def summary(results: list[Result], document: Path) -> list[str]:

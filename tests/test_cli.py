@@ -1,6 +1,7 @@
 """The titok-fast command, run as a user runs it."""
 
 import os
+import platform
 import re
 import signal
 import subprocess
@@ -107,6 +108,24 @@ def test_info_names_versions_and_what_is_missing():
     assert inspect.extension().active_isa() in lines["CPU instruction set"]
     if not torch.cuda.is_available():
         assert "unavailable: torch" in lines["CUDA device"]
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [
+        ("model name\t: AMD EPYC\ncpu family\t: 26\nmodel\t\t: 2", "AMD EPYC, family 26 model 2"),
+        ("model name\t: AMD EPYC 9655\ncpu family\t: 26\nmodel\t\t: 2", "AMD EPYC 9655"),
+        ("model name\t: Intel(R) Xeon(R) Gold 6430\ncpu family\t: 6", "Intel Xeon Gold 6430"),
+        ("model name\t: A Virtual CPU", "A Virtual CPU"),
+        ("processor\t: 0", platform.processor() or platform.machine()),
+    ],
+)  # fmt: skip
+def test_the_processor_has_a_number_in_its_name(monkeypatch, text, name):
+    from titok_fast.ops import inspect
+
+    second = "\n\nmodel name\t: Another\ncpu family\t: 1"
+    monkeypatch.setattr(Path, "read_text", lambda path: text + second)
+    assert inspect.cpu_name() == name
 
 
 def test_info_names_a_better_set_that_is_not_in_use():

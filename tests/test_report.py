@@ -150,6 +150,20 @@ def test_tables(tree, a_goal):
     assert report.main(["--check"]) == 0
 
 
+def test_a_table_of_goals_for_each_processor_that_is_their_machine(tree, a_goal):
+    def other(result):
+        result["machine_info"].update(gpu_name=None, cpu_name="Another")
+        result["benchmarks"][0]["stats"]["median"] = 1.0
+
+    tree(other, "another-2030-01-01.json")
+    root = tree(lambda result: result["machine_info"].update(gpu_name=None))
+    assert report.main([]) == 0
+    page = (root / "docs/performance.md").read_text()
+    link = "[`another-2030-01-01.json`](../bench/results/another-2030-01-01.json)"
+    assert f"**On four CPUs (Another)**: 0 met, 1 missed, 1 not measured. {link}" in page
+    assert "**On four CPUs (Some CPU)**: 1 met, 0 missed, 1 not measured. [`some-gpu" in page
+
+
 def test_what_is_near_to_the_op_is_named_and_never_the_fastest(tree, a_goal):
     def add(result):
         near = entry("liger", "cpu", 0.0001, relative="linear cross-entropy")

@@ -160,14 +160,19 @@ def versions() -> dict[str, str]:
 
 
 def cpu_name() -> str:
-    """The processor's model name, without trade marks."""
+    """The processor's model name, without trade marks; with the family and model numbers where a
+    virtual machine gives a name without a number, such as "AMD EPYC"."""
     try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return re.sub(r"\((R|TM)\)", "", line.partition(":")[2]).strip()
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
     except OSError:
-        pass
-    return platform.processor() or platform.machine()
+        lines = []
+    fields = {key.strip(): value.strip() for key, _, value in (s.partition(":") for s in lines)}
+    name = re.sub(r"\((R|TM)\)", "", fields.get("model name", ""))
+    if not name:
+        return platform.processor() or platform.machine()
+    if re.search(r"\d", name) or "cpu family" not in fields:
+        return name
+    return f"{name}, family {fields['cpu family']} model {fields.get('model', '?')}"
 
 
 def availability() -> dict[str, str]:
