@@ -6,7 +6,7 @@ time per code or row of the next smaller size.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from itertools import pairwise
 from typing import Any, Protocol
@@ -32,12 +32,7 @@ class Machine:
 CPU = Machine(
     "two cores with AVX-512 BF16",
     "cpu",
-    lambda info: info.get("isa") == "avx512bf16" and info.get("threads") == 2,
-)
-AMX = Machine(
-    "two cores with AMX",
-    "cpu",
-    lambda info: info.get("isa") == "amx" and info.get("threads") == 2,
+    lambda info: info.get("isa") in ("avx512bf16", "amx") and info.get("threads") == 2,
 )
 H200 = Machine("H200", "cuda", lambda info: "H200" in (info.get("gpu_name") or ""))
 
@@ -496,11 +491,9 @@ def model_goals() -> Iterable[Goal]:
         yield Goal("sample_token", CPU, case, Over("titok_fast-cpu"), at_least=10)
 
 
-_GOALS: tuple[Goal, ...] = (
+GOALS: tuple[Goal, ...] = (
     *nearest_code_goals(),
     *index_propagation_goals(),
     *attention_goals(),
     *model_goals(),
 )
-# A CPU with AMX has AVX-512 BF16 too, but multiplies several times as fast: the same goals, apart.
-GOALS = (*_GOALS, *(replace(goal, machine=AMX) for goal in _GOALS if goal.machine is CPU))

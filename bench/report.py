@@ -3,9 +3,10 @@
 Takes the newest file of each machine under bench/results/, or the FILEs, and rewrites what stands
 between `<!-- begin generated: NAME -->` and `<!-- end generated -->`:
 
-    README.md            summary      the goals' cases: ours, official, next best; goals counted
-    docs/performance.md  goals        every goal with its measured value, met or missed
-                         profiles     samplers beside a diffusion model, of bench/results/profiles/
+    README.md            summary      the goals' cases on the newest of each goal's machine: ours,
+                                      official, next best
+                         goals        every goal with its value on every such machine
+    docs/performance.md  profiles     samplers beside a diffusion model, of bench/results/profiles/
                          rates        images per second of every model, as a picture
                          performance  every op on every machine: time, memory, speed-up
     docs/ops/<op>.md     measured     every provider of the op and its ratio to each of ours
@@ -37,6 +38,7 @@ from titok_fast.ops.inspect import CAPABILITIES
 
 REGION = re.compile(r"(<!-- begin generated: (\S+) -->\n).*?(<!-- end generated -->)", re.DOTALL)
 CONTENDED_NOTE = "† Other processes kept a CPU busy during this time; do not rely on it."
+VERDICTS = {"met": "**{}**", "missed": "{}, missed", "not measured": "not measured"}
 NO_RUN = ["No run is on record yet.", ""]
 RATES = Path("docs/images_per_second.png")
 PERFORMANCE = Path("docs/performance.md")
@@ -98,38 +100,27 @@ def architectures(results: list[Result]) -> list[str]:
     return [" ".join(lines), ""]
 
 
-def counted(outcomes: Iterable[goals.Outcome]) -> str:
-    verdicts = Counter(outcome.verdict for outcome in outcomes)
-    return ", ".join(f"{verdicts[name]} {name}" for name in ("met", "missed", "not measured"))
+def outcomes(
+    machine: goals.Machine | None, results: list[Result]
+) -> dict[str, list[goals.Outcome]]:
+    """The goals of a machine on each that is one, by its title; unmeasured where none is."""
+    own = [goal for goal in goals.GOALS if goal.machine is machine]
+    found = {
+        title: [goals.outcome(goal, of_one) for goal in own]
+        for title, of_one in grouped(results, lambda result: result.title).items()
+    }
+    measured = {title: all_ for title, all_ in found.items() if any(o.result for o in all_)}
+    return measured or {"nothing yet": [goals.Outcome(goal) for goal in own]}
 
 
-def outcomes_by_machine(results: list[Result]) -> dict[str, list[goals.Outcome]]:
-    """For each machine that goals were set for, and each processor that is such a machine."""
-    groups: dict[str, list[goals.Outcome]] = {}
-    for goal in goals.GOALS:
-        for name, measured in processors(goal.machine, results).items():
-            groups.setdefault(name, []).append(goals.outcome(goal, measured))
-    return groups
-
-
-def processors(machine: goals.Machine | None, results: list[Result]) -> dict[str, list[Result]]:
-    """The results of each processor that is the machine; all where no two are."""
-    if machine is None:
-        return {"any machine": results}
-    found = grouped([r for r in results if r.rows and machine.matches(r.machine)], processor)
-    if len(found) < 2:
-        return {machine.name: results}
-    return {f"{machine.name} ({name})": measured for name, measured in found.items()}
-
-
-def processor(result: Result) -> str:
-    return str(result.machine.get("gpu_name") or result.machine["cpu_name"])
+def machine_name(machine: goals.Machine | None) -> str:
+    return machine.name if machine else "any machine"
 
 
 def summary(results: list[Result], document: Path) -> list[str]:
-    """For each machine the cases that a goal compares with the official arithmetic."""
+    """The cases that a goal compares with the official arithmetic."""
     lines = []
-    for result in results:
+    for result in newest_of_goals(results):
         body, marked = [], False
         compared = [row for row in figures.quoted(result.rows) if not row.relative]
         groups = grouped(compared, lambda r: (r.op, r.device, r.case))
@@ -159,12 +150,21 @@ def summary(results: list[Result], document: Path) -> list[str]:
             lines += [heading(result, document), "", *table(head, body, texts=2), *notes(marked)]
     if figures.rate_rows(results):
         lines += picture(document, RATES, "Images per second of every model")
-    link = os.path.relpath(PERFORMANCE, document.parent)
-    counts = [
-        f"{name}: {counted(outcomes)}" for name, outcomes in outcomes_by_machine(results).items()
-    ]
-    lines += [f"[Goals]({link}#goals), each with its value: {'; '.join(counts)}.", ""]
     return lines + architectures(results)
+
+
+def newest_of_goals(results: list[Result]) -> list[Result]:
+    """The newest result of each machine that goals were set for."""
+    found: dict[str, Result] = {}
+    for result in sorted(results, key=lambda result: str(result.data["datetime"])):
+        for machine in machines():
+            if machine is not None and result.rows and machine.matches(result.machine):
+                found[machine.name] = result
+    return list(found.values())
+
+
+def machines() -> list[goals.Machine | None]:
+    return list(dict.fromkeys(goal.machine for goal in goals.GOALS))
 
 
 def compared_by_a_goal(row: Row) -> bool:
@@ -178,33 +178,35 @@ def compared_by_a_goal(row: Row) -> bool:
 
 
 def every_goal(results: list[Result], document: Path) -> list[str]:
-    """A table for each machine that goals were set for."""
-    lines = []
-    for name, outcomes in outcomes_by_machine(results).items():
-        files = dict.fromkeys(o.result.path for o in outcomes if o.result)
-        links = [
-            f"[`{path.name}`]({os.path.relpath(path, (ROOT / document).parent)})" for path in files
-        ]
-        lines += [f"**On {name}**: {counted(outcomes)}. {', '.join(links)}".strip(), ""]
+    """How many goals each machine meets, and a table of them with a column for each."""
+    counts, tables = [], []
+    for machine in machines():
+        found = outcomes(machine, results)
+        for title, column in found.items():
+            verdicts = Counter(outcome.verdict for outcome in column)
+            files = dict.fromkeys(o.result.path for o in column if o.result)
+            links = [
+                f"[`{path.name}`]({os.path.relpath(path, (ROOT / document).parent)})"
+                for path in files
+            ]
+            numbers = [str(verdicts[name]) for name in ("met", "missed", "not measured")]
+            counts.append([machine_name(machine), title, *numbers, ", ".join(links)])
+        columns = list(found.values())
         body = []
-        for outcome in outcomes:
-            goal = outcome.goal
+        for row in zip(*columns, strict=True):
+            goal = row[0].goal
             provider = f"`{goal.quantity.providers[0]}`" if goal.quantity.providers else ""
-            body.append(
-                [
-                    f"`{goal.op}`",
-                    goal.shape,
-                    provider,
-                    goal.quantity.name,
-                    goal.threshold,
-                    outcome.measured,
-                    outcome.verdict if outcome.verdict != "met" else "**met**",
-                ]
-            )
-        head = ["", "case", "provider", "quantity", "goal", "measured", ""]
-        lines += table(head, body, texts=4)
-        lines += notes(any(outcome.contended for outcome in outcomes))
-    return lines
+            about = [f"`{goal.op}`", goal.shape, provider, goal.quantity.name, goal.threshold]
+            body.append([*about, *(VERDICTS[o.verdict].format(o.measured) for o in row)])
+        tables += [f"On {machine_name(machine)}:", ""]
+        tables += table(["", "case", "provider", "quantity", "goal", *found], body, texts=4)
+        tables += notes(any(outcome.contended for column in columns for outcome in column))
+    head = ["goals set for", "measured on", "met", "missed", "not measured", ""]
+    total = f"All {len(goals.GOALS)} goals, each with its measured value: <b>met</b> or missed"
+    return [
+        *table(head, counts, texts=2),
+        *("<details>", f"<summary>{total}</summary>", "", *tables, "</details>", ""),
+    ]
 
 
 def rates(results: list[Result], document: Path) -> list[str]:
