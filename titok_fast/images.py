@@ -207,14 +207,24 @@ def read_image(
 
 
 def read_pixels(
-    path: str | os.PathLike[str], size: int, *, interpolation: str = "bicubic"
+    path: str | os.PathLike[str],
+    size: int,
+    *,
+    interpolation: str = "bicubic",
+    crop: tuple[float, float] | None = None,
 ) -> Tensor:
-    """As `read_image`, but in 8 bits: [3, size, size] uint8."""
+    """As `read_image`, but in 8 bits: [3, size, size] uint8.
+
+    Args:
+        path, size, interpolation: as for `read_image`.
+        crop: where the crop lies across and down, each in [0, 1), from one edge to the other; None
+            is the centre.
+    """
     _check_interpolation(interpolation)
     try:
         with Image.open(path) as file:
             image = _to_rgb(ImageOps.exif_transpose(file))
-            pixels = _INTERPOLATIONS[interpolation](image, size)
+            pixels = _INTERPOLATIONS[interpolation](image, size, crop)
     except Exception as error:  # on a corrupt file Pillow's decoders raise whatever they run into
         reason = " ".join(str(error).split()) or type(error).__name__
         raise OSError(f"{os.fspath(path)}: not a readable image ({reason})") from error
@@ -229,7 +239,10 @@ def _check_interpolation(interpolation: str) -> None:
         )
 
 
-def _bicubic(image: Image.Image, size: int) -> Pixels:
+Crop = tuple[float, float] | None
+
+
+def _bicubic(image: Image.Image, size: int, crop: Crop) -> Pixels:
     width, height = image.size
     scale = size / min(width, height)
     # The official resize truncates the longer edge.
@@ -238,16 +251,20 @@ def _bicubic(image: Image.Image, size: int) -> Pixels:
     if limit is not None and wide[0] * wide[1] > max(limit, width * height):
         raise ValueError(f"{width} x {height} would be resized to {wide[0]} x {wide[1]}")
     image = image.resize(wide, Image.Resampling.BICUBIC)
-    left, top = round((wide[0] - size) / 2), round((wide[1] - size) / 2)
+    if crop is None:
+        left, top = round((wide[0] - size) / 2), round((wide[1] - size) / 2)
+    else:
+        left, top = (int(at * (edge - size + 1)) for at, edge in zip(crop, wide, strict=True))
     return np.array(image.crop((left, top, left + size, top + size)))
 
 
-def _bilinear(image: Image.Image, size: int) -> Pixels:
+def _bilinear(image: Image.Image, size: int, crop: Crop) -> Pixels:
     # OpenCV's fixed-point arithmetic: weights of 11 bits, then 4, 16 and 2 bits are dropped.
     pixels = np.asarray(image)  # [H, W, 3]
     shorter = min(image.size)
-    (left, right), across = _neighbours(image.width, shorter, size)
-    rows, down = _neighbours(image.height, shorter, size)
+    across_at, down_at = (None, None) if crop is None else crop
+    (left, right), across = _neighbours(image.width, shorter, size, across_at)
+    rows, down = _neighbours(image.height, shorter, size, down_at)
     total = np.full((size, size, 3), 2, np.int32)
     for row, weight in zip(rows, down, strict=True):
         near = pixels[np.ix_(row, left)] * across[0][:, None]
@@ -256,10 +273,11 @@ def _bilinear(image: Image.Image, size: int) -> Pixels:
     return (total >> 2).astype(np.uint8)
 
 
-def _neighbours(edge: int, shorter: int, size: int) -> tuple[Pixels, Pixels]:
+def _neighbours(edge: int, shorter: int, size: int, at: float | None) -> tuple[Pixels, Pixels]:
     """For each place of the crop the two pixels beside it, and 2,048 times their weights."""
     length = round(edge * (size / shorter))
-    places = np.arange(size) + (length - size) // 2 + 0.5
+    first_place = (length - size) // 2 if at is None else int(at * (length - size + 1))
+    places = np.arange(size) + first_place + 0.5
     places = (places * (1 / (length / edge)) - 0.5).astype(np.float32)
     first = np.floor(places)
     weights = np.stack([1 - (places - first), places - first]) * np.float32(2048)

@@ -12,6 +12,7 @@ from titok_fast.cli.kernels import kernels
 from titok_fast.cli.pictures import inspect, reconstruct
 from titok_fast.cli.profile import profile
 from titok_fast.cli.tokens import decode, encode
+from titok_fast.cli.train import train
 
 app = typer.Typer(
     add_completion=False,
@@ -20,7 +21,7 @@ app = typer.Typer(
     help="Image tokenizers on fused kernels: images to tokens and back.",
 )
 for command in (
-    encode, decode, reconstruct, inspect, generate, convert, profile, kernels, info
+    encode, decode, reconstruct, inspect, generate, train, convert, profile, kernels, info
 ):  # fmt: skip
     app.command()(command)
 
@@ -29,6 +30,6 @@ def main() -> None:
     """Run the command; what the user can mend is one line on stderr, not a traceback."""
     try:
         app()
-    except (ValueError, TypeError, RuntimeError, OSError) as error:
+    except (ArithmeticError, OSError, RuntimeError, TypeError, ValueError) as error:
         say(f"error: {' '.join(str(error).split())}", errors, style="bold red")
         sys.exit(2)

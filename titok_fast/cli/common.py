@@ -5,9 +5,10 @@ import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -27,6 +28,7 @@ from torch import Tensor
 from titok_fast.images import ImageBatch, load_images, to_float, write_png
 from titok_fast.models import IBQTokenizer, Tokenizer, load_tokenizer
 from titok_fast.models.auto import TOKENIZERS, releases
+from titok_fast.models.checks import Options, replaced
 from titok_fast.tokens import fingerprint
 
 out = Console()
@@ -62,6 +64,36 @@ Workers = Annotated[
 ]
 
 DEFAULT_MODEL = "titok-l-32"
+
+
+def option(help: str, default: bool | str = True) -> Any:
+    """An option of a command; `default` is what the help calls its default value."""
+    return typer.Option(help=help, show_default=default)
+
+
+def flag(name: str) -> str:
+    """The option of a command that a field of this name comes from."""
+    return "--" + name.replace("_", "-")
+
+
+@contextmanager
+def flags() -> Iterator[None]:
+    """Within it, an error that begins with the name of a field begins with that of its option."""
+    try:
+        yield
+    except ValueError as error:
+        name, _, reason = str(error).partition(":")
+        raise ValueError(f"{flag(name)}:{reason}") from None
+
+
+def with_options(default: Options, kind: str, **given: Any) -> Options:
+    """A frozen dataclass with the options that are given; None keeps.
+
+    Raises:
+        ValueError: for a value that it does not take, or an option that `kind` lacks.
+    """
+    with flags():
+        return replaced(default, kind, **given)
 
 
 def say(text: str, console: Console = out, style: str | None = None) -> None:

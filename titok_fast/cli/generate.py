@@ -29,11 +29,13 @@ from titok_fast.cli.common import (
     PngWriter,
     Workers,
     default_workers,
+    flag,
+    option,
     say,
+    with_options,
 )
 from titok_fast.images import grid, read_pixels, to_float, write_png
 from titok_fast.models import MaskGIT
-from titok_fast.models.checks import Options, replaced
 from titok_fast.models.generate import PAIRS, Generator, arranged, image_size, pack_pair
 from titok_fast.models.maskgit import GUIDANCE_DECAYS, RULES, SCHEDULES
 from titok_fast.tokens import Parts, Setting, TokenFile, changed, raw_bytes, write_settings
@@ -41,60 +43,56 @@ from titok_fast.tokens import Parts, Setting, TokenFile, changed, raw_bytes, wri
 SHEET = 16  # images along a side of the contact sheet, at most
 
 
-def _option(help: str, default: bool | str = True) -> Any:
-    return typer.Option(help=help, show_default=default)
-
-
 def generate(
-    labels: Annotated[str | None, _option("Classes such as 1,7,20-29, in turn.", "all")] = None,
-    count: Annotated[int | None, _option("Number of images.", "one for each label")] = None,
-    seed: Annotated[int, _option("Image i depends on it and on i alone.")] = 0,
+    labels: Annotated[str | None, option("Classes such as 1,7,20-29, in turn.", "all")] = None,
+    count: Annotated[int | None, option("Number of images.", "one for each label")] = None,
+    seed: Annotated[int, option("Image i depends on it and on i alone.")] = 0,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Folder of PNG files, a contact sheet and tokens."),
     ] = None,
     npz: Annotated[
-        Path | None, _option("Array arr_0 [N, H, W, 3] uint8, as the ADM evaluator reads it.")
+        Path | None, option("Array arr_0 [N, H, W, 3] uint8, as the ADM evaluator reads it.")
     ] = None,
-    model: Annotated[str, _option(", ".join(PAIRS))] = DEFAULT_MODEL,
+    model: Annotated[str, option(", ".join(PAIRS))] = DEFAULT_MODEL,
     tokenizer: Annotated[
-        str | None, _option("Its folder, file or hub id, if not the model's own.", "the model's")
+        str | None, option("Its folder, file or hub id, if not the model's own.", "the model's")
     ] = None,
     generator: Annotated[
-        str | None, _option("The generator's, if not the model's own.", "the model's")
+        str | None, option("The generator's, if not the model's own.", "the model's")
     ] = None,
     device: Device = "auto",
     dtype: Dtype = "float32",
     batch_size: BatchSize = 64,
     workers: Workers = None,
     guidance_scale: Annotated[
-        float | None, _option("Of classifier-free guidance.", "the model's")
+        float | None, option("Of classifier-free guidance.", "the model's")
     ] = None,
-    steps: Annotated[int | None, _option("Sampling steps (TiTok).", "the model's")] = None,
+    steps: Annotated[int | None, option("Sampling steps (TiTok).", "the model's")] = None,
     guidance_decay: Annotated[
-        str | None, _option(f"TiTok: {', '.join(GUIDANCE_DECAYS)}.", "the model's")
+        str | None, option(f"TiTok: {', '.join(GUIDANCE_DECAYS)}.", "the model's")
     ] = None,
     guidance_scale_pow: Annotated[
-        float | None, _option("Exponent of the power-cosine decay (TiTok).", "3")
+        float | None, option("Exponent of the power-cosine decay (TiTok).", "3")
     ] = None,
     randomize_temperature: Annotated[
-        float | None, _option("Of the noise in the first step (TiTok).", "the model's")
+        float | None, option("Of the noise in the first step (TiTok).", "the model's")
     ] = None,
     softmax_temperature_annealing: Annotated[
         bool | None,
-        _option("Divide the logits by 1.3 in the first step, falling to 0.5 (TiTok).", "yes"),
+        option("Divide the logits by 1.3 in the first step, falling to 0.5 (TiTok).", "yes"),
     ] = None,
-    schedule: Annotated[str | None, _option(f"TiTok: {', '.join(SCHEDULES)}.", "arccos")] = None,
-    rule: Annotated[str | None, _option(f"TiTok: {', '.join(RULES)}.", "titok")] = None,
-    temperature: Annotated[float | None, _option("Of the draws (IBQ).", "the model's")] = None,
-    top_k: Annotated[int | None, _option("Tokens to draw from, 0 for all (IBQ).", "0")] = None,
-    top_p: Annotated[float | None, _option("Probability to draw from (IBQ).", "1")] = None,
+    schedule: Annotated[str | None, option(f"TiTok: {', '.join(SCHEDULES)}.", "arccos")] = None,
+    rule: Annotated[str | None, option(f"TiTok: {', '.join(RULES)}.", "titok")] = None,
+    temperature: Annotated[float | None, option("Of the draws (IBQ).", "the model's")] = None,
+    top_k: Annotated[int | None, option("Tokens to draw from, 0 for all (IBQ).", "0")] = None,
+    top_p: Annotated[float | None, option("Probability to draw from (IBQ).", "1")] = None,
     ids: Annotated[
-        Path | None, _option("Token file to edit: its rows are taken in turn, as labels are.")
+        Path | None, option("Token file to edit: its rows are taken in turn, as labels are.")
     ] = None,
     regenerate: Annotated[
         str | None,
-        _option("Positions such as 0-15,20 to generate anew; others keep --ids. IBQ: to the end."),
+        option("Positions such as 0-15,20 to generate anew; others keep --ids. IBQ: to the end."),
     ] = None,
 ) -> None:
     """Generate images of classes; the same command finishes what an interrupted one began.
@@ -122,7 +120,7 @@ def generate(
         generator or names.generator, dtype=network.dtype, device=network.device
     )
     pack_pair(network.model, transformer)
-    sampling = _sampling(
+    sampling = with_options(
         transformer.sampling,
         model,
         guidance_scale=guidance_scale,
@@ -159,7 +157,7 @@ def generate(
             "--labels": labels,
             "--count": count,
             "--seed": seed,
-            **{_flag(name): value for name, value in asdict(sampling).items()},
+            **{flag(name): value for name, value in asdict(sampling).items()},
             "--ids": None if kept is None else _digest([kept]),
             "--device": network.device.type,
             "--dtype": dtype,
@@ -194,19 +192,6 @@ def _digest(tensors: Iterable[Tensor]) -> str:
     for tensor in tensors:
         digest.update(raw_bytes(tensor))
     return digest.hexdigest()[:16]
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def _sampling(default: Options, model: str, **given: Any) -> Options:
-    """The model's sampling with the options that are given."""
-    try:
-        return replaced(default, model, **given)
-    except ValueError as error:
-        name, _, reason = str(error).partition(":")
-        raise ValueError(f"{_flag(name)}:{reason}") from None
 
 
 def _kept(tokens: Tensor, regenerate: str, generator: Generator) -> Tensor:

@@ -30,6 +30,7 @@ def _is_number(value: Any, largest: float = math.inf) -> bool:
 
 
 COUNT = Kind("a positive int", lambda value: _is_int(value, 1))
+WHOLE = Kind("an int from 0", lambda value: _is_int(value, 0))
 COUNTS = Kind(
     "a list of positive ints, not empty",
     lambda value: isinstance(value, list) and bool(value) and all(_is_int(v, 1) for v in value),
@@ -39,6 +40,7 @@ NUMBER = Kind("a finite number from 0", _is_number)
 POSITIVE = Kind("a finite number above 0", lambda value: _is_number(value) and value > 0)
 SHARE = Kind("a number from 0 to 1", lambda value: _is_number(value, 1))
 MAPPING = Kind("a mapping", lambda value: isinstance(value, Mapping))
+DECAY = Kind("a number from 0, below 1", lambda value: _is_number(value, 1) and value < 1)
 FLAG = Kind("true or false", lambda value: isinstance(value, bool))
 
 
@@ -104,6 +106,14 @@ def replaced(options: Options, kind: str, **given: Any) -> Options:
         if name not in names:
             raise ValueError(f"{name}: got {value!r}, but options of {kind} are {', '.join(names)}")
     return replace(options, **given)  # type: ignore[type-var]
+
+
+def check_fields(options: object, **kinds: Kind) -> None:
+    """Raises ValueError unless each field that is named is of its kind."""
+    for name, kind in kinds.items():
+        value = getattr(options, name)
+        if not kind.fits(value):
+            raise ValueError(f"{name}: got {value!r}, allowed is {kind.allowed}")
 
 
 def check_number(name: str, value: float) -> None:

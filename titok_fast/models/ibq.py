@@ -336,6 +336,28 @@ class IBQTokenizer(PretrainedModel):
         out: Tensor = self.quant_conv(hidden.to(self.quant_conv.weight.dtype))
         return out
 
+    def forward(self, images: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """One training pass, differentiable.
+
+        Args:
+            images: as for `latents`.
+
+        Returns:
+            Pixels [B, 3, H, W], not clamped; and a dictionary with the scalar `quantizer_loss`, the
+            quantizer's loss and, with `use_entropy_loss`, its entropy loss, and
+            `min_encoding_indices` [B, H / stride, W / stride] int64.
+
+        Raises:
+            TypeError, ValueError: as `latents`.
+        """
+        quantized, losses, (_, _, indices) = self.quantize(self.latents(images))
+        # With entropies: quantizer, row entropy, batch entropy, and the loss of the two.
+        loss = losses[0] + losses[3] if isinstance(losses, tuple) else losses
+        z = self.post_quant_conv(quantized.to(self.post_quant_conv.weight.dtype))
+        pixels = (image_by_image(self.decoder, z) + 1) / 2
+        grid = indices.view(len(images), *quantized.shape[2:])
+        return pixels, {"quantizer_loss": loss, "min_encoding_indices": grid}
+
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Tokens of images, for inference: builds no graph.

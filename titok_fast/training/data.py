@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -92,6 +94,42 @@ def mask_tokens(tokens: Tensor, mask_id: int, generator: torch.Generator) -> tup
     order = torch.rand(batch, length, generator=generator, device=tokens.device).argsort(dim=1)
     masked = order < count
     return torch.where(masked, mask_id, tokens), masked
+
+
+def rows_of_step(count: int, batch_size: int, step: int, seed: int) -> Tensor:
+    """The examples of a step: all of them in a random order, then all in another, without end.
+
+    It depends on nothing else, so that a run can be taken up at any step.
+
+    Args:
+        count: number of examples, positive.
+        batch_size: examples of a step; may be more than there are.
+        step: from 0.
+        seed: of the orders.
+
+    Returns:
+        [batch_size] int64 in [0, count).
+    """
+    rows: list[Tensor] = []
+    position, end = step * batch_size, (step + 1) * batch_size
+    while position < end:
+        epoch, first = divmod(position, count)
+        taken = _order(count, seed, epoch)[first : first + end - position]
+        rows.append(taken)
+        position += len(taken)
+    return torch.cat(rows)
+
+
+@lru_cache(maxsize=2)
+def _order(count: int, seed: int, epoch: int) -> Tensor:
+    generator = torch.Generator().manual_seed(key(seed, "epoch", epoch))
+    return torch.randperm(count, generator=generator)
+
+
+def key(*parts: int | str) -> int:
+    """A seed in [0, 2**63) that differs for every other sequence of parts."""
+    text = " ".join(map(str, parts))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 def shuffled(count: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:

@@ -20,7 +20,7 @@ from titok_fast.models import TiTok
 from titok_fast.ops import nearest_code
 from titok_fast.training.data import augment, digits, shuffled
 from titok_fast.training.loop import Optimization, fit
-from titok_fast.training.losses import reconstruction_loss, tokenizer_loss
+from titok_fast.training.losses import tokenizer_loss
 from titok_fast.training.recipe import initial_model, run
 
 NAME = "titok-digits"
@@ -93,7 +93,7 @@ def train(
         latents = F.normalize(model.latents(batch), dim=-1)  # [B, L, C]
         latents = latents + LATENT_NOISE * torch.randn(latents.shape, generator=generator)
         reconstructions = model.decoder(latents.transpose(1, 2).unsqueeze(2))  # [B, 3, 32, 32]
-        return reconstruction_loss(reconstructions, batch)
+        return F.mse_loss(reconstructions, batch)
 
     optimization = Optimization(steps, LEARNING_RATE)
     losses = fit(model.parameters(), loss_at, optimization, log_every=250, log=log)

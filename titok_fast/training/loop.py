@@ -6,9 +6,23 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+
+from titok_fast.models.checks import (
+    COUNT,
+    DECAY,
+    NUMBER,
+    POSITIVE,
+    SHARE,
+    WHOLE,
+    Kind,
+    check_fields,
+)
+
+_BETAS = Kind("two numbers from 0, below 1", lambda betas: all(map(DECAY.fits, betas)))
 
 
 @dataclass(frozen=True)
@@ -23,6 +37,9 @@ class Optimization:
         betas: decay of AdamW's two averages.
         weight_decay: decay of the matrices; vectors, such as biases and norms, are not decayed.
         clip_norm: largest norm of the gradient of all parameters together.
+
+    Raises:
+        ValueError: for a number out of range.
     """
 
     steps: int
@@ -33,6 +50,12 @@ class Optimization:
     weight_decay: float = 0.01
     clip_norm: float = 1.0
 
+    def __post_init__(self) -> None:
+        check_fields(
+            self, steps=COUNT, learning_rate=POSITIVE, warmup_steps=WHOLE, final_fraction=SHARE,
+            betas=_BETAS, weight_decay=NUMBER, clip_norm=POSITIVE,
+        )  # fmt: skip
+
     def rate(self, step: int) -> float:
         """The learning rate of a step in [0, steps)."""
         warmup = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
@@ -40,11 +63,22 @@ class Optimization:
         return self.learning_rate * warmup * (cosine + self.final_fraction * (1 - cosine))
 
 
+class Keeper(Protocol):
+    """What keeps a run, so that another can take it up."""
+
+    def start(self, optimizer: torch.optim.Optimizer) -> int:
+        """Brings parameters and optimizer to where the run stopped; the steps done by then."""
+
+    def done(self, steps: int, optimizer: torch.optim.Optimizer) -> None:
+        """Called after each step with the number of steps done."""
+
+
 def fit(
     parameters: Iterable[nn.Parameter],
     loss_at: Callable[[int], Tensor],
     optimization: Optimization,
     *,
+    keeper: Keeper | None = None,
     log_every: int = 0,
     log: Callable[[str], None] = print,
 ) -> list[float]:
@@ -52,13 +86,15 @@ def fit(
 
     Args:
         parameters: what to move; those without gradient are left alone.
-        loss_at: the loss of a step in [0, steps), a scalar; called once for each, in order.
+        loss_at: the loss of a step in [0, steps), a scalar; called once for each, in order. It may
+            add gradients of its own, of which the loss it returns is then free.
         optimization: how to move them.
+        keeper: None keeps nothing.
         log_every: steps between two log lines, each with the mean loss since the last; 0 for none.
         log: takes each line.
 
     Returns:
-        The loss of each step.
+        The loss of each step, from the first that this call makes.
 
     Raises:
         FloatingPointError: when a loss is not finite.
@@ -70,21 +106,24 @@ def fit(
     ]
     optimizer = torch.optim.AdamW(groups, betas=optimization.betas, fused=True)
     losses: list[float] = []
+    first = 0 if keeper is None else keeper.start(optimizer)
     start = time.perf_counter()
-    for step in range(optimization.steps):
+    for step in range(first, optimization.steps):
         for group in optimizer.param_groups:
             group["lr"] = optimization.rate(step)
+        optimizer.zero_grad()
         loss = loss_at(step)
         losses.append(loss.item())
         if not math.isfinite(losses[-1]):
             raise FloatingPointError(f"loss: got {losses[-1]} at step {step}")
-        optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(moved, optimization.clip_norm)
         optimizer.step()
         done = step + 1
+        if keeper is not None:
+            keeper.done(done, optimizer)
         if log_every and (done % log_every == 0 or done == optimization.steps):
-            recent = losses[(step // log_every) * log_every :]
+            recent = losses[max(0, (step // log_every) * log_every - first) :]
             log(
                 f"step {done:5d}/{optimization.steps}  loss {sum(recent) / len(recent):.5f}  "
                 f"gradient {norm.item():.3f}  rate {optimization.rate(step):.1e}  "

@@ -2,35 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-def reconstruction_loss(reconstructions: Tensor, images: Tensor) -> Tensor:
-    """Mean squared error over all pixels: the loss that PSNR measures.
-
-    Args:
-        reconstructions: [B, 3, S, S] floating, not clamped.
-        images: [B, 3, S, S] in [0, 1], floating.
-
-    Returns:
-        A scalar, differentiable in both.
-    """
-    return F.mse_loss(reconstructions, images)
+PIXEL_LOSSES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "l1": F.l1_loss,
+    "l2": F.mse_loss,  # what PSNR measures
+}
 
 
 def tokenizer_loss(
-    output: tuple[Tensor, Mapping[str, Tensor]], images: Tensor, *, quantizer_weight: float = 1.0
+    output: tuple[Tensor, Mapping[str, Tensor]],
+    images: Tensor,
+    *,
+    pixel_loss: str = "l2",
+    quantizer_weight: float = 1.0,
 ) -> Tensor:
-    """Reconstruction loss plus the quantizer's codebook and commitment losses.
+    """The mean error over all pixels plus the quantizer's losses.
 
     Args:
-        output: what `TiTok.forward` returns for a model that predicts pixels from tokens:
-            reconstructions [B, 3, S, S] and a mapping with the scalar `quantizer_loss`.
+        output: what `TiTok.forward` of a model that predicts pixels from tokens, or
+            `IBQTokenizer.forward`, returns: reconstructions [B, 3, S, S], not clamped, and a
+            mapping with the scalar `quantizer_loss`.
         images: [B, 3, S, S] in [0, 1], floating.
+        pixel_loss: "l1" or "l2".
         quantizer_weight: weight of the quantizer's losses.
 
     Returns:
@@ -39,7 +37,28 @@ def tokenizer_loss(
     Source: arXiv 1711.00937, equation 3; arXiv 2406.07550 trains with the same two parts.
     """
     reconstructions, quantizer = output
-    loss = reconstruction_loss(reconstructions, images)
+    loss = PIXEL_LOSSES[pixel_loss](reconstructions, images)
+    return loss + quantizer_weight * quantizer["quantizer_loss"]
+
+
+def proxy_code_loss(
+    output: tuple[Tensor, Mapping[str, Tensor]], codes: Tensor, *, quantizer_weight: float = 1.0
+) -> Tensor:
+    """TiTok's first stage: the proxy codes' cross-entropy plus the quantizer's losses.
+
+    Args:
+        output: what `TiTok.forward` returns for a first-stage model: logits [B, 1024, G, G] and a
+            mapping with the scalar `quantizer_loss`.
+        codes: [B, G G] int64, of `MaskGITVQGAN.encode` for the same images.
+        quantizer_weight: weight of the quantizer's losses.
+
+    Returns:
+        A scalar, differentiable in both parts of the output.
+
+    Source: arXiv 2406.07550, section 3.3.
+    """
+    logits, quantizer = output
+    loss = F.cross_entropy(logits.flatten(2), codes)
     return loss + quantizer_weight * quantizer["quantizer_loss"]
 
 
@@ -70,3 +89,16 @@ def masked_token_loss(
     )
     weights = torch.where(masked.flatten(), 1.0, unmasked_weight)
     return (losses * weights).sum() / weights.sum().clamp_min(1e-8)
+
+
+def next_token_loss(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Cross-entropy of each token given those before it.
+
+    Args:
+        logits: [B, L, V], floating, as of `ARTransformer.logits(tokens[:, :-1], labels)`.
+        tokens: [B, L] int64 in [0, V).
+
+    Returns:
+        A scalar, the mean, differentiable in the logits.
+    """
+    return F.cross_entropy(logits.flatten(0, 1), tokens.flatten())

@@ -1,0 +1,655 @@
+"""Training runs: stopped and taken up, in parts, over processes; generators on token files."""
+
+import copy
+import dataclasses
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+from titok_fast.images import read_pixels
+from titok_fast.models import ARTransformer, IBQTokenizer, MaskGIT, MaskGITVQGAN, TiTok
+from titok_fast.models.titok import DiagonalGaussian
+from titok_fast.tokens import TokenFile
+from titok_fast.training.data import digits, key, rows_of_step
+from titok_fast.training.generator import RECIPES, GeneratorTask, Losses, config_for
+from titok_fast.training.loop import Optimization
+from titok_fast.training.losses import next_token_loss
+from titok_fast.training.run import STATE_FILE, Options, run
+from titok_fast.training.tokenizer import Losses as TokenizerLosses
+from titok_fast.training.tokenizer import TokenizerTask, config_of
+
+AR = {
+    "vocab_size": 24, "block_size": 9, "class_num": 3, "n_layer": 2, "n_head": 2, "n_embd": 32,
+    "resid_dropout_p": 0.1, "ffn_dropout_p": 0.1, "token_drop": 0.1,
+}  # fmt: skip
+NETWORK = {
+    "model_type": "ViT", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "intermediate_size": 64, "dropout": 0.1, "attn_drop": 0.1, "image_seq_len": 9,
+    "condition_num_classes": 3,
+}  # fmt: skip
+MASKGIT = {"model": {"vq_model": {"codebook_size": 24}, "generator": NETWORK}}
+
+
+def quiet(line):
+    pass
+
+
+def token_file(count=40, length=9, codes=24, classes=3, **changes):
+    generator = np.random.default_rng(0)
+    fields = {
+        "tokens": generator.integers(codes, size=(count, length)).astype(np.uint16),
+        "image_ids": [f"{i}.png" for i in range(count)],
+        "model": "some-tokenizer",
+        "fingerprint": "0123456789abcdef",
+        "image_size": 32,
+        "codebook_size": codes,
+        "labels": np.arange(count) % classes,
+        "class_names": [str(i) for i in range(classes)],
+    }
+    return TokenFile(**(fields | changes))
+
+
+def generator(kind):
+    torch.manual_seed(0)
+    return kind.from_config(AR if kind is ARTransformer else MASKGIT)
+
+
+@pytest.fixture(params=[MaskGIT, ARTransformer])
+def kind(request):
+    return request.param
+
+
+def test_rows_of_steps_are_every_example_once_an_epoch():
+    rows = torch.cat([rows_of_step(10, 4, step, seed=1) for step in range(5)])
+    first, second = rows[:10], rows[10:]
+    assert sorted(first.tolist()) == sorted(second.tolist()) == list(range(10))
+    assert first.tolist() != second.tolist()
+    assert rows_of_step(10, 20, 0, seed=1).tolist() == rows.tolist()  # larger than an epoch
+    assert rows_of_step(10, 10, 0, seed=2).tolist() != first.tolist()
+
+
+def test_keys_differ():
+    keys = {key(*parts) for parts in ((0, "a", 1), (0, "a", 2), (1, "a", 1), (0, "b", 1), (0,))}
+    assert len(keys) == 5 and all(0 <= each < 2**63 for each in keys)
+
+
+class Stopped(Exception):
+    pass
+
+
+class Stops(GeneratorTask):
+    """Is killed in its fifth loss."""
+
+    calls = 0
+
+    def loss(self, network, batch, generator):
+        self.calls += 1
+        if self.calls == 5:
+            raise Stopped
+        return super().loss(network, batch, generator)
+
+
+def test_a_run_that_was_stopped_gives_the_same_bits(kind, tmp_path):
+    optimization, options = Optimization(6, 1e-2), Options(8, save_every=3)
+    task = GeneratorTask(generator(kind), token_file())
+    whole = run(task, optimization, options, log=quiet).state_dict()
+    with pytest.raises(Stopped):
+        run(Stops(generator(kind), token_file()), optimization, options, tmp_path, log=quiet)
+    lines = []
+    torch.rand(3)  # what is drawn around it does not matter
+    task = GeneratorTask(generator(kind), token_file())
+    before = torch.get_rng_state()
+    model = run(task, optimization, options, tmp_path, log=lines.append)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert lines[0] == "taken up after step 3 of 6" and not model.training
+    for name, tensor in whole.items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+    stored = kind.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(stored[name], tensor) for name, tensor in whole.items())
+    again = run(GeneratorTask(generator(kind), token_file()), optimization, options, tmp_path)
+    assert torch.equal(next(again.parameters()), next(model.parameters()))
+
+
+def test_a_state_of_another_run_is_refused(tmp_path):
+    optimization, options = Optimization(1, 1e-2), Options(8)
+    run(GeneratorTask(generator(MaskGIT), token_file()), optimization, options, tmp_path)
+    task = GeneratorTask(generator(ARTransformer), token_file())
+    with pytest.raises(ValueError, match=r"state\.pt: not the state of a run like this") as error:
+        run(task, optimization, options, tmp_path)
+    assert "\n" not in str(error.value)
+    (tmp_path / STATE_FILE).write_bytes(b"no archive")
+    with pytest.raises(ValueError, match="not the state of a run like this"):
+        run(task, optimization, options, tmp_path)
+
+
+class Line:
+    """Least squares of a line: a task without anything random."""
+
+    def __init__(self, bias=True):
+        torch.manual_seed(0)
+        self.model, self.count = nn.Linear(3, 1, bias=bias), 24
+        self.x = torch.randn(self.count, 3)
+        self.y = self.x @ torch.tensor([[1.0], [-2.0], [0.5]])
+
+    def batch(self, rows, generator):
+        return self.x[rows], self.y[rows]
+
+    def loss(self, network, batch, generator):
+        return F.mse_loss(network(batch[0]), batch[1])
+
+
+def test_parts_of_a_step_add_up():
+    optimization = Optimization(5, 0.1)
+    weights = [
+        run(Line(), optimization, Options(8, micro_batch_size=part, average_decay=0.0)).weight
+        for part in (None, 8, 2, 1)
+    ]
+    for weight in weights[1:]:
+        torch.testing.assert_close(weight, weights[0])
+    losses = [[], []]
+    for part, lines in zip((None, 4), losses, strict=True):
+        run(Line(), optimization, Options(8, part, log_every=1), log=lines.append)
+    assert [line.split()[3] for line in losses[0]] == [line.split()[3] for line in losses[1]]
+    with pytest.raises(ValueError, match="micro_batch_size: got 3, allowed is a divisor of the 8"):
+        run(Line(), optimization, Options(8, micro_batch_size=3))
+
+
+def test_the_average_follows_the_weights():
+    seen = []
+
+    class Watched(Line):
+        def loss(self, network, batch, generator):
+            seen.append(network.weight.detach().clone())
+            return super().loss(network, batch, generator)
+
+    task = Watched(bias=False)
+    average = run(task, Optimization(20, 0.1), Options(24, average_decay=0.6)).weight
+    expected = seen[0]
+    for steps, weight in enumerate([*seen[1:], task.model.weight.detach()], 1):
+        decay = min(0.6, (1 + steps) / (10 + steps))
+        expected = decay * expected + (1 - decay) * weight
+    torch.testing.assert_close(average, expected)
+    assert not average.requires_grad
+    last = run(task, Optimization(1, 0.1), Options(24, average_decay=0.0))
+    assert last is task.model
+
+
+def _rank(rank, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
+    )
+    lines = []
+    options = Options(8, micro_batch_size=2, save_every=2, log_every=1)
+    model = run(Line(), Optimization(5, 0.1), options, log=lines.append)
+    torch.save((model.weight, lines), folder / f"{rank}.pt")
+    with pytest.raises(ValueError, match="batch_size: got 7, allowed is a multiple of 2"):
+        run(Line(), Optimization(5, 0.1), Options(7))
+    torch.distributed.barrier()
+
+
+def test_two_processes_are_one(tmp_path):
+    torch.multiprocessing.spawn(_rank, args=(tmp_path,), nprocs=2)
+    alone = run(Line(), Optimization(5, 0.1), Options(8)).weight
+    for rank, count in enumerate((5, 0)):
+        weight, lines = torch.load(tmp_path / f"{rank}.pt")
+        torch.testing.assert_close(weight, alone)
+        assert len(lines) == count
+
+
+def test_bfloat16_learns_and_keeps_weights_in_float32(kind):
+    file, lines = token_file(count=8), []
+    options = Options(8, dtype=torch.bfloat16, average_decay=0.0, log_every=30)
+    model = run(
+        GeneratorTask(generator(kind), file), Optimization(60, 1e-2), options, log=lines.append
+    )
+    losses = [float(line.split()[3]) for line in lines]
+    print(f"\n{kind.__name__}: loss {losses} (a guess: {math.log(24):.3f})")
+    assert losses[1] < losses[0] and losses[1] < math.log(24)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_the_loss_of_the_next_token():
+    model = generator(ARTransformer).eval()
+    nn.init.normal_(model.head.weight)
+    tokens, labels = torch.randint(24, (4, 9)), torch.tensor([0, 1, 2, 3])
+    logits = model.logits(tokens[:, :-1], labels)
+    expected = [-F.log_softmax(logits, -1)[b, t, tokens[b, t]] for b in range(4) for t in range(9)]
+    torch.testing.assert_close(next_token_loss(logits, tokens), sum(expected) / 36)
+
+
+def test_images_without_a_class_have_none(kind):
+    file = token_file(labels=np.array([-1, 2] * 20))
+    task, seen = GeneratorTask(generator(kind), file, Losses(label_dropout=0.0)), []
+
+    def network(ids, labels):
+        seen.append(labels)
+        return task.model(ids, labels)
+
+    draws, rows = torch.Generator().manual_seed(0), torch.arange(4)
+    task.loss(network, task.batch(rows, draws), draws)
+    assert seen[0].tolist() == [3, 2, 3, 2]
+    task = GeneratorTask(generator(kind), token_file(labels=None, class_names=None))
+    task.loss(network, task.batch(rows, draws), draws)
+    assert seen[1].tolist() == [3, 3, 3, 3]
+
+
+def test_images_without_any_class_are_of_one(kind):
+    file = token_file(labels=None, class_names=None)
+    name = "ibq-ar-b" if kind is ARTransformer else "maskgit-vit-l-32"
+    config = config_for(name, file)
+    changes = {key: AR[key] for key in ("n_layer", "n_head", "n_embd")}
+    if kind is ARTransformer:
+        config |= changes | {"cond_dim": 32}
+    else:
+        config["model"]["generator"] |= {
+            key: value for key, value in NETWORK.items() if key != "condition_num_classes"
+        }
+    task = GeneratorTask(kind.from_config(config), file)
+    assert task.batch(torch.arange(3), torch.Generator())[1].tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"codes": 25}, "tokens: got 25 codes, allowed is 24"),
+        ({"length": 8}, "tokens: got 8 tokens of an image, allowed is 9"),
+        ({"classes": 4}, "tokens: got 4 classes, allowed is 3"),
+        ({"count": 0}, "tokens: got no image"),
+        (
+            {"codebook_size": None, "tokens": np.zeros((40, 2, 3), np.float32)},
+            "tokens: got latents",
+        ),
+    ],
+)
+def test_tokens_that_do_not_fit_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        GeneratorTask(generator(MaskGIT), token_file(**changes))
+
+
+@pytest.mark.parametrize("name", ["maskgit-vit-l-32", "maskgit-uvit-s-128", "ibq-ar-b"])
+def test_a_network_for_the_tokens(name):
+    kind = ARTransformer if name in ARTransformer.releases else MaskGIT
+    released = kind.releases[name].config
+    before = copy.deepcopy(released)
+    bare = token_file(labels=None, class_names=None)
+    with torch.device("meta"):
+        model = kind.from_config(config_for(name, token_file()))
+        none = kind.from_config(config_for(name, bare))
+    assert (model.codebook_size, model.num_tokens, model.num_classes) == (24, 9, 3)
+    assert none.num_classes == 1
+    assert released == before and kind in RECIPES
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Optimization(0, 1.0), "steps: got 0, allowed is a positive int"),
+        (lambda: Optimization(1, 1.0, betas=(0.9, 1.0)), "betas: got"),
+        (lambda: Options(10, micro_batch_size=3).part_size(1), "micro_batch_size: got 3"),
+        (lambda: Options(0), "batch_size: got 0"),
+        (lambda: Options(1, average_decay=1.0), "average_decay: got 1.0, allowed is a number from"),
+        (lambda: Options(1, dtype=torch.float16), "dtype: got torch.float16"),
+        (lambda: Losses(label_dropout=2.0), "label_dropout: got 2.0"),
+    ],
+)
+def test_bad_options(make, message):
+    with pytest.raises(ValueError, match=message) as error:
+        make()
+    assert "\n" not in str(error.value)
+
+
+STAGE1 = {
+    "model": {
+        "vq_model": {
+            "codebook_size": 32, "token_size": 8, "use_l2_norm": True, "commitment_cost": 0.25,
+            "vit_enc_model_size": {"width": 32, "num_layers": 2, "num_heads": 2},
+            "vit_dec_model_size": {"width": 32, "num_layers": 2, "num_heads": 2},
+            "vit_enc_patch_size": 4, "vit_dec_patch_size": 4, "num_latent_tokens": 8,
+            "finetune_decoder": False, "is_legacy": True,
+        }
+    },
+    "dataset": {"preprocessing": {"crop_size": 16}},
+}  # fmt: skip
+PROXY = {
+    "channel_mult": [1, 1, 2], "hidden_channels": 32, "num_channels": 3, "num_res_blocks": 1,
+    "z_channels": 8,
+}  # fmt: skip
+
+
+def titok(**changes):
+    torch.manual_seed(0)
+    config = copy.deepcopy(STAGE1)
+    config["model"]["vq_model"] |= changes
+    return TiTok.from_config(config)
+
+
+@pytest.fixture(scope="module")
+def vqgan():
+    torch.manual_seed(0)
+    model = MaskGITVQGAN.from_config(PROXY).eval()
+    nn.init.normal_(model.quantize.embedding.weight)
+    return model
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Eight pictures of 24 x 20 pixels, and a broken one."""
+    folder = tmp_path_factory.mktemp("pictures")
+    generator = np.random.default_rng(0)
+    for i in range(8):
+        coarse = generator.integers(256, size=(3, 4, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize((24, 20)).save(folder / f"{i}.png")
+    (folder / "8.png").write_bytes(b"broken")
+    return sorted(map(str, folder.iterdir()))
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_a_crop_lies_where_it_is_said(pictures, interpolation):
+    for size in (16, 20, 30):
+        wide = round(24 * size / 20)
+        ends = [
+            read_pixels(pictures[0], size, interpolation=interpolation, crop=(at, 0.5))
+            for at in (0.0, 1 - 1e-9)
+        ]
+        overlap = 2 * size - wide
+        assert ends[0].shape == (3, size, size)
+        assert torch.equal(ends[0][:, :, size - overlap :], ends[1][:, :, :overlap])
+        left = round((wide - size) / 2) if interpolation == "bicubic" else (wide - size) // 2
+        centre = read_pixels(pictures[0], size, interpolation=interpolation)
+        assert torch.equal(centre[:, :, : size - left], ends[0][:, :, left:])
+
+
+def test_the_first_stage_learns_proxy_codes(vqgan, pictures):
+    """From the pixels that it is given, by the cross-entropy of the codes of the same pixels."""
+    task = TokenizerTask(titok(), pictures[:8], vqgan)
+    draws = torch.Generator().manual_seed(0)
+    pixels = task.batch(torch.arange(8), draws)
+    assert pixels.shape == (8, 3, 16, 16) and pixels.dtype == torch.uint8
+    images = pixels.float() / 255
+    (logits, result), codes = task.model(images), vqgan.encode(images)
+    expected = F.cross_entropy(logits.permute(0, 2, 3, 1).reshape(-1, 1024), codes.flatten())
+    loss = task.loss(task.model, pixels, draws)
+    torch.testing.assert_close(loss, expected + result["quantizer_loss"])
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in task.model.parameters())
+    assert all(p.grad is None for p in vqgan.parameters())
+
+    lines = []
+    options = Options(8, average_decay=0.0, log_every=40, dtype=torch.bfloat16)
+    run(task, Optimization(80, 3e-3), options, log=lines.append)
+    losses = [float(line.split()[3]) for line in lines]
+    print(f"\nfirst stage: loss {losses}")
+    assert losses[1] < losses[0] < math.log(1024)
+
+
+def test_models_of_pixels(pictures):
+    task = TokenizerTask(titok(is_legacy=False), pictures[:8])
+    draws = torch.Generator()
+    pixels = task.batch(torch.arange(4), draws.manual_seed(0))
+    images = pixels.float() / 255
+    output, result = task.model(images)
+    expected = F.mse_loss(output, images) + result["quantizer_loss"]
+    torch.testing.assert_close(task.loss(task.model, pixels, draws), expected)
+    task = TokenizerTask(
+        task.model, pictures[:8], perceptual=lambda made, given: (made - given).abs().mean()
+    )
+    seen = task.loss(task.model, pixels, draws) - expected
+    torch.testing.assert_close(seen, (output - images).abs().mean())
+
+    vae = titok(is_legacy=False, quantize_mode="vae")
+    losses = []
+    for weight in (0.0, 1.0):
+        torch.manual_seed(0)
+        task = TokenizerTask(vae, pictures[:8], losses=TokenizerLosses(kl_weight=weight))
+        losses.append(task.loss(vae, pixels, draws))
+    posterior = DiagonalGaussian(vae.latents(images))
+    torch.testing.assert_close(losses[1] - losses[0], posterior.kl().sum() / 4)
+
+
+def test_crops_and_mirrors_are_random(pictures):
+    task = TokenizerTask(titok(is_legacy=False), pictures[:1])
+    rows = torch.zeros(200, dtype=torch.int64)
+    views = {view.numpy().tobytes() for view in task.batch(rows, torch.Generator().manual_seed(0))}
+    assert len(views) == 2 * 4  # the shorter edge is 16 of 19 x 16: four places, both ways
+
+
+def test_a_broken_picture_is_named_once_and_replaced(pictures):
+    lines = []
+    task = TokenizerTask(titok(is_legacy=False), pictures[7:], log=lines.append)
+    views = task.batch(torch.tensor([1, 1, 0]), torch.Generator().manual_seed(0))
+    assert views.shape == (3, 3, 16, 16)
+    assert len(lines) == 1 and "8.png: not a readable image" in lines[0]
+    task = TokenizerTask(titok(is_legacy=False), pictures[8:], log=quiet)
+    with pytest.raises(OSError, match="none of 1 images could be read"):
+        task.batch(torch.tensor([0]), torch.Generator())
+
+
+def test_workers_change_nothing(vqgan, pictures):
+    weights = [
+        run(
+            TokenizerTask(titok(), pictures, vqgan, log=quiet),
+            Optimization(4, 1e-2),
+            Options(4, micro_batch_size=2),
+            workers=workers,
+            log=quiet,
+        ).state_dict()
+        for workers in (0, 3)
+    ]
+    assert all(torch.equal(weights[0][name], tensor) for name, tensor in weights[1].items())
+
+
+def test_what_a_tokenizer_is_trained_on_must_fit(vqgan, pictures):
+    for model, proxy, files, message in (
+        (titok(), None, pictures, "vqgan: got None"),
+        (titok(is_legacy=False), vqgan, pictures, "vqgan: allowed with a first-stage model"),
+        (titok(), vqgan, [], "paths: got no file"),
+        (
+            titok(vit_dec_patch_size=8, vit_enc_patch_size=8),
+            vqgan,
+            pictures,
+            "vqgan: got a code for 4 x 4 pixels, allowed is 8 x 8",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            TokenizerTask(model, files, proxy)
+
+
+def test_the_first_stage_of_a_release():
+    with torch.device("meta"):
+        model = TiTok.from_config(config_of("titok-l-32"))
+    assert not hasattr(model, "pixel_decoder")
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert config_of("titok-digits") == TiTok.releases["titok-digits"].config
+    assert TiTok.releases["titok-l-32"].config["model"]["vq_model"]["finetune_decoder"]
+    assert config_of("ibq-262144")["use_entropy_loss"]
+    assert "use_entropy_loss" not in IBQTokenizer.releases["ibq-262144"].config
+
+
+IBQ = {
+    "n_embed": 64, "embed_dim": 16, "use_entropy_loss": True,
+    "ddconfig": {
+        "double_z": False, "z_channels": 16, "resolution": 16, "in_channels": 3, "out_ch": 3,
+        "ch": 32, "ch_mult": [1, 1, 2], "num_res_blocks": 1, "attn_resolutions": [4],
+        "dropout": 0.0,
+    },
+}  # fmt: skip
+
+
+def test_ibq_learns_pixels(pictures):
+    """Its loss is the absolute error in [-1, 1], halved, and the quantizer's four, halved."""
+    torch.manual_seed(0)
+    model = IBQTokenizer.from_config(IBQ)
+    task = TokenizerTask(model, pictures[:8])
+    draws = torch.Generator().manual_seed(0)
+    pixels = task.batch(torch.arange(8), draws)
+    images = pixels.float() / 255
+    made, result = model(images)
+    _, (quant_loss, _, _, entropy_loss), _ = model.quantize(model.latents(images))
+    torch.testing.assert_close(result["quantizer_loss"], quant_loss + entropy_loss)
+    expected = (2 * made - 2 * images).abs().mean() + quant_loss + entropy_loss
+    torch.testing.assert_close(2 * task.loss(model, pixels, draws), expected)
+    model.eval()
+    tokens = model.encode(images)
+    assert torch.equal(result["min_encoding_indices"], tokens)
+    torch.testing.assert_close(model.decode(tokens, clamp=False), made.detach())
+    lines = []
+    run(task, Optimization(60, 2e-3), Options(8, average_decay=0.0, log_every=30), log=lines.append)
+    losses = [float(line.split()[3]) for line in lines]
+    print(f"\nIBQ: loss {losses}")
+    assert losses[1] < losses[0]
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.fixture(scope="module")
+def digit_tokens(tmp_path_factory):
+    """Tokens of 64 digits and their labels."""
+    images, labels = digits("test")
+    tokenizer = TiTok.from_pretrained("titok-digits")
+    path = tmp_path_factory.mktemp("digits") / "digits.npz"
+    TokenFile(
+        tokenizer.encode(images[:64]).numpy(),
+        [f"{i}.png" for i in range(64)],
+        "titok-digits",
+        "0" * 16,
+        32,
+        tokenizer.codebook_size,
+        labels=labels[:64].numpy(),
+        class_names=[str(i) for i in range(10)],
+    ).save(path)
+    return path
+
+
+def test_the_command(titok_fast, digit_tokens, tmp_path):
+    """A network is trained, taken up, gone on from, and generates."""
+    out = tmp_path / "mine"
+    train = ("train", digit_tokens, "--model", "maskgit-digits", "--batch-size", 16)
+    first = titok_fast(*train, "--steps", 4, "--save-every", 2, "--log-every", 2, "-o", out)
+    assert first.returncode == 0, first.err
+    assert "MaskGIT, " in first.out and "64 images" in first.out and f"wrote {out}" in first.out
+    assert "step     4/4  loss " in first.out
+    names = ["config.json", "model.safetensors", STATE_FILE, "training.json"]
+    assert sorted(p.name for p in out.iterdir()) == sorted(names)
+    model = MaskGIT.from_pretrained(out)
+    assert (model.num_tokens, model.num_classes) == (16, 10)
+
+    again = titok_fast(*train, "--steps", 4, "-o", out)
+    assert again.returncode == 0 and "taken up after step 4 of 4" in again.out
+    other = titok_fast(*train, "--steps", 5, "-o", out)
+    assert other.returncode == 2 and "(--steps 4 now 5)" in other.err
+    assert other.err.count("\n") == 1
+
+    more = tmp_path / "more"
+    options = ("--steps", 2, "--batch-size", 8, "--dtype", "bfloat16", "--average-decay", 0)
+    result = titok_fast("train", digit_tokens, "--init", out, *options, "-o", more)
+    assert result.returncode == 0, result.err
+    pictures = tmp_path / "pictures"
+    result = titok_fast(
+        "generate", "--model", "titok-digits", "--generator", more, "--count", 2, "-o", pictures
+    )
+    assert result.returncode == 0, result.err
+    assert (pictures / "000001.png").exists()
+
+
+def test_the_command_trains_tokenizers(titok_fast, vqgan, pictures, tmp_path):
+    folder = str(Path(pictures[0]).parent)
+    out, options = tmp_path / "pixels", ("--steps", 2, "--batch-size", 4, "--workers", 2)
+    result = titok_fast("train", folder, "--model", "titok-digits", *options, "-o", out)
+    assert result.returncode == 0, result.err
+    assert "TiTok, " in result.out and "9 images" in result.out and "8.png: not a re" in result.out
+    assert TiTok.from_pretrained(out).image_size == 32
+
+    titok().save_pretrained(tmp_path / "init")
+    vqgan.save_pretrained(tmp_path / "vqgan")
+    source = ("--init", tmp_path / "init", "--proxy", tmp_path / "vqgan")
+    result = titok_fast("train", folder, *source, *options, "-o", tmp_path / "out")
+    assert result.returncode == 0, result.err
+    trained = TiTok.from_pretrained(tmp_path / "out")
+    codes = trained.proxy_logits(trained.encode(torch.rand(1, 3, 16, 16))).argmax(1).flatten(1)
+    assert vqgan.decode(codes).shape == (1, 3, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "--model: allowed is either it or --init"),
+        (("--model", "maskgit-digits", "--init", "x"), "--model: allowed is either it or --init"),
+        (("--model", "titok-9"), "--model: 'titok-9' is not one of maskgit-vit-l-32"),
+        (("--model", "maskgit-digits", "--steps", 0), "--steps: got 0, allowed is a positive int"),
+        (("--model", "maskgit-digits", "--dtype", "float16"), "--dtype: 'float16' is not one of"),
+        (
+            ("--model", "ibq-ar-b", "--label-smoothing", 0.2),
+            "--label-smoothing: got 0.2, but ARTransformer has no such option",
+        ),
+        (
+            ("--model", "maskgit-digits", "--kl-weight", 0.2),
+            "--kl-weight: got 0.2, but options of MaskGIT are label_dropout",
+        ),
+        (("digits.npz", "--model", "maskgit-digits"), "PATHS: got 2, allowed is one token file"),
+        (("--init", "maskgit-digits", "--batch-size", -1), "--batch-size: got -1"),
+        (
+            ("--init", "maskgit-digits", "--batch-size", 10, "--micro-batch-size", 3),
+            "--micro-batch-size: got 3, allowed is a divisor of the 10 examples",
+        ),
+        (("--init", "maskgit-digits", "--beta2", 1.5), "--beta2: got 1.5, allowed is a number"),
+        (("--init", "maskgit-digits", "--proxy", "x"), "--proxy: got 'x', which only a TiTok"),
+    ],
+)
+def test_the_command_refuses(titok_fast, digit_tokens, tmp_path, options, message):
+    result = titok_fast("train", digit_tokens, *options, "-o", tmp_path / "out")
+    assert result.returncode == 2 and message in result.err, result.err
+    assert result.err.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_the_command_after_a_run_that_never_saved(titok_fast, digit_tokens, tmp_path):
+    """One line says what was not finite, and other settings are free until there is a state."""
+    train = ("train", digit_tokens, "--model", "maskgit-digits", "--steps", 3, "-o", tmp_path)
+    result = titok_fast(*train, "--learning-rate", 1e30, "--batch-size", 8, "--average-decay", 0)
+    assert result.returncode == 2 and "loss: got nan at step" in result.err, result.err
+    assert result.err.count("\n") == 1 and not (tmp_path / STATE_FILE).exists()
+    (tmp_path / f".{STATE_FILE}.123.tmp").write_bytes(b"left by a killed save")
+    result = titok_fast(*train, "--batch-size", 8)
+    assert result.returncode == 0, result.err
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_other_labels_are_another_run(titok_fast, digit_tokens, tmp_path):
+    train = ("--model", "maskgit-digits", "--steps", 1, "--batch-size", 8, "-o", tmp_path / "out")
+    assert titok_fast("train", digit_tokens, *train).returncode == 0
+    file = TokenFile.load(digit_tokens)
+    dataclasses.replace(file, labels=file.labels[::-1]).save(tmp_path / "other.npz")
+    result = titok_fast("train", tmp_path / "other.npz", *train)
+    assert result.returncode == 2 and "of a run with other settings (data " in result.err
+
+
+def test_the_command_never_replaces_a_model(titok_fast, digit_tokens, tmp_path):
+    generator(MaskGIT).save_pretrained(tmp_path)
+    result = titok_fast("train", digit_tokens, "--model", "maskgit-digits", "-o", tmp_path)
+    assert result.returncode == 2 and "holds a model, allowed is a folder without one" in result.err
+
+
+def test_the_command_under_torchrun(digit_tokens, tmp_path):
+    """Two processes, one log, one model."""
+    code = "from titok_fast.cli import main; main()"
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+        *("--no-python", sys.executable, "-c", code, "train", str(digit_tokens)),
+        *("--model", "maskgit-digits", "--steps", "2", "--batch-size", "8", "-o"),
+        str(tmp_path / "out"),
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(
+        command, capture_output=True, text=True, env=environment, cwd=Path.cwd()
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stdout.count("wrote ") == 1 and result.stdout.count("step     2/2") == 1
+    assert MaskGIT.from_pretrained(tmp_path / "out").num_tokens == 16

@@ -1,0 +1,294 @@
+"""A generator of a token file's tokens, or a tokenizer of images."""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Any, TypeAlias
+
+import torch
+import torch.distributed as dist
+import typer
+
+from titok_fast.cli.common import (
+    Device,
+    default_workers,
+    flag,
+    flags,
+    named_device,
+    option,
+    say,
+    with_options,
+)
+from titok_fast.images import ImageFile, find_images
+from titok_fast.models import ARTransformer, IBQTokenizer, MaskGIT, MaskGITVQGAN, TiTok, compile
+from titok_fast.models.auto import TOKENIZERS, Tokenizer, model_class, releases
+from titok_fast.models.checks import DECAY
+from titok_fast.models.generate import Generator
+from titok_fast.models.pretrained import CONFIG_FILE, WEIGHTS_FILE, locate
+from titok_fast.tokens import Setting, TokenFile, changed, raw_bytes, write_settings
+from titok_fast.training import generator, tokenizer
+from titok_fast.training.generator import GeneratorTask, config_for
+from titok_fast.training.loop import Optimization
+from titok_fast.training.run import STATE_FILE, Options, Task, run
+from titok_fast.training.tokenizer import TokenizerTask, config_of, predicts_proxies
+
+Trained: TypeAlias = Generator | Tokenizer
+KINDS: tuple[type[Trained], ...] = (MaskGIT, ARTransformer, TiTok, IBQTokenizer)
+RECIPES: dict[Any, tuple[Optimization, Options]] = {**generator.RECIPES, **tokenizer.RECIPES}
+LOSSES: dict[Any, Any] = {MaskGIT: generator.Losses(), **tokenizer.LOSSES}
+DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
+SETTINGS_FILE = "training.json"
+THE_MODELS = "the model's"
+VQGAN = next(iter(MaskGITVQGAN.releases))
+
+
+def train(
+    paths: Annotated[
+        list[str],
+        typer.Argument(
+            help="For a generator a token file; for a tokenizer images, folders, quoted patterns, "
+            "or @list.txt with a path a line.",
+            show_default=False,
+        ),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the model.")],
+    model: Annotated[
+        str | None,
+        option("A new network, such as maskgit-vit-l-32, ibq-ar-b or titok-l-32.", False),
+    ] = None,
+    init: Annotated[
+        str | None, option("Go on from a model: its name, folder, file or hub id.", False)
+    ] = None,
+    steps: Annotated[int | None, option("Steps of the optimizer.", THE_MODELS)] = None,
+    batch_size: Annotated[
+        int | None, option("Images of a step, over all processes.", THE_MODELS)
+    ] = None,
+    micro_batch_size: Annotated[
+        int | None, option("Images that a process takes at a time.", "all of its share")
+    ] = None,
+    learning_rate: Annotated[float | None, option("Its peak.", THE_MODELS)] = None,
+    warmup_steps: Annotated[
+        int | None, option("Steps until the peak.", "the model's, at most a tenth of --steps")
+    ] = None,
+    final_fraction: Annotated[
+        float | None, option("Part of the peak at which the cosine ends.", THE_MODELS)
+    ] = None,
+    beta1: Annotated[float | None, option("Of AdamW.", THE_MODELS)] = None,
+    beta2: Annotated[float | None, option("Of AdamW.", THE_MODELS)] = None,
+    weight_decay: Annotated[float | None, option("Of matrices.", THE_MODELS)] = None,
+    clip_norm: Annotated[float | None, option("Largest norm of the gradient.", "1")] = None,
+    average_decay: Annotated[
+        float | None, option("Of the average of the weights; 0 for none.", THE_MODELS)
+    ] = None,
+    label_dropout: Annotated[
+        float | None, option("Share of labels left out, for guidance (MaskGIT).", "0.1")
+    ] = None,
+    label_smoothing: Annotated[
+        float | None, option("Probability spread over all tokens (MaskGIT).", "0.1")
+    ] = None,
+    unmasked_weight: Annotated[
+        float | None, option("Weight of tokens that the model can see (MaskGIT).", "0.1")
+    ] = None,
+    pixel_loss: Annotated[str | None, option("l1 or l2 (tokenizers).", "l2, of IBQ l1")] = None,
+    quantizer_weight: Annotated[
+        float | None, option("Of the quantizer's losses (tokenizers).", "1, of IBQ 0.5")
+    ] = None,
+    kl_weight: Annotated[float | None, option("Of a VAE's divergence (TiTok).", "1e-6")] = None,
+    proxy: Annotated[
+        str | None, option("Of TiTok's first stage: the VQGAN, as --init takes it.", VQGAN)
+    ] = None,
+    seed: Annotated[int, option("Of weights, order, masks, crops and dropout.")] = 0,
+    dtype: Annotated[
+        str, option("What the network computes in: float32 or bfloat16; weights stay float32.")
+    ] = "float32",
+    device: Device = "auto",
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Threads that make batches ready; 0 for none.",
+            show_default="for images by processors, for tokens 0",
+        ),
+    ] = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="torch.compile its blocks.")] = False,
+    save_every: Annotated[int, option("Steps between two states on disk.")] = 1000,
+    log_every: Annotated[int, option("Steps between two lines of the log.")] = 50,
+) -> None:
+    """Train a generator or a tokenizer; the same command takes up what was interrupted.
+
+    With torchrun each process takes its share of every step.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"--dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
+    kind, weights, config = _source(model, init)
+    name = kind.__name__
+    optimization, options = RECIPES[kind]
+    betas = []
+    for i, beta in enumerate((beta1, beta2)):
+        betas.append(optimization.betas[i] if beta is None else beta)
+        if not DECAY.fits(betas[i]):
+            raise ValueError(f"--beta{i + 1}: got {beta}, allowed is {DECAY.allowed}")
+    optimization = with_options(
+        optimization,
+        name,
+        steps=steps,
+        learning_rate=learning_rate,
+        warmup_steps=warmup_steps,
+        final_fraction=final_fraction,
+        betas=tuple(betas),
+        weight_decay=weight_decay,
+        clip_norm=clip_norm,
+    )
+    if warmup_steps is None:
+        warmup = min(optimization.warmup_steps, optimization.steps // 10)
+        optimization = replace(optimization, warmup_steps=warmup)
+    options = with_options(
+        options,
+        name,
+        batch_size=batch_size,
+        micro_batch_size=micro_batch_size,
+        average_decay=average_decay,
+        dtype=DTYPES[dtype],
+        seed=seed,
+        save_every=save_every,
+        log_every=log_every,
+    )
+    losses = _losses(
+        kind,
+        label_dropout=label_dropout,
+        label_smoothing=label_smoothing,
+        unmasked_weight=unmasked_weight,
+        pixel_loss=pixel_loss,
+        quantizer_weight=quantizer_weight,
+        kl_weight=kl_weight,
+    )
+    data: Any = find_images(paths) if kind in TOKENIZERS else _token_file(paths)
+    if config is None and model is not None:
+        config = config_for(model, data) if isinstance(data, TokenFile) else config_of(model)
+    of_proxies = kind in TOKENIZERS and predicts_proxies(config)
+    if proxy is not None and not of_proxies:
+        raise ValueError(f"--proxy: got {proxy!r}, which only a TiTok's first stage has a use for")
+    place = _place(device)
+    processes = dist.get_world_size() if dist.is_initialized() else 1
+    first = processes == 1 or dist.get_rank() == 0
+    with flags():
+        options.part_size(processes)
+    fields = {
+        name: value
+        for part in (optimization, options, *([losses] if losses else []))
+        for name, value in asdict(part).items()
+        if name not in ("betas", "save_every", "log_every")
+    }
+    fields |= {"model": model, "init": init, "proxy": proxy, "beta1": betas[0], "beta2": betas[1]}
+    settings: dict[str, Setting] = {
+        "data": _mark(data),
+        **{flag(name): value if name != "dtype" else dtype for name, value in fields.items()},
+        "processes": processes,
+    }
+    _check_output(output, settings)
+    network: Any
+    if weights is not None:
+        network = kind.from_pretrained(weights, config=config, dtype=torch.float32)
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            network = kind.from_config(config)
+    network.to(place)
+    task: Task
+    if isinstance(network, TOKENIZERS):
+        vqgan = MaskGITVQGAN.from_pretrained(proxy or VQGAN, device=place) if of_proxies else None
+        files = [file.path for file in data]
+        task = TokenizerTask(network, files, vqgan, losses=losses, log=say)
+        workers = default_workers(workers, place)
+    else:
+        task = GeneratorTask(network, data, losses or generator.Losses())
+    if compiled:
+        compile(network)
+    if first:
+        write_settings(output / SETTINGS_FILE, settings)
+        size = sum(parameter.numel() for parameter in network.parameters()) / 1e6
+        say(f"{name}, {size:,.1f} million parameters, {task.count:,} images")
+    run(task, optimization, options, output, workers=workers or 0, log=say)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if first:
+        say(f"wrote {output}")
+
+
+def _source(model: str | None, init: str | None) -> tuple[type[Trained], Path | None, Any]:
+    """The class of the model, and with --init its weights and their configuration, else None."""
+    names = releases(KINDS)
+    if (model is None) == (init is None):
+        raise ValueError("--model: allowed is either it or --init")
+    if init is not None:
+        weights, config = locate(init, names)
+        return model_class(config, KINDS), weights, config
+    if model not in names:
+        raise ValueError(
+            f"--model: {model!r} is not one of {', '.join(names)}; --init takes one with weights"
+        )
+    return next(kind for kind in KINDS if model in kind.releases), None, None
+
+
+def _losses(kind: type[Trained], **given: float | str | None) -> Any:
+    """The weights of the model's losses; None where it has none."""
+    if kind in LOSSES:
+        return with_options(LOSSES[kind], kind.__name__, **given)
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(f"{flag(name)}: got {value}, but {kind.__name__} has no such option")
+    return None
+
+
+def _token_file(paths: Sequence[str]) -> TokenFile:
+    if len(paths) > 1:
+        raise ValueError(f"PATHS: got {len(paths)}, allowed is one token file for a generator")
+    return TokenFile.load(paths[0])
+
+
+def _mark(data: TokenFile | list[ImageFile]) -> str:
+    """A name for what is trained on."""
+    if not isinstance(data, TokenFile):
+        texts = [file.path for file in data]
+        return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
+    labels = None if data.labels is None else data.labels.tolist()
+    digest = hashlib.sha256(json.dumps([labels, data.class_names]).encode())
+    digest.update(raw_bytes(torch.from_numpy(data.tokens)))
+    return digest.hexdigest()[:16]
+
+
+def _place(name: str) -> torch.device:
+    """The device of this process, which joins those that torchrun started with it."""
+    place = named_device(name)
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        return place
+    if "LOCAL_RANK" not in os.environ:
+        raise ValueError("WORLD_SIZE: allowed where torchrun sets it, with LOCAL_RANK")
+    if place.type == "cuda":
+        place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(place)
+    dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+    return place
+
+
+def _check_output(folder: Path, settings: dict[str, Setting]) -> None:
+    """Raises ValueError if the folder holds another model or the state of another run."""
+    record = folder / SETTINGS_FILE
+    if not record.exists():
+        if (folder / CONFIG_FILE).exists() or (folder / WEIGHTS_FILE).exists():
+            raise ValueError(f"--output: {folder} holds a model, allowed is a folder without one")
+        return
+    if not (folder / STATE_FILE).exists():
+        return
+    try:
+        changes = changed(json.loads(record.read_text(encoding="utf-8")), settings)
+    except (AttributeError, OSError, ValueError):
+        raise ValueError(f"--output: {record} is not readable, allowed is another folder") from None
+    if changes:
+        raise ValueError(
+            f"--output: {folder} is of a run with other settings ({changes}); repeat those, or "
+            "name another folder"
+        )

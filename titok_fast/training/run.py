@@ -1,0 +1,307 @@
+"""Training runs: in steps of large batches, over several processes, stopped and taken up again."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from titok_fast._files import remove_temporaries, replacing
+from titok_fast.models.checks import COUNT, DECAY, WHOLE, check_fields, one_of, or_none
+from titok_fast.models.pretrained import CONFIG_FILE, WEIGHTS_FILE, PretrainedModel
+from titok_fast.training.data import key, rows_of_step
+from titok_fast.training.loop import Optimization, fit
+
+STATE_FILE = "state.pt"
+
+
+class Task(Protocol):
+    """What is trained, and on what.
+
+    Attributes:
+        model: in float32 and training mode, on its device.
+        count: number of examples.
+    """
+
+    @property
+    def model(self) -> PretrainedModel: ...
+    @property
+    def count(self) -> int: ...
+    def batch(self, rows: Tensor, generator: torch.Generator) -> Any:
+        """Some examples, made ready on the CPU, perhaps in another thread and ahead of their use.
+
+        Args:
+            rows: [B] int64 in [0, count).
+            generator: source of what is random, on the CPU.
+        """
+
+    def loss(self, network: nn.Module, batch: Any, generator: torch.Generator) -> Tensor:
+        """The mean loss of a batch.
+
+        Args:
+            network: called in place of the model.
+            batch: what `batch` made.
+            generator: source of what is random, on the model's device; dropout goes by torch's own.
+        """
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a run goes through its examples.
+
+    Attributes:
+        batch_size: examples of a step, over all processes.
+        micro_batch_size: how many a process takes at a time; None takes all that are its.
+        average_decay: of the average of the weights, which is what a run gives; 0 gives the last.
+            It is smaller in the first steps: (1 + n) / (10 + n) after n.
+        dtype: torch.bfloat16 computes in it where autocast does; None in float32. Weights stay
+            float32.
+        seed: of the order of the examples and of all that is random.
+        save_every: steps between two states on disk.
+        log_every: steps between two lines, 0 for none.
+
+    Raises:
+        ValueError: for a number out of range, or another dtype.
+    """
+
+    batch_size: int
+    micro_batch_size: int | None = None
+    average_decay: float = 0.999
+    dtype: torch.dtype | None = None
+    seed: int = 0
+    save_every: int = 1000
+    log_every: int = 50
+
+    def __post_init__(self) -> None:
+        check_fields(
+            self, batch_size=COUNT, micro_batch_size=or_none(COUNT), average_decay=DECAY,
+            dtype=one_of(None, torch.bfloat16), seed=WHOLE, save_every=COUNT, log_every=WHOLE,
+        )  # fmt: skip
+
+    def part_size(self, processes: int) -> int:
+        """How many examples each of the processes takes at a time.
+
+        Raises:
+            ValueError: when a step's examples cannot be shared so.
+        """
+        share, rest = divmod(self.batch_size, processes)
+        if rest:
+            raise ValueError(
+                f"batch_size: got {self.batch_size}, allowed is a multiple of {processes} processes"
+            )
+        size = min(share, self.micro_batch_size or share)
+        if share % size:
+            raise ValueError(
+                f"micro_batch_size: got {size}, allowed is a divisor of the {share} examples that "
+                "a process takes in a step"
+            )
+        return size
+
+
+def run(
+    task: Task,
+    optimization: Optimization,
+    options: Options,
+    folder: Path | None = None,
+    *,
+    workers: int = 0,
+    log: Callable[[str], None] = print,
+) -> PretrainedModel:
+    """Trains a model, or goes on where the run that left its state in the folder stopped.
+
+    With the same options a run that was stopped and taken up gives the same bits as one that was
+    not, where the device's arithmetic is the same from run to run; of more than two processes the
+    sums of gradients may then have another order. Of the processes of a
+    `torch.distributed` group each takes its share of every step; the first logs and saves.
+
+    Args:
+        task: model, data and loss.
+        optimization: how its parameters move.
+        options: of the run.
+        folder: of the state and of the model as `save_pretrained` writes it, both anew with every
+            state; of several processes, one that all see. None writes nothing.
+        workers: threads that make batches ready ahead of their use; 0 for none.
+        log: takes each line; its loss is that of the first process.
+
+    Returns:
+        The average of the weights, or the last ones, in evaluation mode, on the model's device.
+
+    Raises:
+        ValueError: for a batch that the processes cannot share, a state of another model, or a
+            folder that not all processes see.
+        FloatingPointError: when a loss is not finite.
+    """
+    rank, processes = _place()
+    part_size = options.part_size(processes)
+    count = options.batch_size // (processes * part_size)
+    model, device = task.model, next(task.model.parameters()).device
+    network: Any = model
+    if processes > 1:
+        network = DistributedDataParallel(
+            model, device_ids=None if device.type == "cpu" else [device]
+        )
+    generator = torch.Generator(device)
+
+    def batch(number: int) -> Any:
+        """That of a part of a step, of all parts of all steps."""
+        step, part = divmod(number, count)
+        rows = rows_of_step(task.count, options.batch_size, step, options.seed)
+        draws = torch.Generator().manual_seed(key(options.seed, "batch", step, rank, part))
+        return task.batch(rows.view(processes, count, part_size)[rank, part], draws)
+
+    def loss_at(step: int) -> Tensor:
+        total: Tensor | float = 0.0
+        for part in range(count):
+            examples = batches[step * count + part]
+            torch.manual_seed(key(options.seed, "dropout", step, rank, part))
+            generator.manual_seed(key(options.seed, "draws", step, rank, part))
+            last = part + 1 == count
+            with nullcontext() if last or processes == 1 else network.no_sync():
+                with torch.autocast(device.type, options.dtype, enabled=options.dtype is not None):
+                    loss = task.loss(network, examples, generator) / count
+                if not last:
+                    loss.backward()
+                    total = total + loss.detach()
+        return loss + total
+
+    state = None if folder is None else folder / STATE_FILE
+    keeper = _Keeper(model, state, options, optimization.steps, writes=rank == 0, log=log)
+    devices = [device] if device.type == "cuda" else []
+    ahead = _Ahead(batch, optimization.steps * count, workers)
+    with ahead as batches, torch.random.fork_rng(devices=devices):
+        fit(
+            model.parameters(),
+            loss_at,
+            optimization,
+            keeper=keeper,
+            log_every=options.log_every if rank == 0 else 0,
+            log=log,
+        )
+    return keeper.average.eval()
+
+
+def _place() -> tuple[int, int]:
+    """The number of this process, and how many there are."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+class _Ahead:
+    """What a function gives for each number, in turn, computed ahead in threads.
+
+    Args:
+        function: of a number from 0.
+        count: of the numbers.
+        workers: number of threads; with 0 it computes when asked.
+    """
+
+    def __init__(self, function: Callable[[int], Any], count: int, workers: int) -> None:
+        self._function, self._count, self._workers = function, count, workers
+        self._pool = ThreadPoolExecutor(workers) if workers else None
+        self._pending: dict[int, Future[Any]] = {}
+
+    def __enter__(self) -> _Ahead:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def __getitem__(self, number: int) -> Any:
+        if self._pool is None:
+            return self._function(number)
+        for later in range(number, min(self._count, number + 1 + 2 * self._workers)):
+            if later not in self._pending:
+                self._pending[later] = self._pool.submit(self._function, later)
+        return self._pending.pop(number).result()
+
+
+class _Keeper:
+    """Averages the weights, and writes the state of a run every so many steps and at its end.
+
+    Args:
+        model: that is trained.
+        path: of the state; None writes none.
+        options: of the run.
+        steps: of the whole run.
+        writes: whether this process is the one that writes.
+        log: takes a line.
+
+    Attributes:
+        average: of the weights; the model itself where none is taken.
+    """
+
+    def __init__(
+        self,
+        model: PretrainedModel,
+        path: Path | None,
+        options: Options,
+        steps: int,
+        *,
+        writes: bool,
+        log: Callable[[str], None],
+    ) -> None:
+        self._model, self._path, self._options = model, path, options
+        self._steps, self._writes, self._log = steps, writes, log
+        self.average = model
+        if options.average_decay:
+            self.average = copy.deepcopy(model).requires_grad_(False)
+
+    def start(self, optimizer: torch.optim.Optimizer) -> int:
+        steps = 0 if self._path is None else self._load(self._path, optimizer)
+        if _place()[1] > 1:
+            of_all: list[Any] = [None] * _place()[1]
+            dist.all_gather_object(of_all, steps)
+            if len(set(of_all)) > 1:
+                raise ValueError(f"folder: {self._path} is not one that all processes see")
+        return steps
+
+    def _load(self, path: Path, optimizer: torch.optim.Optimizer) -> int:
+        """Brings all to where the file says; the steps done by then."""
+        if self._writes:
+            for name in (path.name, WEIGHTS_FILE, CONFIG_FILE):
+                remove_temporaries(path.parent, name)
+        if not path.exists():
+            return 0
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            self._model.load_state_dict(state["model"])
+            self.average.load_state_dict(state["average"])
+            optimizer.load_state_dict(state["optimizer"])
+            steps = int(state["steps"])
+        except Exception as error:  # a damaged file raises whatever it runs into
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise ValueError(f"{path}: not the state of a run like this ({reason})") from None
+        if self._writes:
+            self._log(f"taken up after step {steps} of {self._steps}")
+        return steps
+
+    def done(self, steps: int, optimizer: torch.optim.Optimizer) -> None:
+        if self.average is not self._model:
+            decay = min(self._options.average_decay, (1 + steps) / (10 + steps))
+            with torch.no_grad():
+                torch._foreach_lerp_(
+                    list(self.average.parameters()), list(self._model.parameters()), 1 - decay
+                )
+        if steps % self._options.save_every and steps < self._steps:
+            return
+        if self._path is not None and self._writes:
+            state = {
+                "steps": steps,
+                "model": self._model.state_dict(),
+                "average": self.average.state_dict(),
+                "optimizer": optimizer.state_dict(),
+            }
+            self.average.save_pretrained(self._path.parent)
+            with replacing(self._path) as temporary:
+                torch.save(state, temporary)

@@ -1,0 +1,185 @@
+"""Trains tokenizers on image files: TiTok's first stage on proxy codes, and models of pixels."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from titok_fast.images import read_pixels, to_float
+from titok_fast.models import IBQTokenizer, MaskGITVQGAN, TiTok, Tokenizer
+from titok_fast.models.checks import NUMBER, check_fields, one_of
+from titok_fast.training.loop import Optimization
+from titok_fast.training.losses import PIXEL_LOSSES, proxy_code_loss, tokenizer_loss
+from titok_fast.training.run import Options
+
+# TiTok: configs/training/TiTok/stage1/titok_b64.yaml of 1d-tokenizer, whose 32 images of a GPU are
+# 256 of eight. IBQ: Adam as VQGANs are trained.
+RECIPES: Mapping[type[Tokenizer], tuple[Optimization, Options]] = {
+    TiTok: (
+        Optimization(
+            steps=1_000_000, learning_rate=1e-4, warmup_steps=10_000, final_fraction=0.1,
+            betas=(0.9, 0.99), weight_decay=1e-4,
+        ),
+        Options(batch_size=256),
+    ),
+    IBQTokenizer: (
+        Optimization(
+            steps=1_000_000, learning_rate=1e-4, warmup_steps=10_000, final_fraction=0.1,
+            betas=(0.5, 0.9), weight_decay=0.0,
+        ),
+        Options(batch_size=256),
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What `TokenizerTask` minimises.
+
+    Attributes:
+        pixel_loss: "l1" or "l2", the mean absolute or squared error of pixels in [0, 1].
+        quantizer_weight: of all losses of the quantizer.
+        kl_weight: of the divergence of a VAE variant's latents from the normal distribution.
+
+    Raises:
+        ValueError: for a number out of range.
+    """
+
+    pixel_loss: str = "l2"
+    quantizer_weight: float = 1.0
+    kl_weight: float = 1e-6
+
+    def __post_init__(self) -> None:
+        check_fields(
+            self, pixel_loss=one_of(*PIXEL_LOSSES), quantizer_weight=NUMBER, kl_weight=NUMBER
+        )
+
+
+# IBQ's code takes the absolute error of pixels in [-1, 1], twice as large, and a weight of one.
+LOSSES: Mapping[type[Tokenizer], Losses] = {
+    TiTok: Losses(),
+    IBQTokenizer: Losses(pixel_loss="l1", quantizer_weight=0.5),
+}
+
+
+class TokenizerTask:
+    """Image files for `titok_fast.training.run.run`: random crops, half of them mirrored.
+
+    Args:
+        model: put into training mode. Of a first-stage TiTok (`finetune_decoder` false) the loss is
+            the proxy codes' cross-entropy, of any other model its pixels' error.
+        paths: of the files; one that cannot be read is named, and another takes its place.
+        vqgan: gives the proxy codes, on the model's device; with a first-stage model and only then.
+        losses: what is minimised; None takes those of `LOSSES`.
+        perceptual: of reconstructions and images [B, 3, S, S] in [0, 1] a scalar that is added to a
+            loss of pixels, weighted already.
+        log: takes the name of a file that cannot be read.
+
+    Attributes:
+        model: the same.
+        count: number of files.
+
+    Raises:
+        ValueError: without files, or with a `vqgan` that the model has no use for or lacks.
+    """
+
+    def __init__(
+        self,
+        model: Tokenizer,
+        paths: Sequence[str],
+        vqgan: MaskGITVQGAN | None = None,
+        *,
+        losses: Losses | None = None,
+        perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
+        log: Callable[[str], None] = print,
+    ) -> None:
+        of_proxies = predicts_proxies(model.config)
+        if of_proxies and vqgan is None:
+            raise ValueError("vqgan: got None, which a first-stage model needs for proxy codes")
+        if not of_proxies and vqgan is not None:
+            raise ValueError("vqgan: allowed with a first-stage model, this one predicts pixels")
+        if vqgan is not None:
+            patch, code = model.config["model"]["vq_model"]["vit_dec_patch_size"], vqgan.stride
+            if code != patch:
+                raise ValueError(f"vqgan: got a code for {code} x {code} pixels, allowed is "
+                                 f"{patch} x {patch}, the decoder's patch")  # fmt: skip
+        if not paths:
+            raise ValueError("paths: got no file")
+        self.model, self.count = model.train(), len(paths)
+        self._paths, self._perceptual = list(paths), perceptual
+        self._losses = losses or LOSSES[type(model)]
+        self._vqgan = None if vqgan is None else vqgan.eval().requires_grad_(False)
+        self._log, self._unreadable = log, set[int]()
+
+    def batch(self, rows: Tensor, generator: torch.Generator) -> Tensor:
+        """[B, 3, S, S] uint8."""
+        draws = torch.rand(len(rows), 3, generator=generator).tolist()
+        images = [self._read(int(row), *drawn) for row, drawn in zip(rows, draws, strict=True)]
+        return torch.stack(images)
+
+    def _read(self, row: int, across: float, down: float, mirrored: float) -> Tensor:
+        for other in range(self.count):
+            place = (row + other) % self.count
+            try:
+                pixels = read_pixels(
+                    self._paths[place],
+                    self.model.image_size,
+                    interpolation=self.model.interpolation,
+                    crop=(across, down),
+                )
+            except OSError as error:
+                if place not in self._unreadable:
+                    self._unreadable.add(place)
+                    self._log(f"skipped {error}")
+                continue
+            return pixels.flip(2) if mirrored < 0.5 else pixels
+        raise OSError(f"none of {self.count} images could be read")
+
+    def loss(self, network: nn.Module, batch: Tensor, generator: torch.Generator) -> Tensor:
+        images = to_float(batch.to(generator.device, non_blocking=True))
+        output = network(images)
+        losses, weight = self._losses, self._losses.quantizer_weight
+        if self._vqgan is not None:
+            with torch.autocast(images.device.type, enabled=False):
+                codes = self._vqgan.encode(images)
+            return proxy_code_loss(output, codes, quantizer_weight=weight)
+        result: dict[str, Any] = output[1]
+        if "posterior" in result:
+            weight = losses.kl_weight
+            result = {"quantizer_loss": result["posterior"].kl().sum(1).mean()}
+        loss = tokenizer_loss(
+            (output[0], result), images, pixel_loss=losses.pixel_loss, quantizer_weight=weight
+        )
+        if self._perceptual is not None:
+            loss = loss + self._perceptual(output[0], images)
+        return loss
+
+
+def predicts_proxies(config: Mapping[str, Any]) -> bool:
+    """Whether a tokenizer's configuration is of TiTok's first stage, without pixels."""
+    if "model" not in config:
+        return False
+    vq = config["model"]["vq_model"]
+    return bool(vq.get("is_legacy", True)) and not vq.get("finetune_decoder", True)
+
+
+def config_of(name: str) -> dict[str, Any]:
+    """A release's configuration as it is trained from the start.
+
+    That is a legacy TiTok's first stage, which predicts proxy codes, and IBQ's with entropies.
+
+    Args:
+        name: of a `TiTok` or `IBQTokenizer`, in its releases.
+    """
+    kind = IBQTokenizer if name in IBQTokenizer.releases else TiTok
+    config: dict[str, Any] = copy.deepcopy(dict(kind.releases[name].config))
+    if kind is IBQTokenizer:
+        config["use_entropy_loss"] = True
+    elif config["model"]["vq_model"].get("is_legacy", True):
+        config["model"]["vq_model"]["finetune_decoder"] = False
+    return config
