@@ -1,5 +1,6 @@
 """index_propagation against its float64 reference: values, gradients and what surrounds them."""
 
+import gc
 import math
 
 import pytest
@@ -772,6 +773,8 @@ def _rank(rank, folder, choice):
     loss.backward()
     grads = {name: parameter.grad for name, parameter in model.named_parameters()}
     torch.save((entropy.detach(), loss.detach(), grads), folder / f"out{rank}.pt")
+    del parallel, loss, entropy
+    gc.collect()  # at the interpreter's exit DDP can abort it
     torch.distributed.barrier()  # gloo aborts where a peer leaves early
     torch.distributed.destroy_process_group()
 

@@ -19,13 +19,14 @@ from titok_fast.images import read_pixels
 from titok_fast.models import ARTransformer, IBQTokenizer, MaskGIT, MaskGITVQGAN, TiTok
 from titok_fast.models.titok import DiagonalGaussian
 from titok_fast.tokens import TokenFile
+from titok_fast.training.adversary import Adversary, AdversaryOptions, PatchDiscriminator
 from titok_fast.training.data import digits, key, rows_of_step
 from titok_fast.training.generator import RECIPES, GeneratorTask, Losses, config_for
 from titok_fast.training.loop import Optimization
 from titok_fast.training.losses import next_token_loss
-from titok_fast.training.run import STATE_FILE, Options, run
+from titok_fast.training.run import STATE_FILE, Options, Task, run
 from titok_fast.training.tokenizer import Losses as TokenizerLosses
-from titok_fast.training.tokenizer import TokenizerTask, config_of
+from titok_fast.training.tokenizer import TokenizerTask, config_of, second_stage
 
 AR = {
     "vocab_size": 24, "block_size": 9, "class_num": 3, "n_layer": 2, "n_head": 2, "n_embd": 32,
@@ -131,7 +132,7 @@ def test_a_state_of_another_run_is_refused(tmp_path):
         run(task, optimization, options, tmp_path)
 
 
-class Line:
+class Line(Task):
     """Least squares of a line: a task without anything random."""
 
     def __init__(self, bias=True):
@@ -475,6 +476,148 @@ def test_the_first_stage_of_a_release():
     assert "use_entropy_loss" not in IBQTokenizer.releases["ibq-262144"].config
 
 
+def adversary(**options):
+    torch.manual_seed(0)
+    options = {"adversarial_start": 0, "adversarial_weight": 0.5} | options
+    return Adversary(AdversaryOptions(**options), PatchDiscriminator(width=32, stages=1))
+
+
+def test_a_discriminator_is_that_of_the_second_stage():
+    """By its shapes, and a blur that keeps a constant."""
+    with torch.device("meta"):
+        model = PatchDiscriminator()
+        assert model(torch.zeros(2, 3, 256, 256)).shape == (2, 1, 16, 16)
+    shapes = [tuple(p.shape) for name, p in model.named_parameters() if p.ndim == 4]
+    widths = [(128, 3, 5, 5), (128, 128, 3, 3), (256, 128, 3, 3), (512, 256, 3, 3)]
+    assert shapes == [*widths, (512, 512, 1, 1), (1, 512, 5, 5)]
+    halved = PatchDiscriminator(width=32, stages=1).layers[3](torch.ones(1, 32, 8, 6))
+    assert halved.shape == (1, 32, 4, 3)
+    torch.testing.assert_close(halved[:, :, 1:-1, 1:-1], torch.ones(1, 32, 2, 1))
+
+
+def test_what_an_adversary_adds():
+    real, fake = torch.rand(2, 2, 3, 16, 16)
+    fake.requires_grad_()
+    judge = adversary(lecam_weight=0.25)
+    judge.means.copy_(torch.tensor([0.3, -0.2]))
+    logits = [judge.discriminator(images) for images in (real, fake.detach())]
+    hinge = (F.relu(1 - logits[0]).mean() + F.relu(1 + logits[1]).mean()) / 2
+    apart = F.relu(logits[0].mean() + 0.2) ** 2 + F.relu(0.3 - logits[1].mean()) ** 2
+    weights = list(judge.discriminator.parameters())
+    expected = torch.autograd.grad(hinge + 0.25 * apart, weights)
+    loss = judge.loss(fake, real)
+    torch.testing.assert_close(loss, -0.5 * logits[1].mean())
+    loss.backward()
+    assert fake.grad.abs().sum() > 0
+    for weight, gradient in zip(weights, expected, strict=True):
+        torch.testing.assert_close(weight.grad, gradient)
+    before = torch.tensor([0.3, -0.2])
+    means = torch.stack([logits[0].mean(), logits[1].mean()])
+    torch.testing.assert_close(judge.means, 0.999 * before + 0.001 * means)
+
+    old = weights[0].detach().clone()
+    judge.step()
+    assert not torch.equal(weights[0], old) and weights[0].grad is None
+    late = adversary(adversarial_start=1)
+    assert late.loss(fake, real).item() == 0
+    late.step()
+    assert late.loss(fake, real).item() != 0
+
+
+def test_a_discriminator_learns_to_tell():
+    judge, generator = adversary(discriminator_learning_rate=1e-3), torch.Generator().manual_seed(0)
+    for _ in range(30):
+        real = torch.rand(8, 3, 16, 16, generator=generator)
+        judge.loss(real.mean((2, 3), keepdim=True).expand_as(real), real)
+        judge.step()
+    real = torch.rand(8, 3, 16, 16, generator=generator)
+    flat = real.mean((2, 3), keepdim=True).expand_as(real)
+    assert judge.discriminator(real).mean() > judge.discriminator(flat).mean() + 0.5
+
+
+def test_a_run_with_an_adversary_is_taken_up_with_the_same_bits(pictures, tmp_path):
+    class Killed(TokenizerTask):
+        calls = 0
+
+        def loss(self, network, batch, generator):
+            self.calls += 1
+            if self.calls == 4:
+                raise Stopped
+            return super().loss(network, batch, generator)
+
+    def task(kind=TokenizerTask):
+        judge = adversary(adversarial_start=1)
+        return kind(titok(is_legacy=False), pictures[:8], adversary=judge, log=quiet)
+
+    optimization, options = Optimization(5, 1e-3), Options(4, save_every=2)
+    whole = task()
+    expected = run(whole, optimization, options, log=quiet).state_dict()
+    with pytest.raises(Stopped):
+        run(task(Killed), optimization, options, tmp_path, log=quiet)
+    again = task()
+    model = run(again, optimization, options, tmp_path, log=quiet).state_dict()
+    assert all(torch.equal(model[name], tensor) for name, tensor in expected.items())
+    for mine, other in zip(again.helper.parameters(), whole.helper.parameters(), strict=True):
+        assert torch.equal(mine, other)
+    plain = TokenizerTask(titok(is_legacy=False), pictures[:8], log=quiet)
+    without = run(plain, optimization, options, log=quiet).state_dict()
+    assert not all(torch.equal(without[name], tensor) for name, tensor in expected.items())
+
+
+def _judge(rank, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
+    )
+    judge, images = adversary(lecam_weight=0.0), torch.load(folder / "images.pt")
+    judge.loss(*images[:, rank::2])
+    judge.step()
+    torch.save(judge.state_dict(), folder / f"{rank}.pt")
+    torch.distributed.barrier()
+
+
+def test_an_adversary_of_two_processes_is_one(tmp_path):
+    torch.manual_seed(0)
+    images = torch.rand(2, 4, 3, 16, 16)
+    torch.save(images, tmp_path / "images.pt")
+    torch.multiprocessing.spawn(_judge, args=(tmp_path,), nprocs=2)
+    states = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    judge = adversary(lecam_weight=0.0)
+    judge.loss(*images)
+    judge.step()
+    for name, _ in judge.named_parameters():
+        assert torch.equal(states[0][name], states[1][name]), name
+    torch.testing.assert_close(states[0]["means"], judge.means)
+    both = (states[0], judge.state_dict())
+    moments = [state["_extra_state"]["optimizer"]["state"] for state in both]
+    for i, moment in moments[1].items():
+        torch.testing.assert_close(moments[0][i]["exp_avg"], moment["exp_avg"])
+
+
+def test_the_second_stage_begins_where_the_first_ended(vqgan, pictures):
+    """Its pixels are the VQGAN's of the likeliest proxies where one is all but sure."""
+    torch.manual_seed(0)
+    first = titok(vit_dec_patch_size=16, vit_enc_patch_size=16, num_latent_tokens=4)
+    proxy = MaskGITVQGAN.from_config("maskgit-vqgan-imagenet-f16-256").eval()
+    nn.init.normal_(proxy.quantize.embedding.weight)
+    second = second_stage(first, proxy)
+    assert second.finetune_decoder
+    moved = {name.split(".")[0] for name, p in second.named_parameters() if p.requires_grad}
+    assert moved == {"decoder", "pixel_quantize", "pixel_decoder"}
+    images = torch.rand(2, 3, 16, 16)
+    with torch.no_grad():
+        tokens = first.encode(images)
+        assert torch.equal(second.encode(images), tokens)
+        for parameter in second.decoder.ffn[2].parameters():
+            parameter.mul_(1e5)
+    codes = first.proxy_logits(tokens).argmax(1).flatten(1)
+    torch.testing.assert_close(second.decode(tokens), proxy.decode(codes), rtol=1e-3, atol=1e-3)
+    with pytest.raises(ValueError, match="model: got one that predicts pixels"):
+        second_stage(second, proxy)
+    with pytest.raises(ValueError, match="vqgan: its decoder has other shapes"):
+        second_stage(first, vqgan)
+
+
 IBQ = {
     "n_embed": 64, "embed_dim": 16, "use_entropy_loss": True,
     "ddconfig": {
@@ -578,6 +721,22 @@ def test_the_command_trains_tokenizers(titok_fast, vqgan, pictures, tmp_path):
     assert vqgan.decode(codes).shape == (1, 3, 16, 16)
 
 
+def test_the_command_trains_the_second_stage(titok_fast, pictures, tmp_path):
+    folder, first, proxy = Path(pictures[0]).parent, tmp_path / "first", tmp_path / "proxy"
+    titok(vit_dec_patch_size=16, vit_enc_patch_size=16, num_latent_tokens=4).save_pretrained(first)
+    model = MaskGITVQGAN.from_config("maskgit-vqgan-imagenet-f16-256")
+    model.save_pretrained(proxy)
+    source = ("--init", first, "--proxy", proxy, "--second-stage", "--adversarial-weight", 0.1)
+    options = ("--adversarial-start", 1, "--quantizer-weight", 0, "--batch-size", 2, "--steps", 2)
+    result = titok_fast("train", folder, *source, *options, "-o", tmp_path / "second")
+    assert result.returncode == 0, result.err
+    trained, given = TiTok.from_pretrained(tmp_path / "second"), TiTok.from_pretrained(first)
+    images = torch.rand(2, 3, 16, 16)
+    assert torch.equal(trained.encode(images), given.encode(images))
+    moved = trained.pixel_decoder.conv_out.weight - model.decoder.conv_out.weight
+    assert trained.decode(trained.encode(images)).shape == images.shape and moved.abs().max() > 0
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -601,6 +760,18 @@ def test_the_command_trains_tokenizers(titok_fast, vqgan, pictures, tmp_path):
             "--micro-batch-size: got 3, allowed is a divisor of the 10 examples",
         ),
         (("--init", "maskgit-digits", "--beta2", 1.5), "--beta2: got 1.5, allowed is a number"),
+        (
+            ("--init", "titok-digits", "--second-stage"),
+            "--second-stage: allowed with --init of a",
+        ),
+        (
+            ("--init", "maskgit-digits", "--adversarial-weight", 0.1),
+            "--adversarial-weight: allowed for a tokenizer that predicts pixels",
+        ),
+        (
+            ("--model", "titok-digits", "--lecam-weight", 0.1),
+            "--lecam-weight: got 0.1, allowed with --adversarial-weight",
+        ),
         (("--init", "maskgit-digits", "--proxy", "x"), "--proxy: got 'x', which only a TiTok"),
     ],
 )

@@ -30,6 +30,7 @@ from titok_fast.models.generate import Generator
 from titok_fast.models.pretrained import CONFIG_FILE, WEIGHTS_FILE, locate
 from titok_fast.tokens import Setting, TokenFile, changed, raw_bytes, write_settings
 from titok_fast.training import generator, tokenizer
+from titok_fast.training.adversary import Adversary, AdversaryOptions
 from titok_fast.training.generator import GeneratorTask, config_for
 from titok_fast.training.loop import Optimization
 from titok_fast.training.run import STATE_FILE, Options, Task, run
@@ -100,6 +101,16 @@ def train(
     proxy: Annotated[
         str | None, option("Of TiTok's first stage: the VQGAN, as --init takes it.", VQGAN)
     ] = None,
+    second_stage: Annotated[
+        bool, typer.Option("--second-stage", help="Of a first-stage TiTok of --init: pixels.")
+    ] = False,
+    adversarial_weight: Annotated[
+        float | None,
+        option("Of a discriminator's verdict on pixels (tokenizers).", "none learns"),
+    ] = None,
+    adversarial_start: Annotated[int | None, option("Step at which it begins.", "20,000")] = None,
+    lecam_weight: Annotated[float | None, option("Of its regularisation.", "0.001")] = None,
+    discriminator_learning_rate: Annotated[float | None, option("Its own.", "1e-4")] = None,
     seed: Annotated[int, option("Of weights, order, masks, crops and dropout.")] = 0,
     dtype: Annotated[
         str, option("What the network computes in: float32 or bfloat16; weights stay float32.")
@@ -165,12 +176,22 @@ def train(
         quantizer_weight=quantizer_weight,
         kl_weight=kl_weight,
     )
+    adversary = _adversary(
+        adversarial_weight=adversarial_weight,
+        adversarial_start=adversarial_start,
+        lecam_weight=lecam_weight,
+        discriminator_learning_rate=discriminator_learning_rate,
+    )
     data: Any = find_images(paths) if kind in TOKENIZERS else _token_file(paths)
     if config is None and model is not None:
         config = config_for(model, data) if isinstance(data, TokenFile) else config_of(model)
     of_proxies = kind in TOKENIZERS and predicts_proxies(config)
     if proxy is not None and not of_proxies:
         raise ValueError(f"--proxy: got {proxy!r}, which only a TiTok's first stage has a use for")
+    if second_stage and not (init and of_proxies):
+        raise ValueError("--second-stage: allowed with --init of a first-stage TiTok")
+    if adversary and (kind not in TOKENIZERS or (of_proxies and not second_stage)):
+        raise ValueError("--adversarial-weight: allowed for a tokenizer that predicts pixels")
     place = _place(device)
     processes = dist.get_world_size() if dist.is_initialized() else 1
     first = processes == 1 or dist.get_rank() == 0
@@ -178,38 +199,47 @@ def train(
         options.part_size(processes)
     fields = {
         name: value
-        for part in (optimization, options, *([losses] if losses else []))
+        for part in (optimization, options, losses, adversary)
+        if part is not None
         for name, value in asdict(part).items()
         if name not in ("betas", "save_every", "log_every")
     }
-    fields |= {"model": model, "init": init, "proxy": proxy, "beta1": betas[0], "beta2": betas[1]}
+    fields |= {"model": model, "init": init, "proxy": proxy, "second_stage": second_stage}
+    fields |= {"beta1": betas[0], "beta2": betas[1]}
     settings: dict[str, Setting] = {
         "data": _mark(data),
         **{flag(name): value if name != "dtype" else dtype for name, value in fields.items()},
         "processes": processes,
     }
     _check_output(output, settings)
-    network: Any
-    if weights is not None:
-        network = kind.from_pretrained(weights, config=config, dtype=torch.float32)
-    else:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if weights is None:
             network = kind.from_config(config)
-    network.to(place)
+        else:
+            network = kind.from_pretrained(weights, config=config, dtype=torch.float32)
+        helper = None if adversary is None else Adversary(adversary).to(place)
     task: Task
-    if isinstance(network, TOKENIZERS):
-        vqgan = MaskGITVQGAN.from_pretrained(proxy or VQGAN, device=place) if of_proxies else None
-        files = [file.path for file in data]
-        task = TokenizerTask(network, files, vqgan, losses=losses, log=say)
-        workers = default_workers(workers, place)
+    if isinstance(network, MaskGIT | ARTransformer):
+        task = GeneratorTask(network.to(place), data, losses or generator.Losses())
     else:
-        task = GeneratorTask(network, data, losses or generator.Losses())
+        vqgan = MaskGITVQGAN.from_pretrained(proxy or VQGAN) if of_proxies else None
+        if second_stage and vqgan is not None and isinstance(network, TiTok):
+            network, vqgan = tokenizer.second_stage(network, vqgan), None
+        task = TokenizerTask(
+            network.to(place),
+            [file.path for file in data],
+            vqgan and vqgan.to(place),
+            losses=losses,
+            adversary=helper,
+            log=say,
+        )
+        workers = default_workers(workers, place)
     if compiled:
-        compile(network)
+        compile(task.model)
     if first:
         write_settings(output / SETTINGS_FILE, settings)
-        size = sum(parameter.numel() for parameter in network.parameters()) / 1e6
+        size = sum(parameter.numel() for parameter in task.model.parameters()) / 1e6
         say(f"{name}, {size:,.1f} million parameters, {task.count:,} images")
     run(task, optimization, options, output, workers=workers or 0, log=say)
     if dist.is_initialized():
@@ -240,6 +270,16 @@ def _losses(kind: type[Trained], **given: float | str | None) -> Any:
     for name, value in given.items():
         if value is not None:
             raise ValueError(f"{flag(name)}: got {value}, but {kind.__name__} has no such option")
+    return None
+
+
+def _adversary(**given: float | None) -> AdversaryOptions | None:
+    """How a discriminator learns; None where --adversarial-weight is not given."""
+    if given["adversarial_weight"] is not None:
+        return with_options(AdversaryOptions(), "a discriminator", **given)
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(f"{flag(name)}: got {value}, allowed with --adversarial-weight")
     return None
 
 

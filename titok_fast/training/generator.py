@@ -18,7 +18,7 @@ from titok_fast.tokens import TokenFile
 from titok_fast.training.data import mask_tokens
 from titok_fast.training.loop import Optimization
 from titok_fast.training.losses import masked_token_loss, next_token_loss
-from titok_fast.training.run import Options
+from titok_fast.training.run import Options, Task
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ RECIPES: Mapping[type[Generator], tuple[Optimization, Options]] = {
 }  # fmt: skip
 
 
-class GeneratorTask:
+class GeneratorTask(Task):
     """Tokens and labels for `titok_fast.training.run.run`.
 
     Args:
@@ -80,6 +80,8 @@ class GeneratorTask:
         ValueError: for a file without images or with latents, or tokens or labels that are not the
             model's.
     """
+
+    model: Generator
 
     def __init__(self, model: Generator, file: TokenFile, losses: Losses = Losses()) -> None:
         _check_fits(model, file)

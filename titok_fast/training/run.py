@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,18 +25,28 @@ from titok_fast.training.loop import Optimization, fit
 STATE_FILE = "state.pt"
 
 
-class Task(Protocol):
+class Helper(nn.Module, ABC):
+    """What learns beside the model; its state_dict belongs to the state of a run."""
+
+    @abstractmethod
+    def step(self) -> None:
+        """Called after each step of the model."""
+
+
+class Task(ABC):
     """What is trained, and on what.
 
     Attributes:
         model: in float32 and training mode, on its device.
         count: number of examples.
+        helper: what learns beside the model; None if nothing does.
     """
 
-    @property
-    def model(self) -> PretrainedModel: ...
-    @property
-    def count(self) -> int: ...
+    model: PretrainedModel
+    count: int
+    helper: Helper | None = None
+
+    @abstractmethod
     def batch(self, rows: Tensor, generator: torch.Generator) -> Any:
         """Some examples, made ready on the CPU, perhaps in another thread and ahead of their use.
 
@@ -44,6 +55,7 @@ class Task(Protocol):
             generator: source of what is random, on the CPU.
         """
 
+    @abstractmethod
     def loss(self, network: nn.Module, batch: Any, generator: torch.Generator) -> Tensor:
         """The mean loss of a batch.
 
@@ -174,7 +186,7 @@ def run(
         return loss + total
 
     state = None if folder is None else folder / STATE_FILE
-    keeper = _Keeper(model, state, options, optimization.steps, writes=rank == 0, log=log)
+    keeper = _Keeper(task, state, options, optimization.steps, writes=rank == 0, log=log)
     devices = [device] if device.type == "cuda" else []
     ahead = _Ahead(batch, optimization.steps * count, workers)
     with ahead as batches, torch.random.fork_rng(devices=devices):
@@ -230,7 +242,7 @@ class _Keeper:
     """Averages the weights, and writes the state of a run every so many steps and at its end.
 
     Args:
-        model: that is trained.
+        task: that is trained.
         path: of the state; None writes none.
         options: of the run.
         steps: of the whole run.
@@ -243,7 +255,7 @@ class _Keeper:
 
     def __init__(
         self,
-        model: PretrainedModel,
+        task: Task,
         path: Path | None,
         options: Options,
         steps: int,
@@ -251,11 +263,11 @@ class _Keeper:
         writes: bool,
         log: Callable[[str], None],
     ) -> None:
-        self._model, self._path, self._options = model, path, options
+        self._task, self._path, self._options = task, path, options
         self._steps, self._writes, self._log = steps, writes, log
-        self.average = model
+        self.average = task.model
         if options.average_decay:
-            self.average = copy.deepcopy(model).requires_grad_(False)
+            self.average = copy.deepcopy(task.model).requires_grad_(False)
 
     def start(self, optimizer: torch.optim.Optimizer) -> int:
         steps = 0 if self._path is None else self._load(self._path, optimizer)
@@ -275,8 +287,10 @@ class _Keeper:
             return 0
         try:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            self._model.load_state_dict(state["model"])
+            self._task.model.load_state_dict(state["model"])
             self.average.load_state_dict(state["average"])
+            if self._task.helper is not None:
+                self._task.helper.load_state_dict(state["helper"])
             optimizer.load_state_dict(state["optimizer"])
             steps = int(state["steps"])
         except Exception as error:  # a damaged file raises whatever it runs into
@@ -287,21 +301,26 @@ class _Keeper:
         return steps
 
     def done(self, steps: int, optimizer: torch.optim.Optimizer) -> None:
-        if self.average is not self._model:
+        if self._task.helper is not None:
+            self._task.helper.step()
+        model, average = self._task.model, self.average
+        if average is not model:
             decay = min(self._options.average_decay, (1 + steps) / (10 + steps))
             with torch.no_grad():
                 torch._foreach_lerp_(
-                    list(self.average.parameters()), list(self._model.parameters()), 1 - decay
+                    list(average.parameters()), list(model.parameters()), 1 - decay
                 )
         if steps % self._options.save_every and steps < self._steps:
             return
         if self._path is not None and self._writes:
             state = {
                 "steps": steps,
-                "model": self._model.state_dict(),
-                "average": self.average.state_dict(),
+                "model": model.state_dict(),
+                "average": average.state_dict(),
                 "optimizer": optimizer.state_dict(),
             }
-            self.average.save_pretrained(self._path.parent)
+            if self._task.helper is not None:
+                state["helper"] = self._task.helper.state_dict()
+            average.save_pretrained(self._path.parent)
             with replacing(self._path) as temporary:
                 torch.save(state, temporary)

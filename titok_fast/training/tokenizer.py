@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from titok_fast.images import read_pixels, to_float
 from titok_fast.models import IBQTokenizer, MaskGITVQGAN, TiTok, Tokenizer
 from titok_fast.models.checks import NUMBER, check_fields, one_of
+from titok_fast.training.adversary import Adversary
 from titok_fast.training.loop import Optimization
 from titok_fast.training.losses import PIXEL_LOSSES, proxy_code_loss, tokenizer_loss
-from titok_fast.training.run import Options
+from titok_fast.training.run import Options, Task
 
 # TiTok: configs/training/TiTok/stage1/titok_b64.yaml of 1d-tokenizer, whose 32 images of a GPU are
 # 256 of eight. IBQ: Adam as VQGANs are trained.
@@ -67,7 +68,7 @@ LOSSES: Mapping[type[Tokenizer], Losses] = {
 }
 
 
-class TokenizerTask:
+class TokenizerTask(Task):
     """Image files for `titok_fast.training.run.run`: random crops, half of them mirrored.
 
     Args:
@@ -76,6 +77,7 @@ class TokenizerTask:
         paths: of the files; one that cannot be read is named, and another takes its place.
         vqgan: gives the proxy codes, on the model's device; with a first-stage model and only then.
         losses: what is minimised; None takes those of `LOSSES`.
+        adversary: that joins in a loss of pixels; on the model's device.
         perceptual: of reconstructions and images [B, 3, S, S] in [0, 1] a scalar that is added to a
             loss of pixels, weighted already.
         log: takes the name of a file that cannot be read.
@@ -85,8 +87,11 @@ class TokenizerTask:
         count: number of files.
 
     Raises:
-        ValueError: without files, or with a `vqgan` that the model has no use for or lacks.
+        ValueError: without files, or with a `vqgan` or an `adversary` that the model has no use for
+            or lacks.
     """
+
+    model: Tokenizer
 
     def __init__(
         self,
@@ -95,6 +100,7 @@ class TokenizerTask:
         vqgan: MaskGITVQGAN | None = None,
         *,
         losses: Losses | None = None,
+        adversary: Adversary | None = None,
         perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
         log: Callable[[str], None] = print,
     ) -> None:
@@ -103,6 +109,8 @@ class TokenizerTask:
             raise ValueError("vqgan: got None, which a first-stage model needs for proxy codes")
         if not of_proxies and vqgan is not None:
             raise ValueError("vqgan: allowed with a first-stage model, this one predicts pixels")
+        if of_proxies and adversary is not None:
+            raise ValueError("adversary: allowed with a model that predicts pixels")
         if vqgan is not None:
             patch, code = model.config["model"]["vq_model"]["vit_dec_patch_size"], vqgan.stride
             if code != patch:
@@ -112,6 +120,7 @@ class TokenizerTask:
             raise ValueError("paths: got no file")
         self.model, self.count = model.train(), len(paths)
         self._paths, self._perceptual = list(paths), perceptual
+        self.helper = self._adversary = adversary
         self._losses = losses or LOSSES[type(model)]
         self._vqgan = None if vqgan is None else vqgan.eval().requires_grad_(False)
         self._log, self._unreadable = log, set[int]()
@@ -157,6 +166,8 @@ class TokenizerTask:
         )
         if self._perceptual is not None:
             loss = loss + self._perceptual(output[0], images)
+        if self._adversary is not None:
+            loss = loss + self._adversary.loss(output[0], images)
         return loss
 
 
@@ -183,3 +194,33 @@ def config_of(name: str) -> dict[str, Any]:
     elif config["model"]["vq_model"].get("is_legacy", True):
         config["model"]["vq_model"]["finetune_decoder"] = False
     return config
+
+
+def second_stage(model: TiTok, vqgan: MaskGITVQGAN) -> TiTok:
+    """A first-stage model as the second stage begins: its decoder's proxies become pixels.
+
+    Args:
+        model: of the first stage.
+        vqgan: that gave its proxy codes; its codebook and decoder are copied.
+
+    Returns:
+        A new model, whose encoder and codebook are frozen.
+
+    Raises:
+        ValueError: for a model of another kind, or a VQGAN whose decoder is not MaskGIT's.
+    """
+    if not predicts_proxies(model.config):
+        raise ValueError("model: got one that predicts pixels, allowed is one of the first stage")
+    config = copy.deepcopy(model.config)
+    config["model"]["vq_model"]["finetune_decoder"] = True
+    made = TiTok.from_config(config)
+    state = model.state_dict() | {
+        f"pixel_{name}": tensor
+        for name, tensor in vqgan.state_dict().items()
+        if name.startswith(("decoder.", "quantize."))
+    }
+    try:
+        made.load_state_dict(state)
+    except RuntimeError:
+        raise ValueError("vqgan: its decoder has other shapes than MaskGIT's") from None
+    return made

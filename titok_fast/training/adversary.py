@@ -1,0 +1,161 @@
+"""A discriminator that learns to tell reconstructions from images while a tokenizer is trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from titok_fast.models.checks import NUMBER, POSITIVE, WHOLE, check_fields
+from titok_fast.training.run import Helper
+
+LECAM_DECAY = 0.999
+CLIP_NORM = 1.0
+
+
+class PatchDiscriminator(nn.Module):
+    """Images to a map of logits, positive for what looks real.
+
+    Args:
+        width: channels of the first layer, a multiple of 32.
+        stages: how often height and width are halved.
+
+    Source: the discriminator of 1d-tokenizer, a PatchGAN (arXiv 1611.07004) with blurred strides.
+    """
+
+    def __init__(self, width: int = 128, stages: int = 3) -> None:
+        super().__init__()
+        channels = [width, *(width * 2**i for i in range(stages))]
+        layers: list[nn.Module] = [nn.Conv2d(3, width, 5, padding=2), nn.LeakyReLU(0.1)]
+        for inner, outer in pairwise(channels):
+            layers += [nn.Conv2d(inner, outer, 3, padding=1), _Halve()]
+            layers += [nn.GroupNorm(32, outer), nn.LeakyReLU(0.1)]
+        last = channels[-1]
+        layers += [nn.AdaptiveMaxPool2d(16), nn.Conv2d(last, last, 1), nn.LeakyReLU(0.1)]
+        self.layers = nn.Sequential(*layers, nn.Conv2d(last, 1, 5, padding=2))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Maps [B, 3, H, W] to [B, 1, 16, 16]."""
+        out: Tensor = self.layers(images)
+        return out
+
+
+class _Halve(nn.Module):
+    """Half the height and width, after a blur."""
+
+    kernel: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        row = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
+        self.register_buffer("kernel", torch.outer(row, row).view(1, 1, 4, 4), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kernel = self.kernel.to(x.dtype).expand(x.shape[1], -1, -1, -1)
+        return F.conv2d(x, kernel, stride=2, padding=1, groups=x.shape[1])
+
+
+@dataclass(frozen=True)
+class AdversaryOptions:
+    """How an `Adversary` learns.
+
+    Attributes:
+        adversarial_weight: of its verdict in the loss of the tokenizer.
+        adversarial_start: step at which it begins.
+        lecam_weight: of LeCam's regularisation (arXiv 2104.03310), which keeps it from being sure.
+        discriminator_learning_rate: of its AdamW, constant.
+
+    Raises:
+        ValueError: for a number out of range.
+    """
+
+    adversarial_weight: float = 0.01
+    adversarial_start: int = 20_000
+    lecam_weight: float = 0.001
+    discriminator_learning_rate: float = 1e-4
+
+    def __post_init__(self) -> None:
+        check_fields(
+            self, adversarial_weight=NUMBER, adversarial_start=WHOLE, lecam_weight=NUMBER,
+            discriminator_learning_rate=POSITIVE,
+        )  # fmt: skip
+
+
+class Adversary(Helper):
+    """A discriminator with its optimizer; its state_dict holds both.
+
+    Args:
+        options: how it learns.
+        discriminator: images [B, 3, H, W] to logits.
+
+    Source: the second stage of TiTok in 1d-tokenizer: hinge loss and LeCam's regularisation.
+    """
+
+    means: Tensor
+
+    def __init__(
+        self, options: AdversaryOptions | None = None, discriminator: nn.Module | None = None
+    ) -> None:
+        super().__init__()
+        self.options = options or AdversaryOptions()
+        self.discriminator = discriminator or PatchDiscriminator()
+        self.register_buffer("means", torch.zeros(2))  # of logits of images and reconstructions
+        self._done = 0
+        self._optimizer = torch.optim.AdamW(
+            self.discriminator.parameters(),
+            self.options.discriminator_learning_rate,
+            betas=(0.9, 0.999),
+            weight_decay=1e-4,
+        )
+
+    def loss(self, reconstructions: Tensor, images: Tensor) -> Tensor:
+        """What the tokenizer minimises; adds what the discriminator learns to its gradients.
+
+        Args:
+            reconstructions: [B, 3, H, W], floating.
+            images: the same of the images, in [0, 1].
+
+        Returns:
+            A scalar, zero before the first step of the discriminator.
+        """
+        if self._done < self.options.adversarial_start:
+            return reconstructions.new_zeros(())
+        with torch.autocast(images.device.type, enabled=False):
+            made, given = reconstructions.float(), images.float()
+            real = self.discriminator(given)
+            fake = self.discriminator(made.detach())
+            loss = 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+            apart = F.relu(real.mean() - self.means[1]) ** 2
+            apart = apart + F.relu(self.means[0] - fake.mean()) ** 2
+            (loss + self.options.lecam_weight * apart).backward()
+            means = torch.stack([real.detach().mean(), fake.detach().mean()])
+            self.means.lerp_(means, 1 - LECAM_DECAY)
+            self.discriminator.requires_grad_(False)
+            verdict: Tensor = self.discriminator(made).mean()
+            self.discriminator.requires_grad_(True)
+        return -self.options.adversarial_weight * verdict
+
+    def step(self) -> None:
+        """Moves the discriminator by the mean of the gradients of all processes."""
+        gradients = [p.grad for p in self.discriminator.parameters() if p.grad is not None]
+        if gradients:
+            if dist.is_available() and dist.is_initialized():
+                for tensor in (*gradients, self.means):
+                    dist.all_reduce(tensor)
+                    tensor.div_(dist.get_world_size())
+            nn.utils.clip_grad_norm_(self.discriminator.parameters(), CLIP_NORM)
+            self._optimizer.step()
+            self._optimizer.zero_grad()
+        self._done += 1
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {"steps": self._done, "optimizer": self._optimizer.state_dict()}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self._done = state["steps"]
+        self._optimizer.load_state_dict(state["optimizer"])
