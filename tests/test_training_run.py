@@ -196,6 +196,7 @@ def _rank(rank, folder):
     with pytest.raises(ValueError, match="batch_size: got 7, allowed is a multiple of 2"):
         run(Line(), Optimization(5, 0.1), Options(7))
     torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
 def test_two_processes_are_one(tmp_path):
@@ -574,6 +575,7 @@ def _judge(rank, folder):
     judge.step()
     torch.save(judge.state_dict(), folder / f"{rank}.pt")
     torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
 def test_an_adversary_of_two_processes_is_one(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -198,6 +199,9 @@ def run(
             log_every=options.log_every if rank == 0 else 0,
             log=log,
         )
+    if processes > 1:
+        del network
+        gc.collect()  # at the interpreter's exit it can abort the process
     return keeper.average.eval()
 
 
