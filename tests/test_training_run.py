@@ -455,6 +455,7 @@ def test_what_a_tokenizer_is_trained_on_must_fit(vqgan, pictures):
         (titok(), None, pictures, "vqgan: got None"),
         (titok(is_legacy=False), vqgan, pictures, "vqgan: allowed with a first-stage model"),
         (titok(), vqgan, [], "paths: got no file"),
+        (titok(quantize_mode="vae"), vqgan, pictures, "model: got a legacy one with continuous"),
         (
             titok(vit_dec_patch_size=8, vit_enc_patch_size=8),
             vqgan,
@@ -512,17 +513,42 @@ def test_what_an_adversary_adds():
     assert fake.grad.abs().sum() > 0
     for weight, gradient in zip(weights, expected, strict=True):
         torch.testing.assert_close(weight.grad, gradient)
-    before = torch.tensor([0.3, -0.2])
-    means = torch.stack([logits[0].mean(), logits[1].mean()])
-    torch.testing.assert_close(judge.means, 0.999 * before + 0.001 * means)
-
-    old = weights[0].detach().clone()
+    before, old = judge.means.clone(), weights[0].detach().clone()
     judge.step()
     assert not torch.equal(weights[0], old) and weights[0].grad is None
+    means = torch.stack([logits[0].mean(), logits[1].mean()])
+    torch.testing.assert_close(judge.means, 0.999 * before + 0.001 * means)
     late = adversary(adversarial_start=1)
     assert late.loss(fake, real).item() == 0
     late.step()
     assert late.loss(fake, real).item() != 0
+
+
+def test_parts_of_a_step_teach_a_discriminator_as_the_whole():
+    torch.manual_seed(0)
+    real, fake = torch.rand(2, 4, 3, 16, 16)
+    judges = [adversary(lecam_weight=0.0) for _ in range(2)]
+    judges[0].loss(fake, real)
+    for part in (slice(0, 2), slice(2, 4)):
+        judges[1].loss(fake[part], real[part])
+    for judge in judges:
+        judge.step()
+    torch.testing.assert_close(judges[1].means, judges[0].means)
+    moments = [judge.state_dict()["_extra_state"]["optimizer"]["state"] for judge in judges]
+    for i, moment in moments[0].items():
+        torch.testing.assert_close(moments[1][i]["exp_avg"], moment["exp_avg"])
+
+
+def test_what_a_discriminator_keeps_fixed_stays():
+    fixed = PatchDiscriminator(width=32, stages=1)
+    fixed.layers[0].requires_grad_(False)
+    before = [parameter.clone() for parameter in fixed.parameters()]
+    judge = Adversary(AdversaryOptions(adversarial_start=0), fixed)
+    for _ in range(2):
+        judge.loss(*torch.rand(2, 2, 3, 16, 16))
+        judge.step()
+    same = [torch.equal(*pair) for pair in zip(before, fixed.parameters(), strict=True)]
+    assert same == [True, True] + [False] * (len(same) - 2)
 
 
 def test_a_discriminator_learns_to_tell():
@@ -561,6 +587,9 @@ def test_a_run_with_an_adversary_is_taken_up_with_the_same_bits(pictures, tmp_pa
     for mine, other in zip(again.helper.parameters(), whole.helper.parameters(), strict=True):
         assert torch.equal(mine, other)
     plain = TokenizerTask(titok(is_legacy=False), pictures[:8], log=quiet)
+    with pytest.raises(ValueError, match=r"state\.pt: not the state of a run like this"):
+        run(plain, optimization, options, tmp_path, log=quiet)
+    plain = TokenizerTask(titok(is_legacy=False), pictures[:8], log=quiet)
     without = run(plain, optimization, options, log=quiet).state_dict()
     assert not all(torch.equal(without[name], tensor) for name, tensor in expected.items())
 
@@ -570,6 +599,8 @@ def _judge(rank, folder):
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
     )
+    task = TokenizerTask(IBQTokenizer.from_config(IBQ), ["a.png"])
+    assert task.model.quantize.process_group is torch.distributed.group.WORLD
     judge, images = adversary(lecam_weight=0.0), torch.load(folder / "images.pt")
     judge.loss(*images[:, rank::2])
     judge.step()
@@ -616,8 +647,10 @@ def test_the_second_stage_begins_where_the_first_ended(vqgan, pictures):
     torch.testing.assert_close(second.decode(tokens), proxy.decode(codes), rtol=1e-3, atol=1e-3)
     with pytest.raises(ValueError, match="model: got one that predicts pixels"):
         second_stage(second, proxy)
-    with pytest.raises(ValueError, match="vqgan: its decoder has other shapes"):
+    with pytest.raises(ValueError, match="vqgan: got a code for 4 x 4 pixels, allowed is 16 x 16"):
         second_stage(first, vqgan)
+    with pytest.raises(ValueError, match="vqgan: its decoder has other shapes"):
+        second_stage(titok(), vqgan)
 
 
 IBQ = {
@@ -647,6 +680,8 @@ def test_ibq_learns_pixels(pictures):
     tokens = model.encode(images)
     assert torch.equal(result["min_encoding_indices"], tokens)
     torch.testing.assert_close(model.decode(tokens, clamp=False), made.detach())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(images)[1]["quantizer_loss"].dtype == torch.float32
     lines = []
     run(task, Optimization(60, 2e-3), Options(8, average_decay=0.0, log_every=30), log=lines.append)
     losses = [float(line.split()[3]) for line in lines]
@@ -733,10 +768,15 @@ def test_the_command_trains_the_second_stage(titok_fast, pictures, tmp_path):
     result = titok_fast("train", folder, *source, *options, "-o", tmp_path / "second")
     assert result.returncode == 0, result.err
     trained, given = TiTok.from_pretrained(tmp_path / "second"), TiTok.from_pretrained(first)
-    images = torch.rand(2, 3, 16, 16)
-    assert torch.equal(trained.encode(images), given.encode(images))
+    for name, tensor in given.state_dict().items():
+        frozen = name.startswith(("encoder.", "quantize.", "latent_tokens"))
+        assert torch.equal(trained.state_dict()[name], tensor) == frozen, name
     moved = trained.pixel_decoder.conv_out.weight - model.decoder.conv_out.weight
-    assert trained.decode(trained.encode(images)).shape == images.shape and moved.abs().max() > 0
+    assert moved.abs().max() > 0
+    state = torch.load(tmp_path / "second" / STATE_FILE, weights_only=True)
+    assert state["helper"]["_extra_state"]["optimizer"]["state"]  # the discriminator learned
+    without = titok_fast("train", folder, *source[:-2], *options[2:], "-o", tmp_path / "second")
+    assert without.returncode == 2 and "--adversarial-weight 0.1 now None" in without.err
 
 
 @pytest.mark.parametrize(
@@ -749,11 +789,11 @@ def test_the_command_trains_the_second_stage(titok_fast, pictures, tmp_path):
         (("--model", "maskgit-digits", "--dtype", "float16"), "--dtype: 'float16' is not one of"),
         (
             ("--model", "ibq-ar-b", "--label-smoothing", 0.2),
-            "--label-smoothing: got 0.2, but ARTransformer has no such option",
+            "--label-smoothing: got 0.2, but this ARTransformer has no use for it",
         ),
         (
             ("--model", "maskgit-digits", "--kl-weight", 0.2),
-            "--kl-weight: got 0.2, but options of MaskGIT are label_dropout",
+            "--kl-weight: got 0.2, but this MaskGIT has no use for it",
         ),
         (("digits.npz", "--model", "maskgit-digits"), "PATHS: got 2, allowed is one token file"),
         (("--init", "maskgit-digits", "--batch-size", -1), "--batch-size: got -1"),
@@ -774,6 +814,16 @@ def test_the_command_trains_the_second_stage(titok_fast, pictures, tmp_path):
             ("--model", "titok-digits", "--lecam-weight", 0.1),
             "--lecam-weight: got 0.1, allowed with --adversarial-weight",
         ),
+        (
+            ("--model", "titok-digits", "--steps", 9, "--adversarial-weight", 0.1),
+            "--adversarial-start: got 20000, allowed is less than the 9 --steps",
+        ),
+        (
+            ("--model", "titok-l-32", "--pixel-loss", "l1"),
+            "--pixel-loss: got l1, but this TiTok has no use for it",
+        ),
+        (("--model", "titok-ll-32-vae", "--quantizer-weight", 2), "--quantizer-weight: got 2.0"),
+        (("--model", "ibq-1024", "--kl-weight", 2), "--kl-weight: got 2.0, but this IBQTokenizer"),
         (("--init", "maskgit-digits", "--proxy", "x"), "--proxy: got 'x', which only a TiTok"),
     ],
 )
@@ -801,7 +851,7 @@ def test_other_labels_are_another_run(titok_fast, digit_tokens, tmp_path):
     file = TokenFile.load(digit_tokens)
     dataclasses.replace(file, labels=file.labels[::-1]).save(tmp_path / "other.npz")
     result = titok_fast("train", tmp_path / "other.npz", *train)
-    assert result.returncode == 2 and "of a run with other settings (data " in result.err
+    assert result.returncode == 2 and "left by a run with other settings (data " in result.err
 
 
 def test_the_command_never_replaces_a_model(titok_fast, digit_tokens, tmp_path):

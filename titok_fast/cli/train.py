@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
@@ -28,19 +29,25 @@ from titok_fast.models.auto import TOKENIZERS, Tokenizer, model_class, releases
 from titok_fast.models.checks import DECAY
 from titok_fast.models.generate import Generator
 from titok_fast.models.pretrained import CONFIG_FILE, WEIGHTS_FILE, locate
-from titok_fast.tokens import Setting, TokenFile, changed, raw_bytes, write_settings
+from titok_fast.tokens import Setting, TokenFile, check_settings, raw_bytes, write_settings
 from titok_fast.training import generator, tokenizer
 from titok_fast.training.adversary import Adversary, AdversaryOptions
 from titok_fast.training.generator import GeneratorTask, config_for
 from titok_fast.training.loop import Optimization
 from titok_fast.training.run import STATE_FILE, Options, Task, run
-from titok_fast.training.tokenizer import TokenizerTask, config_of, predicts_proxies
+from titok_fast.training.tokenizer import (
+    TokenizerTask,
+    config_of,
+    loss_options,
+    predicts_proxies,
+)
 
 Trained: TypeAlias = Generator | Tokenizer
 KINDS: tuple[type[Trained], ...] = (MaskGIT, ARTransformer, TiTok, IBQTokenizer)
 RECIPES: dict[Any, tuple[Optimization, Options]] = {**generator.RECIPES, **tokenizer.RECIPES}
 LOSSES: dict[Any, Any] = {MaskGIT: generator.Losses(), **tokenizer.LOSSES}
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
+FIELDS_OF_ADVERSARY = dataclass_fields(AdversaryOptions)
 SETTINGS_FILE = "training.json"
 THE_MODELS = "the model's"
 VQGAN = next(iter(MaskGITVQGAN.releases))
@@ -167,15 +174,6 @@ def train(
         save_every=save_every,
         log_every=log_every,
     )
-    losses = _losses(
-        kind,
-        label_dropout=label_dropout,
-        label_smoothing=label_smoothing,
-        unmasked_weight=unmasked_weight,
-        pixel_loss=pixel_loss,
-        quantizer_weight=quantizer_weight,
-        kl_weight=kl_weight,
-    )
     adversary = _adversary(
         adversarial_weight=adversarial_weight,
         adversarial_start=adversarial_start,
@@ -185,13 +183,28 @@ def train(
     data: Any = find_images(paths) if kind in TOKENIZERS else _token_file(paths)
     if config is None and model is not None:
         config = config_for(model, data) if isinstance(data, TokenFile) else config_of(model)
+    elif kind is IBQTokenizer:
+        config = {"use_entropy_loss": True, **config}
     of_proxies = kind in TOKENIZERS and predicts_proxies(config)
     if proxy is not None and not of_proxies:
         raise ValueError(f"--proxy: got {proxy!r}, which only a TiTok's first stage has a use for")
     if second_stage and not (init and of_proxies):
         raise ValueError("--second-stage: allowed with --init of a first-stage TiTok")
+    if adversary and adversary.adversarial_start >= optimization.steps:
+        raise ValueError(f"--adversarial-start: got {adversary.adversarial_start}, allowed is less "
+                         f"than the {optimization.steps} --steps")  # fmt: skip
     if adversary and (kind not in TOKENIZERS or (of_proxies and not second_stage)):
         raise ValueError("--adversarial-weight: allowed for a tokenizer that predicts pixels")
+    losses = _losses(
+        kind,
+        loss_options(config) if kind in TOKENIZERS and not second_stage else None,
+        label_dropout=label_dropout,
+        label_smoothing=label_smoothing,
+        unmasked_weight=unmasked_weight,
+        pixel_loss=pixel_loss,
+        quantizer_weight=quantizer_weight,
+        kl_weight=kl_weight,
+    )
     place = _place(device)
     processes = dist.get_world_size() if dist.is_initialized() else 1
     first = processes == 1 or dist.get_rank() == 0
@@ -199,11 +212,13 @@ def train(
         options.part_size(processes)
     fields = {
         name: value
-        for part in (optimization, options, losses, adversary)
+        for part in (optimization, options, losses)
         if part is not None
         for name, value in asdict(part).items()
         if name not in ("betas", "save_every", "log_every")
     }
+    # None without a discriminator, so that a run with one is another.
+    fields |= {each.name: getattr(adversary, each.name, None) for each in FIELDS_OF_ADVERSARY}
     fields |= {"model": model, "init": init, "proxy": proxy, "second_stage": second_stage}
     fields |= {"beta1": betas[0], "beta2": betas[1]}
     settings: dict[str, Setting] = {
@@ -263,14 +278,26 @@ def _source(model: str | None, init: str | None) -> tuple[type[Trained], Path | 
     return next(kind for kind in KINDS if model in kind.releases), None, None
 
 
-def _losses(kind: type[Trained], **given: float | str | None) -> Any:
-    """The weights of the model's losses; None where it has none."""
-    if kind in LOSSES:
-        return with_options(LOSSES[kind], kind.__name__, **given)
+def _losses(kind: type[Trained], allowed: Sequence[str] | None, **given: float | str | None) -> Any:
+    """The weights of the model's losses; None where it has none.
+
+    Args:
+        kind: of the model.
+        allowed: the options that its loss has; None for all of `kind`.
+        **given: by name; None where it is not.
+
+    Raises:
+        ValueError: for an option that it has no use for.
+    """
+    default = LOSSES.get(kind)
+    if allowed is None:
+        allowed = () if default is None else tuple(asdict(default))
     for name, value in given.items():
-        if value is not None:
-            raise ValueError(f"{flag(name)}: got {value}, but {kind.__name__} has no such option")
-    return None
+        if value is not None and name not in allowed:
+            raise ValueError(
+                f"{flag(name)}: got {value}, but this {kind.__name__} has no use for it"
+            )
+    return None if default is None else with_options(default, kind.__name__, **given)
 
 
 def _adversary(**given: float | None) -> AdversaryOptions | None:
@@ -321,14 +348,5 @@ def _check_output(folder: Path, settings: dict[str, Setting]) -> None:
         if (folder / CONFIG_FILE).exists() or (folder / WEIGHTS_FILE).exists():
             raise ValueError(f"--output: {folder} holds a model, allowed is a folder without one")
         return
-    if not (folder / STATE_FILE).exists():
-        return
-    try:
-        changes = changed(json.loads(record.read_text(encoding="utf-8")), settings)
-    except (AttributeError, OSError, ValueError):
-        raise ValueError(f"--output: {record} is not readable, allowed is another folder") from None
-    if changes:
-        raise ValueError(
-            f"--output: {folder} is of a run with other settings ({changes}); repeat those, or "
-            "name another folder"
-        )
+    if (folder / STATE_FILE).exists():
+        check_settings(record, settings)

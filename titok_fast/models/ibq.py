@@ -337,7 +337,7 @@ class IBQTokenizer(PretrainedModel):
         return out
 
     def forward(self, images: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        """One training pass, differentiable.
+        """One training pass, differentiable. Codes are searched in float32, under autocast too.
 
         Args:
             images: as for `latents`.
@@ -350,7 +350,9 @@ class IBQTokenizer(PretrainedModel):
         Raises:
             TypeError, ValueError: as `latents`.
         """
-        quantized, losses, (_, _, indices) = self.quantize(self.latents(images))
+        z = self.latents(images)
+        with torch.autocast(z.device.type, enabled=False):
+            quantized, losses, (_, _, indices) = self.quantize(z.to(self.quant_conv.weight.dtype))
         # With entropies: quantizer, row entropy, batch entropy, and the loss of the two.
         loss = losses[0] + losses[3] if isinstance(losses, tuple) else losses
         z = self.post_quant_conv(quantized.to(self.post_quant_conv.weight.dtype))

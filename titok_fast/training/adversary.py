@@ -91,7 +91,7 @@ class Adversary(Helper):
 
     Args:
         options: how it learns.
-        discriminator: images [B, 3, H, W] to logits.
+        discriminator: images [B, 3, H, W] to logits; what needs no gradient stays as it is.
 
     Source: the second stage of TiTok in 1d-tokenizer: hinge loss and LeCam's regularisation.
     """
@@ -106,8 +106,10 @@ class Adversary(Helper):
         self.discriminator = discriminator or PatchDiscriminator()
         self.register_buffer("means", torch.zeros(2))  # of logits of images and reconstructions
         self._done = 0
+        self._seen: list[Tensor] = []  # means of the batches since the last step
+        self._moved = [p for p in self.discriminator.parameters() if p.requires_grad]
         self._optimizer = torch.optim.AdamW(
-            self.discriminator.parameters(),
+            self._moved,
             self.options.discriminator_learning_rate,
             betas=(0.9, 0.999),
             weight_decay=1e-4,
@@ -133,24 +135,31 @@ class Adversary(Helper):
             apart = F.relu(real.mean() - self.means[1]) ** 2
             apart = apart + F.relu(self.means[0] - fake.mean()) ** 2
             (loss + self.options.lecam_weight * apart).backward()
-            means = torch.stack([real.detach().mean(), fake.detach().mean()])
-            self.means.lerp_(means, 1 - LECAM_DECAY)
-            self.discriminator.requires_grad_(False)
+            self._seen.append(torch.stack([real.detach().mean(), fake.detach().mean()]))
+            for parameter in self._moved:
+                parameter.requires_grad_(False)
             verdict: Tensor = self.discriminator(made).mean()
-            self.discriminator.requires_grad_(True)
+            for parameter in self._moved:
+                parameter.requires_grad_(True)
         return -self.options.adversarial_weight * verdict
 
     def step(self) -> None:
-        """Moves the discriminator by the mean of the gradients of all processes."""
-        gradients = [p.grad for p in self.discriminator.parameters() if p.grad is not None]
-        if gradients:
+        """Moves the discriminator by the mean gradient of the batches since the last step."""
+        if self._seen:
+            gradients = [p.grad for p in self._moved if p.grad is not None]
+            means = torch.stack(self._seen).sum(0)
+            parts = len(self._seen)
             if dist.is_available() and dist.is_initialized():
-                for tensor in (*gradients, self.means):
+                for tensor in (*gradients, means):
                     dist.all_reduce(tensor)
-                    tensor.div_(dist.get_world_size())
-            nn.utils.clip_grad_norm_(self.discriminator.parameters(), CLIP_NORM)
+                parts *= dist.get_world_size()
+            for tensor in (*gradients, means):
+                tensor.div_(parts)
+            self.means.lerp_(means, 1 - LECAM_DECAY)
+            nn.utils.clip_grad_norm_(self._moved, CLIP_NORM)
             self._optimizer.step()
             self._optimizer.zero_grad()
+            self._seen = []
         self._done += 1
 
     def get_extra_state(self) -> dict[str, Any]:

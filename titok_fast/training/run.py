@@ -162,6 +162,9 @@ def run(
         network = DistributedDataParallel(
             model, device_ids=None if device.type == "cpu" else [device]
         )
+        if task.helper is not None:  # as DDP does with the model
+            for tensor in (*task.helper.parameters(), *task.helper.buffers()):
+                dist.broadcast(tensor.detach(), 0)
     generator = torch.Generator(device)
 
     def batch(number: int) -> Any:
@@ -295,6 +298,8 @@ class _Keeper:
             self.average.load_state_dict(state["average"])
             if self._task.helper is not None:
                 self._task.helper.load_state_dict(state["helper"])
+            elif "helper" in state:
+                raise ValueError("of one with a helper")
             optimizer.load_state_dict(state["optimizer"])
             steps = int(state["steps"])
         except Exception as error:  # a damaged file raises whatever it runs into

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from titok_fast.images import read_pixels, to_float
@@ -109,19 +110,21 @@ class TokenizerTask(Task):
             raise ValueError("vqgan: got None, which a first-stage model needs for proxy codes")
         if not of_proxies and vqgan is not None:
             raise ValueError("vqgan: allowed with a first-stage model, this one predicts pixels")
-        if of_proxies and adversary is not None:
-            raise ValueError("adversary: allowed with a model that predicts pixels")
+        for name, given in (("adversary", adversary), ("perceptual", perceptual)):
+            if of_proxies and given is not None:
+                raise ValueError(f"{name}: allowed with a model that predicts pixels")
+        if of_proxies and isinstance(model, TiTok) and model.quantize_mode == "vae":
+            raise ValueError("model: got a legacy one with continuous latents, allowed are codes")
         if vqgan is not None:
-            patch, code = model.config["model"]["vq_model"]["vit_dec_patch_size"], vqgan.stride
-            if code != patch:
-                raise ValueError(f"vqgan: got a code for {code} x {code} pixels, allowed is "
-                                 f"{patch} x {patch}, the decoder's patch")  # fmt: skip
+            _check_stride(vqgan, model.config)
         if not paths:
             raise ValueError("paths: got no file")
         self.model, self.count = model.train(), len(paths)
         self._paths, self._perceptual = list(paths), perceptual
         self.helper = self._adversary = adversary
         self._losses = losses or LOSSES[type(model)]
+        if isinstance(model, IBQTokenizer) and dist.is_available() and dist.is_initialized():
+            model.quantize.process_group = dist.group.WORLD  # of the batch's entropy
         self._vqgan = None if vqgan is None else vqgan.eval().requires_grad_(False)
         self._log, self._unreadable = log, set[int]()
 
@@ -171,12 +174,28 @@ class TokenizerTask(Task):
         return loss
 
 
+def _check_stride(vqgan: MaskGITVQGAN, config: Mapping[str, Any]) -> None:
+    """Raises ValueError unless the VQGAN has a code for each patch of a TiTok's decoder."""
+    patch, code = config["model"]["vq_model"]["vit_dec_patch_size"], vqgan.stride
+    if code != patch:
+        raise ValueError(f"vqgan: got a code for {code} x {code} pixels, allowed is "
+                         f"{patch} x {patch}, the decoder's patch")  # fmt: skip
+
+
 def predicts_proxies(config: Mapping[str, Any]) -> bool:
     """Whether a tokenizer's configuration is of TiTok's first stage, without pixels."""
     if "model" not in config:
         return False
     vq = config["model"]["vq_model"]
     return bool(vq.get("is_legacy", True)) and not vq.get("finetune_decoder", True)
+
+
+def loss_options(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The fields of `Losses` that a tokenizer's loss has."""
+    if predicts_proxies(config):
+        return ("quantizer_weight",)
+    vae = config.get("model", {}).get("vq_model", {}).get("quantize_mode") == "vae"
+    return ("pixel_loss", "kl_weight" if vae else "quantizer_weight")
 
 
 def config_of(name: str) -> dict[str, Any]:
@@ -212,6 +231,7 @@ def second_stage(model: TiTok, vqgan: MaskGITVQGAN) -> TiTok:
     if not predicts_proxies(model.config):
         raise ValueError("model: got one that predicts pixels, allowed is one of the first stage")
     config = copy.deepcopy(model.config)
+    _check_stride(vqgan, config)
     config["model"]["vq_model"]["finetune_decoder"] = True
     made = TiTok.from_config(config)
     state = model.state_dict() | {
