@@ -55,8 +55,12 @@ def heading(result: Result, document: Path) -> str:
         result.data["datetime"][:10],
         f"commit {machine['git']['commit'][:7]}",
     ]
-    link = os.path.relpath(result.path, (ROOT / document).parent)
-    return f"**{result.title}**: {', '.join(facts)}, [`{result.path.name}`]({link})"
+    return f"**{result.title}**: {', '.join(facts)}, {link(result.path, document)}"
+
+
+def link(path: Path, document: Path) -> str:
+    """A link to a results file; `document` is relative to the root."""
+    return f"[`{path.name}`]({os.path.relpath(path, (ROOT / document).parent)})"
 
 
 def table(head: list[str], lines: Iterable[list[str]], *, texts: int = 1) -> list[str]:
@@ -185,12 +189,9 @@ def every_goal(results: list[Result], document: Path) -> list[str]:
         for title, column in found.items():
             verdicts = Counter(outcome.verdict for outcome in column)
             files = dict.fromkeys(o.result.path for o in column if o.result)
-            links = [
-                f"[`{path.name}`]({os.path.relpath(path, (ROOT / document).parent)})"
-                for path in files
-            ]
+            links = ", ".join(link(path, document) for path in files)
             numbers = [str(verdicts[name]) for name in ("met", "missed", "not measured")]
-            counts.append([machine_name(machine), title, *numbers, ", ".join(links)])
+            counts.append([machine_name(machine), title, *numbers, links])
         columns = list(found.values())
         body = []
         for row in zip(*columns, strict=True):
@@ -356,8 +357,7 @@ def profiles(_results: list[Result], document: Path) -> list[str]:
         title = f"{data['model']} and {data['baseline']}, {data['image_size']} px"
         facts = [f"batch of {data['batch_size']}", data["dtype"], data["device"]]
         facts += [f"torch {data['versions']['torch']}", path.stem[-len("2030-01-02") :]]
-        link = os.path.relpath(path, (ROOT / document).parent)
-        lines += [f"**{title}**: {', '.join(facts)}, [`{path.name}`]({link})", ""]
+        lines += [f"**{title}**: {', '.join(facts)}, {link(path, document)}", ""]
         lines += table(head, body, texts=3)
     return lines or NO_RUN
 

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "titok_fast"
 FLOORS = {
     "_contention": 1,
+    "_distributed": 1,
     "_files": 1,
     "_library": 1,
     "reference": 1,

@@ -87,16 +87,24 @@ class Stopped(Exception):
     pass
 
 
-class Stops(GeneratorTask):
-    """Is killed in its fifth loss."""
+class Stops:
+    """A task that is killed in one of its losses."""
 
     calls = 0
 
     def loss(self, network, batch, generator):
         self.calls += 1
-        if self.calls == 5:
+        if self.calls == self.last:
             raise Stopped
         return super().loss(network, batch, generator)
+
+
+class StopsInItsFifth(Stops, GeneratorTask):
+    last = 5
+
+
+class StopsInItsFourth(Stops, TokenizerTask):
+    last = 4
 
 
 def test_a_run_that_was_stopped_gives_the_same_bits(kind, tmp_path):
@@ -104,7 +112,13 @@ def test_a_run_that_was_stopped_gives_the_same_bits(kind, tmp_path):
     task = GeneratorTask(generator(kind), token_file())
     whole = run(task, optimization, options, log=quiet).state_dict()
     with pytest.raises(Stopped):
-        run(Stops(generator(kind), token_file()), optimization, options, tmp_path, log=quiet)
+        run(
+            StopsInItsFifth(generator(kind), token_file()),
+            optimization,
+            options,
+            tmp_path,
+            log=quiet,
+        )
     lines = []
     torch.rand(3)  # what is drawn around it does not matter
     task = GeneratorTask(generator(kind), token_file())
@@ -563,15 +577,6 @@ def test_a_discriminator_learns_to_tell():
 
 
 def test_a_run_with_an_adversary_is_taken_up_with_the_same_bits(pictures, tmp_path):
-    class Killed(TokenizerTask):
-        calls = 0
-
-        def loss(self, network, batch, generator):
-            self.calls += 1
-            if self.calls == 4:
-                raise Stopped
-            return super().loss(network, batch, generator)
-
     def task(kind=TokenizerTask):
         judge = adversary(adversarial_start=1)
         return kind(titok(is_legacy=False), pictures[:8], adversary=judge, log=quiet)
@@ -580,7 +585,7 @@ def test_a_run_with_an_adversary_is_taken_up_with_the_same_bits(pictures, tmp_pa
     whole = task()
     expected = run(whole, optimization, options, log=quiet).state_dict()
     with pytest.raises(Stopped):
-        run(task(Killed), optimization, options, tmp_path, log=quiet)
+        run(task(StopsInItsFourth), optimization, options, tmp_path, log=quiet)
     again = task()
     model = run(again, optimization, options, tmp_path, log=quiet).state_dict()
     assert all(torch.equal(model[name], tensor) for name, tensor in expected.items())

@@ -19,6 +19,7 @@ from titok_fast._files import replacing
 
 _KINDS = "avif bmp gif jp2 jpeg jpg pgm png pnm ppm tif tiff webp"
 Pixels = npt.NDArray[Any]
+Crop = tuple[float, float] | None
 IMAGE_SUFFIXES = frozenset(f".{kind}" for kind in _KINDS.split(" "))
 
 
@@ -211,7 +212,7 @@ def read_pixels(
     size: int,
     *,
     interpolation: str = "bicubic",
-    crop: tuple[float, float] | None = None,
+    crop: Crop = None,
 ) -> Tensor:
     """As `read_image`, but in 8 bits: [3, size, size] uint8.
 
@@ -237,9 +238,6 @@ def _check_interpolation(interpolation: str) -> None:
             f"interpolation: got {interpolation!r}, allowed are "
             f"{', '.join(map(repr, _INTERPOLATIONS))}"
         )
-
-
-Crop = tuple[float, float] | None
 
 
 def _bicubic(image: Image.Image, size: int, crop: Crop) -> Pixels:

@@ -5,7 +5,6 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
@@ -13,6 +12,7 @@ import torch
 import torch.distributed as dist
 import typer
 
+from titok_fast._distributed import rank_and_size
 from titok_fast.cli.common import (
     Device,
     default_workers,
@@ -47,7 +47,6 @@ KINDS: tuple[type[Trained], ...] = (MaskGIT, ARTransformer, TiTok, IBQTokenizer)
 RECIPES: dict[Any, tuple[Optimization, Options]] = {**generator.RECIPES, **tokenizer.RECIPES}
 LOSSES: dict[Any, Any] = {MaskGIT: generator.Losses(), **tokenizer.LOSSES}
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
-FIELDS_OF_ADVERSARY = dataclass_fields(AdversaryOptions)
 SETTINGS_FILE = "training.json"
 THE_MODELS = "the model's"
 VQGAN = next(iter(MaskGITVQGAN.releases))
@@ -206,8 +205,7 @@ def train(
         kl_weight=kl_weight,
     )
     place = _place(device)
-    processes = dist.get_world_size() if dist.is_initialized() else 1
-    first = processes == 1 or dist.get_rank() == 0
+    rank, processes = rank_and_size()
     with flags():
         options.part_size(processes)
     fields = {
@@ -218,7 +216,7 @@ def train(
         if name not in ("betas", "save_every", "log_every")
     }
     # None without a discriminator, so that a run with one is another.
-    fields |= {each.name: getattr(adversary, each.name, None) for each in FIELDS_OF_ADVERSARY}
+    fields |= asdict(adversary) if adversary else dict.fromkeys(asdict(AdversaryOptions()))
     fields |= {"model": model, "init": init, "proxy": proxy, "second_stage": second_stage}
     fields |= {"beta1": betas[0], "beta2": betas[1]}
     settings: dict[str, Setting] = {
@@ -252,14 +250,14 @@ def train(
         workers = default_workers(workers, place)
     if compiled:
         compile(task.model)
-    if first:
+    if rank == 0:
         write_settings(output / SETTINGS_FILE, settings)
         size = sum(parameter.numel() for parameter in task.model.parameters()) / 1e6
         say(f"{name}, {size:,.1f} million parameters, {task.count:,} images")
     run(task, optimization, options, output, workers=workers or 0, log=say)
-    if dist.is_initialized():
+    if processes > 1:
         dist.destroy_process_group()
-    if first:
+    if rank == 0:
         say(f"wrote {output}")
 
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from titok_fast._distributed import rank_and_size
 from titok_fast.ops import inspect
 from titok_fast.ops.arguments import strided
 from titok_fast.ops.nearest_code import BACKENDS, nearest_code
@@ -15,7 +16,7 @@ from titok_fast.ops.nearest_code import BACKENDS, nearest_code
 
 def _gather(x: Tensor) -> Tensor:
     """`x` of every rank, concatenated along dim 0 in rank order."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if rank_and_size()[1] == 1:
         return x
     parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, x.contiguous())

@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from titok_fast._distributed import rank_and_size
 from titok_fast.models.checks import NUMBER, POSITIVE, WHOLE, check_fields
 from titok_fast.training.run import Helper
 
@@ -149,10 +150,11 @@ class Adversary(Helper):
             gradients = [p.grad for p in self._moved if p.grad is not None]
             means = torch.stack(self._seen).sum(0)
             parts = len(self._seen)
-            if dist.is_available() and dist.is_initialized():
+            _, processes = rank_and_size()
+            if processes > 1:
                 for tensor in (*gradients, means):
                     dist.all_reduce(tensor)
-                parts *= dist.get_world_size()
+                parts *= processes
             for tensor in (*gradients, means):
                 tensor.div_(parts)
             self.means.lerp_(means, 1 - LECAM_DECAY)

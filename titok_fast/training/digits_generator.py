@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from titok_fast.models import MaskGIT, TiTok
-from titok_fast.training.data import augment, digits, mask_tokens, shuffled
+from titok_fast.training.data import augment, digits, shuffled
 from titok_fast.training.digits import digit_classifier
+from titok_fast.training.generator import masked_loss
 from titok_fast.training.loop import Optimization, fit
-from titok_fast.training.losses import masked_token_loss
 from titok_fast.training.recipe import initial_model, run
 
 NAME = "maskgit-digits"
@@ -25,7 +25,6 @@ SEED = 0
 BATCH_SIZE = 64
 LEARNING_RATE = 2e-3
 COPIES = 16
-LABEL_DROPOUT = 0.1
 
 
 @dataclass(frozen=True)
@@ -70,10 +69,7 @@ def train(
 
     def loss_at(step: int) -> Tensor:
         chosen = next(batches)
-        dropped = torch.rand(BATCH_SIZE, generator=generator) < LABEL_DROPOUT
-        given = torch.where(dropped, model.num_classes, labels[chosen])
-        ids, masked = mask_tokens(tokens[chosen], model.mask_id, generator)
-        return masked_token_loss(model(ids, given), tokens[chosen], masked)
+        return masked_loss(model, model, tokens[chosen], labels[chosen], generator)
 
     losses = fit(
         model.parameters(), loss_at, Optimization(steps, LEARNING_RATE), log_every=500, log=log

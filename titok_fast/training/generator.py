@@ -43,8 +43,8 @@ class Losses:
         check_fields(self, label_dropout=SHARE, label_smoothing=SHARE, unmasked_weight=SHARE)
 
 
-# MaskGIT: configs/training/generator/maskgit.yaml of 1d-tokenizer. ARTransformer: 1e-4 for each 256
-# images of a batch, and 300 epochs of ImageNet.
+# MaskGIT: configs/training/generator/maskgit.yaml of 1d-tokenizer. ARTransformer: ours, 1e-4 for
+# each 256 images of a batch, and 300 epochs of ImageNet.
 RECIPES: Mapping[type[Generator], tuple[Optimization, Options]] = {
     MaskGIT: (
         Optimization(
@@ -99,20 +99,43 @@ class GeneratorTask(Task):
     def loss(
         self, network: nn.Module, batch: tuple[Tensor, Tensor], generator: torch.Generator
     ) -> Tensor:
-        device, losses = generator.device, self._losses
-        tokens, labels = (each.to(device, non_blocking=True) for each in batch)
+        tokens, labels = (each.to(generator.device, non_blocking=True) for each in batch)
         if isinstance(self.model, ARTransformer):
             return next_token_loss(network(tokens[:, :-1], labels), tokens)
-        dropped = torch.rand(len(labels), generator=generator, device=device) < losses.label_dropout
-        labels = torch.where(dropped, self.model.num_classes, labels)
-        ids, masked = mask_tokens(tokens, self.model.mask_id, generator)
-        return masked_token_loss(
-            network(ids, labels),
-            tokens,
-            masked,
-            label_smoothing=losses.label_smoothing,
-            unmasked_weight=losses.unmasked_weight,
-        )
+        return masked_loss(self.model, network, tokens, labels, generator, self._losses)
+
+
+def masked_loss(
+    model: MaskGIT,
+    network: nn.Module,
+    tokens: Tensor,
+    labels: Tensor,
+    generator: torch.Generator,
+    losses: Losses = Losses(),
+) -> Tensor:
+    """The loss of images of which some tokens are masked and some labels left out, at random.
+
+    Args:
+        model: a MaskGIT.
+        network: called in its place.
+        tokens: [B, L] int64.
+        labels: [B] int64.
+        generator: source of the draws, on the device of both.
+        losses: shares and weights.
+
+    Returns:
+        A scalar, as `masked_token_loss` gives.
+    """
+    dropped = torch.rand(len(labels), generator=generator, device=labels.device)
+    labels = torch.where(dropped < losses.label_dropout, model.num_classes, labels)
+    ids, masked = mask_tokens(tokens, model.mask_id, generator)
+    return masked_token_loss(
+        network(ids, labels),
+        tokens,
+        masked,
+        label_smoothing=losses.label_smoothing,
+        unmasked_weight=losses.unmasked_weight,
+    )
 
 
 def _check_fits(model: Generator, file: TokenFile) -> None:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from titok_fast._distributed import rank_and_size
 from titok_fast._files import remove_temporaries, replacing
 from titok_fast.models.checks import COUNT, DECAY, WHOLE, check_fields, one_of, or_none
 from titok_fast.models.pretrained import CONFIG_FILE, WEIGHTS_FILE, PretrainedModel
@@ -153,7 +154,7 @@ def run(
             folder that not all processes see.
         FloatingPointError: when a loss is not finite.
     """
-    rank, processes = _place()
+    rank, processes = rank_and_size()
     part_size = options.part_size(processes)
     count = options.batch_size // (processes * part_size)
     model, device = task.model, next(task.model.parameters()).device
@@ -206,13 +207,6 @@ def run(
         del network
         gc.collect()  # at the interpreter's exit it can abort the process
     return keeper.average.eval()
-
-
-def _place() -> tuple[int, int]:
-    """The number of this process, and how many there are."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return 0, 1
-    return dist.get_rank(), dist.get_world_size()
 
 
 class _Ahead:
@@ -278,8 +272,9 @@ class _Keeper:
 
     def start(self, optimizer: torch.optim.Optimizer) -> int:
         steps = 0 if self._path is None else self._load(self._path, optimizer)
-        if _place()[1] > 1:
-            of_all: list[Any] = [None] * _place()[1]
+        _, processes = rank_and_size()
+        if processes > 1:
+            of_all: list[Any] = [None] * processes
             dist.all_gather_object(of_all, steps)
             if len(set(of_all)) > 1:
                 raise ValueError(f"folder: {self._path} is not one that all processes see")

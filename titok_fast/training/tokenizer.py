@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from titok_fast._distributed import rank_and_size
 from titok_fast.images import read_pixels, to_float
 from titok_fast.models import IBQTokenizer, MaskGITVQGAN, TiTok, Tokenizer
 from titok_fast.models.checks import NUMBER, check_fields, one_of
@@ -20,7 +21,8 @@ from titok_fast.training.losses import PIXEL_LOSSES, proxy_code_loss, tokenizer_
 from titok_fast.training.run import Options, Task
 
 # TiTok: configs/training/TiTok/stage1/titok_b64.yaml of 1d-tokenizer, whose 32 images of a GPU are
-# 256 of eight. IBQ: Adam as VQGANs are trained.
+# 256 of eight. IBQ: ours, with the Adam that VQGANs
+# have.
 RECIPES: Mapping[type[Tokenizer], tuple[Optimization, Options]] = {
     TiTok: (
         Optimization(
@@ -62,7 +64,7 @@ class Losses:
         )
 
 
-# IBQ's code takes the absolute error of pixels in [-1, 1], twice as large, and a weight of one.
+# IBQ's, doubled, are the absolute error of pixels in its range [-1, 1], and a weight of one.
 LOSSES: Mapping[type[Tokenizer], Losses] = {
     TiTok: Losses(),
     IBQTokenizer: Losses(pixel_loss="l1", quantizer_weight=0.5),
@@ -123,7 +125,7 @@ class TokenizerTask(Task):
         self._paths, self._perceptual = list(paths), perceptual
         self.helper = self._adversary = adversary
         self._losses = losses or LOSSES[type(model)]
-        if isinstance(model, IBQTokenizer) and dist.is_available() and dist.is_initialized():
+        if isinstance(model, IBQTokenizer) and rank_and_size()[1] > 1:
             model.quantize.process_group = dist.group.WORLD  # of the batch's entropy
         self._vqgan = None if vqgan is None else vqgan.eval().requires_grad_(False)
         self._log, self._unreadable = log, set[int]()
