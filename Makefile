@@ -45,7 +45,7 @@ report: venv
 lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror csrc/*
+	$(BIN)/clang-format --dry-run --Werror csrc/* tests/cuda_simulator/*
 	$(BIN)/mypy
 
 wheel: venv

@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include <cstddef>
 #include <stdexcept>
 #include <string>
 
@@ -17,3 +18,19 @@ inline void check_cuda(cudaError_t status, const char* call) {
 }  // namespace titok
 
 #define TITOK_CHECK_CUDA(call) ::titok::check_cuda((call), #call)
+
+namespace titok {
+
+// Each block gets `shared_bytes` of dynamic shared memory.
+template <class... Parameters, class... Arguments>
+void launch_kernel(void (*kernel)(Parameters...), unsigned blocks, unsigned threads,
+                   std::size_t shared_bytes, void* stream, const Arguments&... arguments) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = blocks;
+  config.blockDim = threads;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  TITOK_CHECK_CUDA(cudaLaunchKernelEx(&config, kernel, arguments...));
+}
+
+}  // namespace titok

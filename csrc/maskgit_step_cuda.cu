@@ -280,7 +280,6 @@ __global__ void __launch_bounds__(kThreads) maskgit_step_mask_kernel(const Maskg
 
 template <class T>
 void launch(const MaskgitStepArgs& args) {
-  const auto stream = static_cast<cudaStream_t>(args.stream);
   const auto is_aligned_as = [](const void* logits, const int64_t (&strides)[2]) {
     return is_aligned(static_cast<const T*>(logits), strides[0], strides[1]);
   };
@@ -291,13 +290,14 @@ void launch(const MaskgitStepArgs& args) {
   const int steps = static_cast<int>((args.vocabulary + step - 1) / step);
   const std::size_t bytes = steps * step * sizeof(float);
   if (bytes <= kKeptBytes) {
-    maskgit_step_draw_kernel<T, true><<<positions, kThreads, bytes, stream>>>(args, steps, aligned);
+    launch_kernel(maskgit_step_draw_kernel<T, true>, positions, kThreads, bytes, args.stream, args,
+                  steps, aligned);
   } else {
-    maskgit_step_draw_kernel<T, false><<<positions, kThreads, 0, stream>>>(args, steps, aligned);
+    launch_kernel(maskgit_step_draw_kernel<T, false>, positions, kThreads, 0, args.stream, args,
+                  steps, aligned);
   }
-  TITOK_CHECK_CUDA(cudaGetLastError());
-  maskgit_step_mask_kernel<<<static_cast<unsigned>(args.batch), kThreads, 0, stream>>>(args);
-  TITOK_CHECK_CUDA(cudaGetLastError());
+  launch_kernel(maskgit_step_mask_kernel, static_cast<unsigned>(args.batch), kThreads, 0,
+                args.stream, args);
 }
 
 }  // namespace

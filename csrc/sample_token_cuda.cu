@@ -411,14 +411,12 @@ __global__ void __launch_bounds__(kThreads, 4)
 
 template <class T>
 void launch(const SampleTokenArgs& args) {
-  const auto stream = static_cast<cudaStream_t>(args.stream);
   const Plan plan = make_plan(args.batch, args.vocabulary);
   const bool aligned = is_aligned(static_cast<const T*>(args.cond), args.cond_stride) &&
                        is_aligned(static_cast<const T*>(args.uncond), args.uncond_stride);
   const auto blocks = static_cast<unsigned>(args.batch * plan.blocks);
   const auto run = [&](auto* kernel) {
-    kernel<<<blocks, kThreads, 0, stream>>>(args, plan, aligned);
-    TITOK_CHECK_CUDA(cudaGetLastError());
+    launch_kernel(kernel, blocks, kThreads, 0, args.stream, args, plan, aligned);
   };
   // A kernel whose work only the device can rule out returns at once there.
   const bool top_k =

@@ -7,14 +7,27 @@ import re
 import pytest
 import torch
 
+from tests import simulation
 from titok_fast.ops import inspect
 from titok_fast.testing import cpu_isa, supported_isas
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-@pytest.fixture(params=["portable", "avx2", "avx512", "cuda"])
-def backend(request):
+HARDWARE = ("portable", "avx2", "avx512", "cuda")
+
+
+many_draws = pytest.mark.parametrize("backend", HARDWARE, indirect=True)  # too many to simulate
+
+
+@pytest.fixture(params=[*HARDWARE, "simulated"])
+def backend(request, monkeypatch):
+    """The C++ op once for each instruction set, the CUDA C++ op, and its simulation on a CPU."""
+    if request.param == "simulated":
+        ops = simulation.as_cpu_ops(order=1)
+        monkeypatch.setattr(inspect, "extension", lambda: ops)
+        yield "cpu"
+        return
     if request.param == "cuda":
         if not torch.cuda.is_available():
             pytest.skip("needs a CUDA device")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests import drawing
-from tests.drawing import DTYPES, chi_square
+from tests.drawing import DTYPES, chi_square, many_draws
 from titok_fast import maskgit_step
 from titok_fast.ops import inspect
 from titok_fast.reference.attention import philox
@@ -103,6 +103,7 @@ def test_equals_reference_at_any_setting(backend, device, name, value):
         assert_exact(cond, ids, backend=backend, uncond_logits=uncond, **options)
 
 
+@many_draws
 def test_a_hundred_thousand_draws_equal_the_reference(backend, device):
     cond, uncond, ids = inputs(20, 5000, 40, unmasked=5001, device=device)
     assert_exact(cond, ids, backend=backend, uncond_logits=uncond, **EVERYTHING)
@@ -115,6 +116,7 @@ def test_vocabulary_beyond_shared_memory(backend, device):
         assert_exact(cond, ids, backend=backend, uncond_logits=uncond, **options)
 
 
+@many_draws
 @pytest.mark.parametrize(("softmax", "token"), [(1.0, 1.0), (0.6, 1.0), (1.3, 2.0), (1.0, 0.5)])
 def test_tokens_follow_the_softmax(backend, device, softmax, token):
     draws = 200_000
@@ -132,6 +134,7 @@ def test_tokens_follow_the_softmax(backend, device, softmax, token):
         assert abs(chi_square(pairs, torch.outer(marginal, marginal).flatten())) < 4
 
 
+@many_draws
 def test_confidence_noise_is_gumbel(backend, device):
     ids = torch.full((1, 100_000), MASK, device=device)
     _, _, confidence = maskgit_step(
@@ -587,4 +590,4 @@ def test_gpu_graph_capture():
 
 
 def test_cuda_kernels_spill_nothing():
-    drawing.assert_nothing_spilled("maskgit_step", kernels=7, registers=80, shared=9 << 10)
+    drawing.assert_nothing_spilled("maskgit_step", kernels=7, registers=64, shared=9 << 10)
