@@ -256,6 +256,12 @@ def test_a_run_needs_a_place_of_its_own(titok_fast, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_capture_needs_a_gpu(titok_fast, tmp_path):
+    result = titok_fast(*DIGITS, "--count", 1, "-o", tmp_path / "out", "--capture")
+    assert result.returncode == 2 and "--capture: allowed on a GPU and without --ids" in result.err
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("name", "text"),
     [

@@ -3,13 +3,16 @@
 import itertools
 import json
 import math
+import sys
 
 import pytest
 import torch
 
 import titok_fast
 from tests.conformance import FOLDER, expected, manifest, uniform, weights
-from titok_fast.models import MaskGIT, Sampling
+from titok_fast.models import MaskGIT, Sampling, TiTok, maskgit
+from titok_fast.models.accelerated import recording
+from titok_fast.models.generate import Sampler
 from titok_fast.models.maskgit import SCHEDULES
 from titok_fast.testing import relative_error
 
@@ -351,6 +354,49 @@ def test_from_labels_to_images():
         titok_fast.generate([1], model="titok-x")
 
 
+def test_whole_batches_are_captured(monkeypatch):
+    """No GPU here, so no graph: what a replay would run is called instead."""
+    batches = []
+
+    def replay_later(function, *examples):
+        def replay(*arguments):
+            shapes = [(x.shape, x.dtype) for x in arguments]
+            assert shapes == [(x.shape, x.dtype) for x in examples]
+            batches.append(len(arguments[0]))
+            with recording(arguments[0].device):
+                return function(*arguments)
+
+        return replay
+
+    monkeypatch.setattr(torch.nn.Parameter, "is_cuda", True)
+    monkeypatch.setattr(maskgit, "capture", replay_later)
+    monkeypatch.setattr(sys.modules[Sampler.__module__], "record", replay_later)
+    labels = torch.arange(23) % 10
+    options = {"model": "titok-digits", "seed": 5, "device": "cpu", "batch_size": 5}
+    expected = titok_fast.generate(labels, steps=3, **options)
+    assert batches == []  # for want of eight
+    images = titok_fast.generate(labels, steps=3, capture=True, **options)
+    assert batches == [5] * 9  # once more for an example of the decoder's input
+    assert torch.allclose(images, expected, atol=1e-5)
+    with pytest.raises(ValueError, match="capture: got True with ids, which no graph takes"):
+        titok_fast.generate(labels, ids=torch.full((23, 16), 256), capture=True, **options)
+
+
+def test_capture_by_itself(monkeypatch):
+    tokenizer = TiTok.from_pretrained("titok-digits")
+    generator = MaskGIT.from_pretrained("maskgit-digits")
+
+    def captures(**options):
+        defaults = {"count": 80, "batch_size": 10, "seed": 0}
+        return Sampler(tokenizer, generator, **defaults | options).captures
+
+    assert not captures()
+    monkeypatch.setattr(torch.nn.Parameter, "is_cuda", True)
+    assert captures() and captures(steps=3)
+    for options in ({"count": 79}, {"given": ["ids"]}, {"backend": "cuda"}, {"capture": False}):
+        assert not captures(**options)
+
+
 def test_options_of_each_image():
     options = {"model": "titok-digits", "seed": 5, "device": "cpu"}
     images = titok_fast.generate([3, 1, 4, 1, 5], **options)
@@ -383,6 +429,17 @@ def test_options_of_each_image():
 def test_capture_needs_a_gpu():
     with pytest.raises(RuntimeError, match="capture: the model is on cpu, allowed is a CUDA"):
         small().capture(2)
+    with pytest.raises(RuntimeError, match="capture: the model is on cpu, allowed is a CUDA"):
+        titok_fast.generate([1], model="titok-digits", device="cpu", batch_size=1, capture=True)
+
+
+@pytest.mark.gpu
+def test_captured_images():
+    options = {"model": "titok-digits", "seed": 5, "device": "cuda", "batch_size": 8}
+    labels = torch.arange(67) % 10
+    images = titok_fast.generate(labels, **options)
+    expected = titok_fast.generate(labels, capture=False, **options)
+    assert torch.allclose(images, expected, atol=1e-4)
 
 
 @pytest.mark.gpu

@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -30,13 +30,21 @@ from titok_fast.cli.common import (
     Workers,
     default_workers,
     flag,
+    named_device,
     option,
     say,
     with_options,
 )
 from titok_fast.images import grid, read_pixels, to_float, write_png
 from titok_fast.models import MaskGIT
-from titok_fast.models.generate import PAIRS, Generator, arranged, image_size, pack_pair
+from titok_fast.models.generate import (
+    PAIRS,
+    Generator,
+    Sampler,
+    arranged,
+    image_size,
+    pack_pair,
+)
 from titok_fast.models.maskgit import GUIDANCE_DECAYS, RULES, SCHEDULES
 from titok_fast.tokens import Parts, Setting, TokenFile, changed, raw_bytes, write_settings
 
@@ -65,6 +73,10 @@ def generate(
     dtype: Dtype = "float32",
     batch_size: BatchSize = 64,
     workers: Workers = None,
+    capture: Annotated[
+        bool | None,
+        option("Record whole batches as CUDA graphs.", "on a GPU, 8 or more without --ids"),
+    ] = None,
     guidance_scale: Annotated[
         float | None, option("Of classifier-free guidance.", "the model's")
     ] = None,
@@ -114,6 +126,8 @@ def generate(
         raise ValueError("--regenerate: allowed with --ids and only with it")
     if model not in PAIRS:
         raise ValueError(f"--model: {model!r} is not one of {', '.join(PAIRS)}")
+    if capture and (ids is not None or named_device(device).type != "cuda"):
+        raise ValueError("--capture: allowed on a GPU and without --ids")
     names = PAIRS[model]
     network = Network.load(tokenizer or names.tokenizer, None, device, dtype)
     transformer = names.generator_class.from_pretrained(
@@ -143,6 +157,17 @@ def generate(
         kept = _kept(_tokens(ids, network, transformer), regenerate, transformer)
     if count is None:
         count = len(classes if kept is None else kept)
+    given = "ids" if isinstance(transformer, MaskGIT) else "prefix"
+    sampler = Sampler(
+        network.model,
+        transformer,
+        count=count,
+        batch_size=batch_size,
+        seed=seed,
+        capture=capture,
+        given=() if kept is None else (given,),
+        **asdict(sampling),
+    )
     run = _Run(
         home,
         output,
@@ -162,6 +187,7 @@ def generate(
             "--device": network.device.type,
             "--dtype": dtype,
             "--batch-size": batch_size,  # rounding in the matrix products can depend on it
+            **({"--capture": True} if sampler.captures else {}),  # and on what is done at once
         },
     )
     if run.done:
@@ -169,17 +195,10 @@ def generate(
     workers = default_workers(workers, network.device)
     with Counter("generate", count, run.done) as counter, PngWriter(workers) as writer:
         for numbers in run.todo(batch_size):
-            options: dict[str, Any] = asdict(sampling)
-            if kept is not None:
-                given = "ids" if isinstance(transformer, MaskGIT) else "prefix"
-                options[given] = kept[numbers % len(kept)]
-            tokens = transformer.generate(
-                classes[numbers % len(classes)],
-                seed=seed,
-                image_ids=numbers.to(network.device),
-                **options,
-            )
-            images = network.model.decode(arranged(network.model, tokens)).float().clamp(0, 1)
+            start = {} if kept is None else {given: kept[numbers % len(kept)]}
+            batch = classes[numbers % len(classes)], numbers
+            tokens, images = sampler(*(x.to(network.device) for x in batch), **start)
+            images = images.float().clamp(0, 1)
             run.add(numbers, tokens.cpu(), images.mul(255).to(torch.uint8).cpu(), writer)
             counter.advance(len(numbers))
     run.finish(network, classes)

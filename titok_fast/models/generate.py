@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
+from titok_fast.models.accelerated import capture as record
 from titok_fast.models.accelerated import pack_weights
 from titok_fast.models.auto import Tokenizer, load_tokenizer
 from titok_fast.models.autoregressive import ARTransformer
@@ -19,6 +21,8 @@ from titok_fast.models.packed import packable
 from titok_fast.models.titok import TiTok
 
 Generator: TypeAlias = MaskGIT | ARTransformer
+
+CAPTURED_FROM = 8  # whole batches; recording one takes as long as three
 
 
 class Pair(NamedTuple):
@@ -53,6 +57,7 @@ def generate(
     batch_size: int = 64,
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
+    capture: bool | None = None,
     **options: Any,
 ) -> Tensor:
     """One image for each label. The pair of models is loaded once and kept, on a CPU packed.
@@ -68,6 +73,8 @@ def generate(
         batch_size: images generated at a time.
         dtype: of both networks; None keeps that of the weights.
         device: None is the first GPU if there is one, otherwise the CPU.
+        capture: whether whole batches are recorded as CUDA graphs and replayed; None is on a GPU
+            from 8 whole batches on, where nothing but a setting of the sampling is given.
         **options: of `MaskGIT.generate`, such as steps or guidance_scale, or of
             `ARTransformer.generate`, such as temperature or top_k. Of image_ids, ids and prefix
             there is one entry for each label; return_steps is not allowed.
@@ -78,7 +85,8 @@ def generate(
     Raises:
         TypeError: labels of another dtype than int64, an unknown option.
         ValueError: an unknown model, a label or a number out of range, another number of entries
-            than labels, or return_steps.
+            than labels, return_steps, or `capture` with what cannot be recorded.
+        RuntimeError: `capture` without a GPU.
         FileNotFoundError: the weights are missing and cannot be downloaded.
     """
     if not COUNT.fits(batch_size):
@@ -98,13 +106,86 @@ def generate(
                     f"{name}: got shape {list(of_each[name].shape)}, allowed is "
                     f"[{len(labels)}, ...], one entry for each label"
                 )
+    sampler = Sampler(
+        tokenizer,
+        generator,
+        count=len(labels),
+        batch_size=batch_size,
+        seed=seed,
+        capture=capture,
+        given=of_each.keys() - {"image_ids"},
+        **options,
+    )
     images = []
     for start in range(0, max(1, len(labels)), batch_size):
         rows = slice(start, start + batch_size)
         given: dict[str, Any] = {name: value[rows] for name, value in of_each.items()}
-        tokens = generator.generate(labels[rows], seed=seed, **given, **options)
-        images.append(tokenizer.decode(arranged(tokenizer, tokens)))
+        images.append(sampler(labels[rows], **given)[1])
     return torch.cat(images)
+
+
+class Sampler:
+    """Tokens and images of one batch of labels after another.
+
+    Args:
+        tokenizer: decodes the tokens.
+        generator: of tokens.
+        count: of all images.
+        batch_size: of every batch but the last.
+        seed: in [0, 2**63).
+        capture: whether whole batches are recorded as CUDA graphs; None is as in `generate`.
+        given: names of what calls give beside labels and image_ids.
+        **options: of the generator's `generate`.
+
+    Raises:
+        ValueError: `capture` with what cannot be recorded.
+        RuntimeError: `capture` without a GPU.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        generator: Generator,
+        *,
+        count: int,
+        batch_size: int,
+        seed: int,
+        capture: bool | None = None,
+        given: Iterable[str] = (),
+        **options: Any,
+    ) -> None:
+        self._tokenizer, self._generator = tokenizer, generator
+        self._batch_size, self._seed, self._options = batch_size, seed, options
+        self._recorded: tuple[Callable[..., Tensor], Callable[..., Tensor]] | None = None
+        settings = {field.name for field in fields(generator.sampling)}
+        other = sorted({*given, *options} - settings)
+        if capture and other:
+            raise ValueError(f"capture: got True with {', '.join(other)}, which no graph takes")
+        weight = next(generator.parameters())
+        if capture and not weight.is_cuda:
+            raise RuntimeError(
+                f"capture: the model is on {weight.device}, allowed is a CUDA device"
+            )
+        many = count // batch_size >= CAPTURED_FROM
+        self.captures = weight.is_cuda and many and not other if capture is None else capture
+
+    def __call__(self, labels: Tensor, image_ids: Tensor, **given: Any) -> tuple[Tensor, Tensor]:
+        """Tokens [B, L] and images [B, 3, S, S] of labels [B] and image_ids [B]."""
+        if not self.captures or len(labels) != self._batch_size:
+            tokens = self._generator.generate(
+                labels, seed=self._seed, image_ids=image_ids, **given, **self._options
+            )
+            return tokens, self._decode(tokens)
+        arguments = labels, torch.tensor(self._seed, device=labels.device), image_ids
+        if self._recorded is None:
+            generate = self._generator.capture(self._batch_size, **self._options)
+            self._recorded = generate, record(self._decode, generate(*arguments))
+        generate, decode = self._recorded
+        tokens = generate(*arguments)
+        return tokens, decode(tokens)
+
+    def _decode(self, tokens: Tensor) -> Tensor:
+        return self._tokenizer.decode(arranged(self._tokenizer, tokens))
 
 
 def arranged(tokenizer: Tokenizer, tokens: Tensor) -> Tensor:
