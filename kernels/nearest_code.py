@@ -805,6 +805,10 @@ def _coarse_options(tile: Tile, rows: int) -> dict[str, Any]:
     }
 
 
+def _tile_rows(tile: Tile, n: int) -> int:
+    return min(tile.rows, max(64, triton.next_power_of_2(n)))
+
+
 def _rescore_options(d: int, tile: Tile, rows: int) -> dict[str, Any]:
     sub_block = tile.group * tile.fold
     # A register limit keeps the compiler from trading spills for occupancy.
@@ -886,7 +890,7 @@ def launch_nearest_code(
     )  # fmt: skip
 
     blocks = spans * tile.parts
-    tile_rows = min(tile.rows, max(64, triton.next_power_of_2(n)))
+    tile_rows = _tile_rows(tile, n)
     chunk = min(n, max(tile_rows, _TABLE_BYTES // (8 * blocks) // tile_rows * tile_rows))
     table = torch.empty(chunk * blocks, dtype=torch.int64, device=device)
     coarse = _coarse_options(tile, tile_rows)

@@ -36,7 +36,7 @@ with torch.device("meta"):
     torch.empty(0)  # torch caches its constructors here, before a test replaces torch.empty
 
 from titok_fast.ops import inspect
-from titok_fast.testing import cpu_isa, peak_extra_bytes, supported_isas
+from titok_fast.testing import CPU_ISAS, cpu_isa, peak_extra_bytes, supported_isas
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -72,7 +72,7 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=["portable", "avx2", "avx512", "avx512bf16", "amx", "triton"])
+@pytest.fixture(params=[*CPU_ISAS, "triton"])
 def backend(request: pytest.FixtureRequest):
     """Each fused backend; on CPU the C++ one once for each instruction set."""
     if request.param == "triton":

@@ -49,6 +49,20 @@ def test_logits_conform(case):
             assert relative_error(logits[:, ::7, ::31], wanted[name]) < 2e-4
 
 
+@pytest.mark.parametrize(
+    ("scale", "decay"), [(0.0, "constant"), (2.0, "constant"), (2.0, "linear")]
+)
+def test_one_step_takes_the_likeliest_tokens(tiny, scale, decay):
+    """By the official schedules: its temperature is 0, and its linear guidance is none."""
+    _, model = tiny
+    ids = torch.full((2, model.num_tokens), model.mask_id)
+    with torch.no_grad():
+        cond, uncond = model.logits(ids, LABELS), model.logits(ids, None)
+    guided = cond + (scale if decay == "constant" else 0.0) * (cond - uncond)
+    tokens = model.generate(LABELS, steps=1, guidance_scale=scale, guidance_decay=decay)
+    assert torch.equal(tokens, guided.argmax(-1))
+
+
 def test_trajectories_conform(tiny):
     case, model = tiny
     wanted = expected(case)

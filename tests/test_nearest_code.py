@@ -159,11 +159,47 @@ ODD_SHAPES = ((1, 1, 1), (37, 1, 7), (61, 997, 1), (67, 2111, 13), (13, 523, 67)
 def test_hard_data(backend, device, kind, metric):
     interpreted = backend == "triton" and device == "cpu"
     large = ((70, 20011, 13), (67, 3001, 131)) if device == "cuda" else ()  # past the direct kernel
-    for n, k, d in ((3, 131, 13),) if interpreted else (*ODD_SHAPES, *large):
-        for seed, dtype in enumerate(DTYPES[:1] if interpreted else (torch.float32, *DTYPES)):
+    for shape in ((3, 131, 13), (3, 1100, 24)) if interpreted else (*ODD_SHAPES, *large):
+        dtypes = (torch.float32, *DTYPES)
+        if interpreted:  # slowly: several spans of codes in half precision alone
+            dtypes = DTYPES[:1] if shape[2] < 16 else DTYPES[1:2]
+        for seed, dtype in enumerate(dtypes):
             torch.manual_seed(seed)
-            z, codebook = HARD[kind](n, k, d)
+            z, codebook = HARD[kind](*shape)
             assert_exact(z.to(device, dtype), codebook.to(device, dtype), metric, backend)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_triton_rows_go_in_chunks(metric, monkeypatch):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    kernels = inspect.kernels("nearest_code")
+    monkeypatch.setattr(kernels, "_TABLE_BYTES", 1)
+    launches = []
+
+    class Counted:
+        def __getitem__(self, grid):
+            launches.append(grid)
+            return coarse[grid]
+
+    coarse = kernels.nearest_code_coarse_kernel
+    monkeypatch.setattr(kernels, "nearest_code_coarse_kernel", Counted())
+    z, codebook = rows_and_codes(150, 40_000 if device == "cuda" else 600, 24, device=device)
+    assert_exact(z, codebook, metric, "triton")
+    assert len(launches) > 1
+
+
+def test_triton_compiles_little_for_a_new_n():
+    """All that launches of any N are compiled for, by the table of each architecture."""
+    kernels = inspect.kernels("nearest_code")
+    for capability in inspect.CAPABILITIES:
+        for d in (12, 64, 256):
+            tile, _ = kernels._tile(d, kernels.CONFIGS[capability].tiles)
+            found = {
+                str((kernels._coarse_options(tile, rows), kernels._rescore_options(d, tile, n)))
+                for n in range(1, 10_000)
+                for rows in [kernels._tile_rows(tile, n)]
+            }
+            assert len(found) <= 4, (capability, d)
 
 
 @pytest.mark.parametrize("metric", METRICS)

@@ -11,7 +11,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from titok_fast import attention, index_propagation, maskgit_step, nearest_code, sample_token
+from titok_fast import (
+    attention,
+    conv3x3,
+    decode_attention,
+    decode_linear,
+    index_propagation,
+    maskgit_step,
+    nearest_code,
+    pack_conv3x3,
+    sample_token,
+)
 
 TASKS = Path("/proc/self/task")
 
@@ -24,7 +34,16 @@ def _two_threads() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-OPS = ("nearest_code", "index_propagation", "attention", "maskgit_step", "sample_token")
+OPS = (
+    "nearest_code",
+    "index_propagation",
+    "attention",
+    "maskgit_step",
+    "sample_token",
+    "decode_attention",
+    "decode_linear",
+    "conv3x3",
+)
 
 
 @pytest.fixture(params=OPS)
@@ -38,6 +57,12 @@ def call(request: pytest.FixtureRequest) -> Callable[[], list[Tensor]]:
     logits, ids = torch.randn(4, 2**18), torch.full((4, 64), 4096)
     masked = logits.view(4, 64, 4096)
     qkv = torch.randn(1, 100, 3, 4, 64)
+    token, rotation = torch.randn(3, 192), torch.randn(300, 32, 2)
+    keys, values = torch.randn(2, 3, 1, 300, 64)
+    x, weight = torch.randn(4, 256), torch.randn(1000, 256)
+    pixels = torch.randn(1, 16, 20, 20).contiguous(memory_format=torch.channels_last)
+    kernels = torch.randn(32, 16, 3, 3)
+    packed = pack_conv3x3(kernels)
     calls = {
         "nearest_code": lambda: [nearest_code(z, codebook)],
         "index_propagation": lambda: list(index_propagation(z, codebook, entropy=False)),
@@ -46,6 +71,9 @@ def call(request: pytest.FixtureRequest) -> Callable[[], list[Tensor]]:
             maskgit_step(masked, ids, mask_id=4096, num_masked=20, seed=0, step=0)
         ),
         "sample_token": lambda: [sample_token(logits, seed=0, step=0, top_p=0.9)],
+        "decode_attention": lambda: [decode_attention(token, keys, values, rotation, 290)],
+        "decode_linear": lambda: [decode_linear(x, weight)],
+        "conv3x3": lambda: [conv3x3(pixels, kernels, packed=packed)],
     }
     return calls[request.param]
 
