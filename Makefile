@@ -37,7 +37,8 @@ bench-gpu: venv
 	$(BIN)/python -m bench.run --gpu --check
 	$(MAKE) $(VENV)/.bench-gpu
 	$(BIN)/python -m bench.run --gpu
-	$(BIN)/titok-fast profile --model titok-l-32 --device cuda --dtype bfloat16 --no-compile -o build/profile
+	$(BIN)/python -m bench.profile --model titok-l-32 --device cuda --dtype bfloat16 --no-compile
+	$(BIN)/python -m bench.profile --model titok-l-64-512 --device cuda --dtype bfloat16 --no-compile
 
 report: venv
 	$(BIN)/python -m bench.report

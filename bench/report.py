@@ -19,7 +19,7 @@ the file does not describe. `--check` writes nothing and exits with 1 where a do
 """
 
 import argparse
-import json
+import hashlib
 import os
 import re
 import sys
@@ -28,10 +28,21 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from bench import figures, goals
 from bench.harness import ROOT
-from bench.rows import BASELINE, OURS, RefusedError, Result, Row, decimals, grouped, newest
+from bench.rows import (
+    BASELINE,
+    OURS,
+    RefusedError,
+    Result,
+    Row,
+    decimals,
+    grouped,
+    newest,
+    quotable,
+)
 from titok_fast._files import replacing
 from titok_fast.cli.profile_chart import duration
 from titok_fast.ops.inspect import CAPABILITIES
@@ -41,6 +52,7 @@ CONTENDED_NOTE = "† Other processes kept a CPU busy during this time; do not r
 VERDICTS = {"met": "**{}**", "missed": "{}, missed", "not measured": "not measured"}
 NO_RUN = ["No run is on record yet.", ""]
 RATES = Path("docs/images_per_second.png")
+DIGEST = "results"  # a text of the PNG files
 PERFORMANCE = Path("docs/performance.md")
 
 
@@ -153,7 +165,7 @@ def summary(results: list[Result], document: Path) -> list[str]:
         if body:
             lines += [heading(result, document), "", *table(head, body, texts=2), *notes(marked)]
     if figures.rate_rows(results):
-        lines += picture(document, RATES, "Images per second of every model")
+        lines += picture(document, RATES, "Images per second, from class labels to pixels")
     return lines + architectures(results)
 
 
@@ -213,7 +225,7 @@ def every_goal(results: list[Result], document: Path) -> list[str]:
 def rates(results: list[Result], document: Path) -> list[str]:
     if not figures.rate_rows(results):
         return NO_RUN
-    return picture(document, RATES, "Images per second of every model")
+    return picture(document, RATES, "Images per second, from class labels to pixels")
 
 
 def performance(results: list[Result], document: Path) -> list[str]:
@@ -331,12 +343,12 @@ def exactness(results: list[Result], document: Path) -> list[str]:
 
 
 def profiles(_results: list[Result], document: Path) -> list[str]:
-    """A table for each file that `titok-fast profile` wrote, the newest of a machine and model."""
+    """A table for each file of `bench.profile`, the newest of a machine and model."""
     lines = []
     head = ["model", "mode", "steps", "images/s", "latency", "speed-up", "the paper's"]
     head += ["transformer", "step op", "de-tokenizer", "other"]
     for path in newest((ROOT / "bench" / "results" / "profiles").glob("*.json")):
-        data = json.loads(path.read_text())
+        data = quotable(path)
         body = []
         for measured in data["measurements"]:
             faster, paper = measured["speed_up"], data["paper_speed_up"]
@@ -428,6 +440,19 @@ def pictures(text: str, results: list[Result], document: Path) -> dict[Path, Ima
     return drawn
 
 
+def digest(results: list[Result]) -> str:
+    """Of the files that a picture is drawn from, which it keeps."""
+    return hashlib.sha256(b"".join(result.path.read_bytes() for result in results)).hexdigest()[:16]
+
+
+def drawn_from(path: Path) -> str | None:
+    """The digest that a picture keeps."""
+    if not path.exists():
+        return None
+    with Image.open(path) as image:
+        return image.info.get(DIGEST)
+
+
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m bench.report",
@@ -447,18 +472,22 @@ def main(arguments: list[str]) -> int:
             new = rewritten(text, results, document)
             if new != text:
                 stale.append(str(document))
+            drawn = pictures(text, results, document)
+            stale += [str(name) for name in drawn if drawn_from(ROOT / name) != digest(results)]
             if options.check:
                 continue
             if new != text:
                 with replacing(path) as part:
                     part.write_text(new)
-            for name, image in pictures(text, results, document).items():
+            for name, image in drawn.items():
+                facts = PngInfo()
+                facts.add_text(DIGEST, digest(results))
                 with replacing(ROOT / name) as part:
-                    image.save(part, "PNG")
+                    image.save(part, "PNG", pnginfo=facts)
     except RefusedError as error:
         print(f"bench.report: {error}", file=sys.stderr)
         return 2
-    for name in stale:
+    for name in dict.fromkeys(stale):
         print(f"{name} {'is not up to date: make report' if options.check else 'rewritten'}")
     return 1 if stale and options.check else 0
 

@@ -77,6 +77,21 @@ class Row:
         return f"{value:,.{decimals(value, 2)}f}{self.mark or other.mark}"
 
 
+def quotable(path: Path) -> dict[str, Any]:
+    """What a file holds; RefusedError unless it tells its machine and a clean commit."""
+    try:
+        data: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise RefusedError(f"{path.name}: {error}") from error
+    machine = data.get("machine_info") or {}
+    missing = [name for name in DESCRIPTION if not machine.get(name)]
+    if missing:
+        raise RefusedError(f"{path.name}: does not describe its machine: no {missing[0]}")
+    if machine["git"].get("dirty") is not False:
+        raise RefusedError(f"{path.name}: the source tree was not a clean commit")
+    return data
+
+
 @dataclass(frozen=True)
 class Result:
     """One results file whose numbers may be quoted."""
@@ -86,18 +101,9 @@ class Result:
 
     @classmethod
     def load(cls, path: Path) -> "Result":
-        try:
-            data = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise RefusedError(f"{path.name}: {error}") from error
-        machine = data.get("machine_info") or {}
-        missing = [name for name in DESCRIPTION if not machine.get(name)]
-        if missing:
-            raise RefusedError(f"{path.name}: does not describe its machine: no {missing[0]}")
-        if machine.get("quick") is not False:
+        data = quotable(path)
+        if data["machine_info"].get("quick") is not False:
             raise RefusedError(f"{path.name}: a quick run, which gives no figures to keep")
-        if machine["git"].get("dirty") is not False:
-            raise RefusedError(f"{path.name}: the source tree was not a clean commit")
         return cls(path, data)
 
     @property

@@ -264,7 +264,7 @@ def test_of_series_as_long_scaling_takes_that_with_more_rows(tree):
     assert figures.best_scaling(files, "my_op")[0].path.name == "other-2030-01-01.json"
 
 
-def test_images_per_second(tree):
+def test_images_per_second(tree, capsys):
     def add(result):
         for batch, seconds in ((1, 0.5), (64, 8.0)):
             for provider, factor in (("titok_fast-bfloat16", 1), ("official", 4)):
@@ -280,7 +280,11 @@ def test_images_per_second(tree):
     rates = {row.provider: figures.images_per_second(row) for row in models["titok-l-32"]}
     assert rates == {"titok_fast-bfloat16": 8.0, "official": 2.0}
     assert report.main([]) == 0
-    assert (root / "docs/images_per_second.png").stat().st_size > 1000
+    picture = root / "docs/images_per_second.png"
+    assert picture.stat().st_size > 1000 and report.main(["--check"]) == 0
+    with Image.open(picture) as image:
+        image.save(picture)  # as one drawn from other files
+    assert report.main(["--check"]) == 1 and "per_second.png is not up" in capsys.readouterr().out
     assert "(docs/images_per_second.png)" in (root / "README.md").read_text()
     assert "(images_per_second.png)" in (root / "docs/performance.md").read_text()
 
@@ -320,7 +324,7 @@ def test_exactness(tree):
     assert (root / "docs/performance.md").read_text().count("**Some GPU") == 1
 
 
-def test_profiles(tree):
+def test_profiles(tree, capsys):
     root = tree()
     (root / "bench/results/profiles").mkdir()
     path = root / "docs/performance.md"
@@ -333,6 +337,8 @@ def test_profiles(tree):
     data = {"model": "titok-l-32", "baseline": "dit-xl-2", "image_size": 256, "batch_size": 1}
     data |= {"dtype": "float32", "device": "some CPU", "versions": {"torch": "9"}}
     data |= {"paper_speed_up": 169, "measurements": [ours, theirs]}
+    (result,) = (root / "bench/results").glob("some-gpu-*.json")
+    data["machine_info"] = json.loads(result.read_text())["machine_info"]
     for day in ("01", "02"):
         name = f"bench/results/profiles/some-cpu-titok-l-32-2030-01-{day}.json"
         (root / name).write_text(json.dumps(data))
@@ -342,6 +348,18 @@ def test_profiles(tree):
     assert "| `dit-xl-2` | eager | 8, 23 of 250 steps | 0.5 | 2 s |  |  | 1.5 s | 500 ms" in page
     assert page.count("dit-xl-2, 256 px**: batch of 1, float32, some CPU, torch 9, 2030-01-02") == 1
     assert "titok-l-32-2030-01-01" not in page
+    before = path.read_text()
+    for key, value, refusal in (
+        ("git", {"commit": "01", "dirty": True}, "was not a clean commit"),
+        ("threads", None, "does not describe its machine: no threads"),
+    ):
+        changed = data | {"machine_info": data["machine_info"] | {key: value}}
+        (root / name).write_text(json.dumps(changed))
+        capsys.readouterr()
+        assert report.main([]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("bench.report: some-cpu-titok-l-32-2030-01-02") and refusal in error
+        assert path.read_text() == before
 
 
 @pytest.mark.parametrize(
@@ -385,12 +403,6 @@ def test_committed_documents_say_what_the_committed_results_say(capsys):
     committed = [report.ROOT / name for name in listed.stdout.split()]
     files = newest(committed)
     assert files and report.main(["--check", *map(str, files)]) == 0, capsys.readouterr()
-    results = [Result.load(path) for path in files]
-    for path in (report.ROOT / report.PERFORMANCE, *(report.ROOT / "docs/ops").glob("*.md")):
-        document = path.relative_to(report.ROOT)
-        for name, image in report.pictures(path.read_text(), results, document).items():
-            with Image.open(report.ROOT / name) as committed_image:
-                assert committed_image.size == image.size, name
 
 
 def test_an_option_of_two_words_is_one():
