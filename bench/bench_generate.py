@@ -1,13 +1,18 @@
-"""From class labels to images, every model: MaskGIT's tokens and TiTok's decoder, whole."""
+"""From class labels to images, every model, whole: a generator's tokens and their decoder."""
 
+import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from bench import harness, models
+from bench import bench_autoregressive, bench_ibq, harness, models
 from bench.harness import Bench, Call, Provider
+from titok_fast.models import ARTransformer
+from titok_fast.models.accelerated import capture
+from titok_fast.models.auto import Tokenizer
+from titok_fast.models.generate import PAIRS, Generator, arranged
 
 
 @dataclass(frozen=True)
@@ -17,16 +22,24 @@ class Case(harness.Case):
 
 
 def cases(device: str, quick: bool) -> list[Case]:
-    names = ["titok-digits"] if quick else list(models.GENERATORS)
+    names = ["titok-digits"] if quick else list(PAIRS)
     batches = (2,) if quick else (1,) if device == "cpu" else (1, 64)
     return [
         Case(b=b, model=name, device=device, dtype=torch.float32) for name in names for b in batches
     ]
 
 
-def pair(case: Case) -> tuple[models.TiTok, models.MaskGIT]:
+def is_ibq(case: Case) -> bool:
+    return case.model in ARTransformer.releases
+
+
+def pair(case: Case) -> tuple[Tokenizer, Generator]:
+    names = PAIRS[case.model]
+    if is_ibq(case):
+        tokenizer = bench_ibq.model_of(names.tokenizer, case.device)
+        return tokenizer, bench_autoregressive.model_of(names.generator, case.device)
     tokenizer = models.tokenizer(case.model, case.device)
-    return tokenizer, models.generator(models.GENERATORS[case.model], case.device)
+    return tokenizer, models.generator(names.generator, case.device)
 
 
 def inputs(case: Case) -> tuple[Tensor]:
@@ -34,15 +47,32 @@ def inputs(case: Case) -> tuple[Tensor]:
 
 
 def work(case: Case) -> tuple[int, int]:
-    flops = models.generator_flops(models.GENERATORS[case.model])
-    flops += models.tokenizer_flops(case.model)[1]
+    names = PAIRS[case.model]
+    if is_ibq(case):
+        of_tokens = bench_autoregressive.Case(
+            b=case.b, model=case.model, task="generate", device=case.device, dtype=case.dtype
+        )
+        flops, _ = bench_autoregressive.work(of_tokens)
+        flops += case.b * bench_ibq.image_flops(names.tokenizer, 256, "decode")
+        return flops, models.parameter_bytes(*pair(case))
+    flops = models.generator_flops(names.generator) + models.tokenizer_flops(case.model)[1]
     return case.b * flops, models.parameter_bytes(*pair(case))
 
 
 def prepare_official(dtype: torch.dtype) -> Callable[[Case, Tensor], Call]:
     def prepare(case: Case, labels: Tensor) -> Call:
+        names = PAIRS[case.model]
+        if is_ibq(case):
+            tokenizer = bench_ibq.official_model(replace(case, model=names.tokenizer), dtype)
+            generator = copy.deepcopy(pair(case)[1]).to(dtype)
+
+            def call() -> Tensor:
+                tokens = bench_autoregressive.Official(generator, labels).generate()
+                return bench_ibq.official_decode(tokenizer, arranged(tokenizer, tokens))
+
+            return call
         tokenizer = models.official_tokenizer(case.model, case.device, dtype)
-        generator = models.official_generator(models.GENERATORS[case.model], case.device, dtype)
+        generator = models.official_generator(names.generator, case.device, dtype)
 
         def call() -> Tensor:
             tokens = models.official_generate(generator, labels)
@@ -55,10 +85,19 @@ def prepare_official(dtype: torch.dtype) -> Callable[[Case, Tensor], Call]:
 
 def prepare_ours(dtype: torch.dtype) -> Callable[[Case, Tensor], Call]:
     def prepare(case: Case, labels: Tensor) -> Call:
-        tokenizer, generator = (models.prepared(model, dtype) for model in pair(case))
+        tokenizer, generator = pair(case)
+        tokenizer = models.prepared(tokenizer, dtype)
+        if is_ibq(case):  # which packs nothing
+            generator = copy.deepcopy(generator).cast(dtype)
+        else:
+            generator = models.prepared(generator, dtype)
         generate = models.generating(generator, labels)
-        decode = tokenizer.capture(case.b)[1] if case.device == "cuda" else tokenizer.decode
-        return lambda: decode(generate())
+
+        def decode(tokens: Tensor) -> Tensor:
+            return tokenizer.decode(arranged(tokenizer, tokens))
+
+        run = capture(decode, generate()) if case.device == "cuda" else decode
+        return lambda: run(generate())
 
     return prepare
 
@@ -71,12 +110,18 @@ def check(case: Case, output: Tensor) -> tuple[int, int]:
 
 
 def slow(case: Case, provider: Provider) -> bool:
-    """64 steps take a CPU a minute an image; 512 px in float32 a GPU seconds a batch."""
-    float32 = provider.name in ("titok_fast-float32", "official")
+    """64 steps or 256 tokens take a CPU up to a minute an image, and the largest models its memory;
+    512 px in float32 a GPU seconds a batch."""
+    half = provider.name == "titok_fast-bfloat16"
     large = case.model in ("titok-l-64-512", "titok-s-128", "titok-b-128-512")
+    if case.model in ("ibq-ar-xl", "ibq-ar-xxl"):
+        return True
     if case.device == "cuda":
-        return (large and float32) or case.model == "titok-b-128-512"
-    return "128" in case.model or (large and provider.name == "titok_fast-float32")
+        float32 = provider.name in ("titok_fast-float32", "official")
+        return (large and float32) or case.model in ("titok-b-128-512", "ibq-ar-l")
+    if "128" in case.model or is_ibq(case):
+        return not half
+    return large and provider.name == "titok_fast-float32"
 
 
 BENCH = Bench(

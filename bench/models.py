@@ -19,14 +19,9 @@ from titok_fast.models.blocks import (
     ResidualAttentionBlock,
     SeparateSelfAttention,
 )
-from titok_fast.models.generate import PAIRS, Generator
+from titok_fast.models.generate import Generator
 from titok_fast.models.maskgit_vqgan import PackableConv
 from titok_fast.models.pretrained import PretrainedModel
-
-# A TiTok's generator.
-GENERATORS: Mapping[str, str] = {
-    name: pair.generator for name, pair in PAIRS.items() if name in TiTok.releases
-}
 
 # Of pixels, as a share of their norm. On a GPU PyTorch's float32 convolutions multiply in TF32, by
 # default, which has three bits more than bfloat16.
