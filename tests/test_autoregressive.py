@@ -377,3 +377,57 @@ def test_bad_input(tiny, call, error, message):
     with pytest.raises(error, match=message) as raised:
         call(tiny)
     assert "\n" not in str(raised.value)
+
+
+HOOKS = {
+    "attention": (lambda m: m.blocks[0].attention, lambda module, given, out: 0 * out),
+    "block": (lambda m: m.blocks[1], lambda module, given, out: given[0]),
+    "feed_forward": (lambda m: m.blocks[0].feed_forward, lambda module, given, out: 0 * out),
+    "head_nm": (lambda m: m.head_nm, lambda module, given, out: -out),
+    "ffn_dropout": (
+        lambda m: m.blocks[0].feed_forward.ffn_dropout, lambda module, given, out: -out
+    ),
+    "wo": (lambda m: m.blocks[0].attention.wo, lambda module, given, out: 0 * out),
+    "head": (lambda m: m.head, lambda module, given, out: -out),
+}  # fmt: skip
+
+
+class NegatedPart(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *arguments):
+        return -self.layer(*arguments)
+
+
+@pytest.mark.parametrize("hook", [*HOOKS, "replaced"])
+def test_hooks_and_other_modules_count_in_generation(tiny, hook):
+    model = copy.deepcopy(tiny)
+    if hook == "replaced":
+        model.blocks[0].attention = NegatedPart(model.blocks[0].attention)
+    else:
+        module, function = HOOKS[hook]
+        module(model).register_forward_hook(function)
+    tokens = torch.zeros(2, 0, dtype=torch.int64)
+    with torch.no_grad():
+        while tokens.shape[1] < model.num_tokens:
+            last = model.logits(tokens, LABELS)[:, -1].argmax(-1, keepdim=True)
+            tokens = torch.cat([tokens, last], dim=1)
+    options = {"temperature": 0.0, "guidance_scale": 1.0}
+    assert torch.equal(model.generate(LABELS, **options), tokens)
+    assert torch.equal(model.generate(LABELS, prefix=tokens[:, :5], **options), tokens)
+    assert not torch.equal(tiny.generate(LABELS, **options), tokens)
+    assert torch.equal(
+        model.generate(LABELS, temperature=0.0, guidance_scale=2.0, num_tokens=3),
+        model.generate(LABELS, temperature=0.0, guidance_scale=2.0)[:, :3],
+    )
+
+
+def test_another_default_dtype_changes_nothing(tiny):
+    expected = tiny.generate(LABELS, seed=3)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(tiny.generate(LABELS, seed=3), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -3,6 +3,7 @@
 import os
 import platform
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -435,6 +436,31 @@ def test_decode_stays_in_its_folder(titok_fast, model, tmp_path):
     }  # fmt: skip
 
 
+def test_a_folder_may_have_the_name_of_a_picture(titok_fast, model, tmp_path):
+    names = ["a.jpg", "a.png/b.png", "c.png/d.png", "c.jpg"]
+    mark = fingerprint(TiTok.from_pretrained(model))
+    tokens = np.zeros((len(names), 16), int)
+    TokenFile(tokens, names, str(model), mark, 32, 256).save(tmp_path / "t.npz")
+    result = titok_fast("decode", tmp_path / "t.npz", "-o", tmp_path / "out")
+    assert result.returncode == 0, result.err
+    written = {p.relative_to(tmp_path / "out").as_posix()
+               for p in (tmp_path / "out").rglob("*") if p.is_file()}  # fmt: skip
+    assert written == {"a.png", "b.png", "c.png/d.png", "c-2.png"}
+
+
+def test_names_that_are_not_utf8_are_printed(pictures, model, tmp_path):
+    folder = tmp_path / "names"
+    folder.mkdir()
+    shutil.copy(pictures / "a" / "wave000.png", os.fsencode(folder) + b"/caf\xe9.png")
+    done = subprocess.run(
+        [COMMAND, "reconstruct", folder, "--model", model, "-o", tmp_path / "out"],
+        capture_output=True, text=True, check=False,
+        env=ENVIRONMENT | {"PYTHONIOENCODING": "utf-8:strict"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "caf?.png  " in done.stdout and len(list((tmp_path / "out").iterdir())) == 1
+
+
 def test_reconstruct(titok_fast, pictures, model, tmp_path):
     files = sorted((pictures / "b").iterdir())
     result = titok_fast("reconstruct", *files, "--model", model, "-o", tmp_path / "out")
@@ -510,6 +536,8 @@ def test_inspect_latents_and_a_wrong_suffix(titok_fast, pictures, vae, tmp_path)
         (["--model", "titok-xxl"], "titok-xxl"),
         (["--model", "{model}", "--dtype", "int8"], "--dtype: 'int8' is not one of float32"),
         (["--model", "{model}", "--device", "tpu9"], "--device: 'tpu9' is not auto, cpu, cuda"),
+        (["--model", "{model}", "--device", "meta"], "--device: 'meta' is not auto, cpu, cuda"),
+        (["--model", "{model}", "--device", "xpu"], "--device: 'xpu' is not auto, cpu, cuda"),
         (["--model", "{model}", "--revision", "v2"], "revision: 'v2'"),
         (["absent*.png"], "PATHS: 'absent*.png' is not a file"),
     ],

@@ -73,6 +73,7 @@ def test_files_of_a_run(titok_fast, tmp_path):
     np.testing.assert_array_equal(file.tokens, tokens.numpy())
     assert file.image_ids == names
     assert [int(file.class_names[i]) for i in file.labels] == labels
+    assert file.labels.tolist() == labels and len(file.class_names) == 10  # a generator's own
 
     sheet = pixels(out / "sheet.png")
     assert sheet.shape == (3 * 34 - 2, 3 * 34 - 2, 3)  # a row for each label
@@ -254,6 +255,16 @@ def test_a_run_needs_a_place_of_its_own(titok_fast, tmp_path, monkeypatch):
     result = titok_fast(*DIGITS, "-o", "out", "--npz", tmp_path / "out" / "tokens.npz")
     assert result.returncode == 2 and "which is the token file" in result.err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_one_line(titok_fast, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    result = titok_fast(*DIGITS, "--count", 9, "--npz", tmp_path / "g.npz")
+    assert result.returncode == 2 and "No space left on device" in result.err
+    assert len(result.err.strip().splitlines()) == 1 and not (tmp_path / "g.npz").exists()
 
 
 def test_capture_needs_a_gpu(titok_fast, tmp_path):

@@ -280,3 +280,39 @@ def test_grid():
 def _saved(image, path):
     image.save(path)
     return path
+
+
+def test_transparency_of_16_bits_and_unknown_white(tmp_path):
+    Image.fromarray(np.zeros((8, 8), np.uint16)).save(tmp_path / "clear.png", transparency=0)
+    assert bool((read_image(tmp_path / "clear.png", 8) == 1).all())
+    for dtype in (np.float32, np.int32):
+        Image.fromarray(np.ones((8, 8), dtype)).save(tmp_path / "unknown.tif")
+        with pytest.raises(OSError, match=r"not a readable image .*whose white is unknown"):
+            read_image(tmp_path / "unknown.tif", 8)
+
+
+def test_links_in_a_circle_end(tree):
+    before = find_images(["set"])
+    os.symlink("..", tree / "set" / "dog" / "up")
+    os.symlink(".", tree / "set" / "self")
+    assert find_images(["set"]) == before
+    os.symlink(tree / "set" / "cat", tree / "set" / "cats")
+    assert len(find_images(["set"])) == len(before) + 1
+
+
+def test_a_list_may_begin_with_a_byte_order_mark(tree):
+    (tree / "list.txt").write_text("set/loose.png\n", encoding="utf-8-sig")
+    assert [file.path for file in find_images(["@list.txt"])] == ["set/loose.png"]
+
+
+def test_sizes_are_checked_before_a_file_is_read(tree):
+    for options in ({"size": 0, "batch_size": 1}, {"size": 8, "batch_size": 0}):
+        with pytest.raises(ValueError, match="got 0, allowed is a positive int"):
+            load_images(["set/loose.png"], **options)
+
+
+def test_long_names_are_written(tmp_path):
+    for name in ("x" * 246 + ".png", "é" * 120 + ".png"):
+        write_png(tmp_path / name, torch.zeros(3, 2, 2))
+        assert [path.name for path in tmp_path.iterdir()] == [name]
+        (tmp_path / name).unlink()

@@ -336,7 +336,11 @@ def test_trains(model_type):
         ),
         (lambda m: small(dropout=2), ValueError, r"dropout is 2, allowed is a number from 0 to 1"),
         (lambda m: small(num_steps=0), ValueError, r"generator\.num_steps is 0, allowed is a pos"),
-        (lambda m: small(hidden_size=33), ValueError, r"hidden_size is 33, allowed is a multiple"),
+        (
+            lambda m: small(hidden_size=33),
+            ValueError,
+            "hidden_size is 33 with 2 num_att",
+        ),
         (lambda m: small("BERT"), ValueError, "model_type is 'BERT', allowed is 'ViT' or"),
     ],
 )

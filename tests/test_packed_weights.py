@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import threading
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 
 import titok_fast
 import titok_fast.models.packed as packed_module
-from titok_fast import IBQTokenizer, MaskGIT, MaskGITVQGAN, TiTok, pack_weights
+from titok_fast import ARTransformer, IBQTokenizer, MaskGIT, MaskGITVQGAN, TiTok, pack_weights
 from titok_fast.models.generate import pack_pair
 from titok_fast.models.ibq import ResidualBlock
 from titok_fast.models.maskgit_vqgan import PackableConv, convolve
@@ -369,3 +370,50 @@ def test_a_generating_pair_is_packed_but_for_its_encoder():
     pack_pair(model, generator)
     assert count(model.encoder) == 0 < count(model.decoder)
     assert model.encode(images).shape == (3, 16, 16)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_fused_optimizer_ends_the_copies(tokenizer, compiled):
+    """It leaves the version of a weight as it is."""
+    images = digits("test")[0][:4]
+    pack_weights(tokenizer.train())
+    network = torch.compile(tokenizer, backend="eager") if compiled else tokenizer
+    optimizer = torch.optim.AdamW(tokenizer.parameters(), lr=0.1, fused=True)
+    network(images)[0].square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    with torch.no_grad():
+        latents = tokenizer.latents(images)
+        pack_weights(tokenizer)
+        assert relative_error(tokenizer.latents(images), latents) < 1e-4
+    loss = tokenizer(images)[0].square().mean()
+    loss.backward()
+    assert count(copy.deepcopy(tokenizer)) == 0 and pickle.dumps(tokenizer)
+
+
+def test_a_change_in_inference_mode_is_seen(tokenizer):
+    images = digits("test")[0][:4]
+    with torch.inference_mode():
+        model = pack_weights(TiTok.from_config(tokenizer.config).eval())
+        model.load_state_dict(tokenizer.state_dict())
+        latents = model.latents(images)
+        assert relative_error(latents, tokenizer.latents(images)) < 1e-4
+
+
+def test_threads_generate_at_once():
+    config = {"vocab_size": 64, "block_size": 16, "n_layer": 2, "n_head": 4, "n_embd": 64}
+    model, errors = ARTransformer.from_config(config | {"class_num": 10}).eval(), []
+
+    def work(label):
+        try:
+            for _ in range(5):  # of so many rows that the weights are packed
+                model.generate([label] * 20, seed=label)
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(label,)) for label in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors

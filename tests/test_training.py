@@ -43,6 +43,7 @@ def test_codebook_usage_and_perplexity():
     assert perplexity(tokens, 4) == pytest.approx(3.0, rel=1e-12)
     assert perplexity(torch.arange(256), 256) == pytest.approx(256.0, rel=1e-12)
     assert perplexity(torch.zeros(5, dtype=torch.int32), 8) == 1.0
+    assert codebook_usage(tokens.to(torch.uint16), 4) == 0.75  # as in a token file
     skewed = torch.tensor([0, 0, 0, 1])  # entropy 3/4 ln(4/3) + 1/4 ln 4
     assert perplexity(skewed, 2) == pytest.approx((4 / 3) ** 0.75 * 4**0.25, rel=1e-12)
 

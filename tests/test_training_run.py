@@ -107,6 +107,28 @@ class StopsInItsFourth(Stops, TokenizerTask):
     last = 4
 
 
+class SpoiltInItsFourth(GeneratorTask):
+    """A task of which one loss is finite and its gradient is not."""
+
+    def loss(self, network, batch, generator):
+        self.calls = getattr(self, "calls", 0) + 1
+        loss = super().loss(network, batch, generator)
+        if self.calls == 4:
+            loss.register_hook(lambda gradient: gradient * math.nan)
+        return loss
+
+
+def test_a_gradient_that_is_not_finite_spoils_nothing(kind, tmp_path):
+    optimization, options = Optimization(6, 1e-3), Options(batch_size=4, save_every=3)
+    task = SpoiltInItsFourth(generator(kind), token_file())
+    with pytest.raises(FloatingPointError, match="gradient: got a norm of nan at step 3"):
+        run(task, optimization, options, tmp_path, log=quiet)
+    state = torch.load(tmp_path / STATE_FILE, weights_only=True)
+    assert state["steps"] == 3 and all(t.isfinite().all() for t in state["model"].values())
+    again = run(GeneratorTask(generator(kind), token_file()), optimization, options, tmp_path)
+    assert all(parameter.isfinite().all() for parameter in again.parameters())
+
+
 def test_a_run_that_was_stopped_gives_the_same_bits(kind, tmp_path):
     optimization, options = Optimization(6, 1e-2), Options(8, save_every=3)
     task = GeneratorTask(generator(kind), token_file())
@@ -769,7 +791,7 @@ def test_the_command_trains_the_second_stage(titok_fast, pictures, tmp_path):
     model = MaskGITVQGAN.from_config("maskgit-vqgan-imagenet-f16-256")
     model.save_pretrained(proxy)
     source = ("--init", first, "--proxy", proxy, "--second-stage", "--adversarial-weight", 0.1)
-    options = ("--adversarial-start", 1, "--quantizer-weight", 0, "--batch-size", 2, "--steps", 2)
+    options = ("--adversarial-start", 1, "--batch-size", 2, "--steps", 2)
     result = titok_fast("train", folder, *source, *options, "-o", tmp_path / "second")
     assert result.returncode == 0, result.err
     trained, given = TiTok.from_pretrained(tmp_path / "second"), TiTok.from_pretrained(first)
@@ -782,6 +804,9 @@ def test_the_command_trains_the_second_stage(titok_fast, pictures, tmp_path):
     assert state["helper"]["_extra_state"]["optimizer"]["state"]  # the discriminator learned
     without = titok_fast("train", folder, *source[:-2], *options[2:], "-o", tmp_path / "second")
     assert without.returncode == 2 and "--adversarial-weight 0.1 now None" in without.err
+    for name in ("kl-weight", "quantizer-weight"):
+        other = titok_fast("train", folder, *source, f"--{name}", 3, "-o", tmp_path / "other")
+        assert other.returncode == 2 and f"--{name}: got 3.0, but this TiTok has no" in other.err
 
 
 @pytest.mark.parametrize(
@@ -802,6 +827,10 @@ def test_the_command_trains_the_second_stage(titok_fast, pictures, tmp_path):
         ),
         (("digits.npz", "--model", "maskgit-digits"), "PATHS: got 2, allowed is one token file"),
         (("--init", "maskgit-digits", "--batch-size", -1), "--batch-size: got -1"),
+        (
+            ("--init", "maskgit-digits", "--seed", 2**64),
+            "--seed: got 18446744073709551616, allowed",
+        ),
         (
             ("--init", "maskgit-digits", "--batch-size", 10, "--micro-batch-size", 3),
             "--micro-batch-size: got 3, allowed is a divisor of the 10 examples",
@@ -863,6 +892,20 @@ def test_the_command_never_replaces_a_model(titok_fast, digit_tokens, tmp_path):
     generator(MaskGIT).save_pretrained(tmp_path)
     result = titok_fast("train", digit_tokens, "--model", "maskgit-digits", "-o", tmp_path)
     assert result.returncode == 2 and "holds a model, allowed is a folder without one" in result.err
+
+
+def test_the_command_keeps_a_model_whose_state_was_deleted(titok_fast, digit_tokens, tmp_path):
+    train = ("train", digit_tokens, "--model", "maskgit-digits", "--batch-size", 8, "-o", tmp_path)
+    assert titok_fast(*train, "--steps", 2).returncode == 0
+    (tmp_path / STATE_FILE).unlink()
+    before = (tmp_path / "model.safetensors").read_bytes()
+    result = titok_fast(*train, "--steps", 2, "--seed", 5)
+    assert (
+        result.returncode == 2 and "left by a run with other settings (--seed 0 now 5" in result.err
+    )
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    assert titok_fast(*train, "--steps", 2).returncode == 0
+    assert (tmp_path / "model.safetensors").read_bytes() == before
 
 
 def test_the_command_under_torchrun(digit_tokens, tmp_path):

@@ -1,9 +1,12 @@
 """Files that appear whole or not at all."""
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+_LONG = 200  # bytes of a file's name
 
 
 def remove_temporaries(folder: Path, names: str) -> None:
@@ -20,7 +23,10 @@ def replacing(path: Path) -> Iterator[Path]:
     permissions of any new file, whatever its writer sets.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    name = path.name
+    if len(os.fsencode(name)) > _LONG:  # where a longer one could not be
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()[:16] + path.suffix
+    temporary = path.with_name(f".{name}.{os.getpid()}.tmp")
     try:
         temporary.touch()
         mode = temporary.stat().st_mode

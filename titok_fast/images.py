@@ -61,7 +61,7 @@ def find_images(arguments: Iterable[str]) -> list[ImageFile]:
 
             - a file, of any name;
             - a folder: the files below it whose suffix is in `IMAGE_SUFFIXES`, sorted by path,
-              links followed, names that start with a dot left out;
+              links followed but to folders that they are in, names that start with a dot left out;
             - a pattern such as `photos/**/*.jpg`: the files and folders that match, sorted;
             - `@list.txt`: a file or folder a line. Files of a list need not exist here; they
               are errors when read.
@@ -77,7 +77,7 @@ def find_images(arguments: Iterable[str]) -> list[ImageFile]:
         if os.path.lexists(argument):
             names = [argument]
         elif argument.startswith("@"):
-            with open(argument[1:], encoding="utf-8", errors="surrogateescape") as lines:
+            with open(argument[1:], encoding="utf-8-sig", errors="surrogateescape") as lines:
                 names = [line.rstrip("\r\n") for line in lines if line.strip()]
         else:
             names = sorted(glob.glob(argument, recursive=True))
@@ -95,8 +95,17 @@ def find_images(arguments: Iterable[str]) -> list[ImageFile]:
 
 def _below(folder: str) -> list[ImageFile]:
     files = []
+    # Of each folder the real paths of it and of those that it is in.
+    above: dict[str, tuple[str, ...]] = {folder: (os.path.realpath(folder),)}
     for parent, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        chain = above.pop(parent)
+        for name in list(folders):
+            place = os.path.realpath(os.path.join(parent, name))
+            if place in chain:  # a link to what it is in, which has no end
+                folders.remove(name)
+            else:
+                above[os.path.join(parent, name)] = (*chain, place)
         for name in names:
             if not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES:
                 path = os.path.join(parent, name)
@@ -132,10 +141,13 @@ def load_images(
         Batches in the order of the paths, one without images included.
 
     Raises:
-        ValueError: for an unknown interpolation.
+        ValueError: for an unknown interpolation, or a size or batch size below 1.
         RuntimeError: when a worker process dies.
     """
     _check_interpolation(interpolation)
+    for name, value in (("size", size), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name}: got {value}, allowed is a positive int")
     # The others start in seconds; a worker touches neither CUDA nor this process's threads.
     context = "fork" if workers and sys.platform == "linux" else None
     return iter(
@@ -224,7 +236,7 @@ def read_pixels(
     _check_interpolation(interpolation)
     try:
         with Image.open(path) as file:
-            image = _to_rgb(ImageOps.exif_transpose(file))
+            image = _to_rgb(ImageOps.exif_transpose(file), file.format)
             pixels = _INTERPOLATIONS[interpolation](image, size, crop)
     except Exception as error:  # on a corrupt file Pillow's decoders raise whatever they run into
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -286,10 +298,15 @@ def _neighbours(edge: int, shorter: int, size: int, at: float | None) -> tuple[P
 _INTERPOLATIONS = {"bicubic": _bicubic, "bilinear": _bilinear}
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image, file_format: str | None) -> Image.Image:
+    if image.mode == "F" or (image.mode == "I" and file_format not in ("PNG", "PPM")):
+        raise ValueError(f"mode {image.mode}, whose white is unknown; allowed are 8 and 16 bits")
     if image.mode.startswith("I;16") or image.mode == "I":  # Pillow would clip it to 8 bits
-        grey = np.asarray(image).astype(np.float32) / 257
-        return Image.fromarray(grey.clip(0, 255).round().astype(np.uint8)).convert("RGB")
+        grey = np.asarray(image).astype(np.float32)
+        if "transparency" in image.info:
+            grey[grey == image.info["transparency"]] = 65535
+        grey = (grey / 257).clip(0, 255).round().astype(np.uint8)
+        return Image.fromarray(grey).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -335,7 +352,8 @@ def grid(rows: Iterable[Iterable[Tensor]], *, gap: int = 2, scale: int = 1) -> T
         raise ValueError("rows: got no image, at least one is needed")
     _, h, w = table[0][0].shape
     h, w, columns = h * scale, w * scale, max(len(row) for row in table)
-    canvas = torch.ones(3, len(table) * (h + gap) - gap, columns * (w + gap) - gap)
+    height, width = len(table) * (h + gap) - gap, columns * (w + gap) - gap
+    canvas = torch.ones(3, height, width, dtype=torch.float32)
     for i, row in enumerate(table):
         for j, image in enumerate(row):
             large = image.repeat_interleave(scale, 1).repeat_interleave(scale, 2)

@@ -125,6 +125,7 @@ def _counts(tokens: Tensor, codebook_size: int) -> Tensor:
         raise TypeError(f"tokens: got dtype {tokens.dtype}, allowed is an integer dtype")
     if tokens.numel() == 0:
         raise ValueError(f"tokens: got shape {list(tokens.shape)}, allowed is at least one token")
+    tokens = tokens.to(torch.int64)  # PyTorch has little for unsigned ones
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= codebook_size:
         raise ValueError(f"tokens: got {low} to {high}, allowed is 0 to {codebook_size - 1}")

@@ -42,7 +42,8 @@ class TokenFile:
         revision: of the Hub repository.
         labels: [N] int64, positions in `class_names`, -1 for an image without a class; None when
             no image has one.
-        class_names: the classes in alphabetical order; None exactly when labels are.
+        class_names: the classes, of folders in alphabetical order, of generated images all of the
+            generator by number; None exactly when labels are.
 
     Raises:
         TypeError: for tokens of a dtype that does not go with `codebook_size`, or names that are
@@ -62,6 +63,8 @@ class TokenFile:
     class_names: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.tokens, np.ndarray):
+            raise TypeError(f"tokens: got {type(self.tokens).__name__}, allowed is a numpy array")
         _check_tokens(self.tokens, self.codebook_size)
         if self.codebook_size is None:
             dtype: type[np.generic] = np.float32

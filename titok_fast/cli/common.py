@@ -97,7 +97,11 @@ def with_options(default: Options, kind: str, **given: Any) -> Options:
 
 
 def say(text: str, console: Console = out, style: str | None = None) -> None:
-    """Print a line as it is: not wrapped, not coloured by its contents."""
+    """Print a line as it is: not wrapped, not coloured by its contents.
+
+    A byte of a file's name that is not UTF-8 is printed as a question mark.
+    """
+    text = text.encode("utf-8", "replace").decode()
     console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -180,19 +184,24 @@ def default_workers(workers: int | None, device: torch.device) -> int:
 def png_names(image_ids: Iterable[str]) -> list[str]:
     """A distinct file name below a folder for each image: its id with suffix .png.
 
-    An id that leads out of the folder is cut to its last part; equal names get a number.
+    An id that leads out of the folder is cut to its last part, as is one below a folder of the name
+    of another's file; equal names get a number.
     """
     taken: set[str] = set()
+    folders: set[str] = set()
     names = []
     for image_id in image_ids:
         path = PurePosixPath(re.sub(r"[\\\0]", "_", image_id))
         if path.is_absolute() or ".." in path.parts or not path.name:
             path = PurePosixPath(path.name if path.name not in ("", "..") else "image")
+        if any(str(folder) in taken for folder in path.parents):
+            path = PurePosixPath(path.name)
         stem, name, count = path.with_suffix(""), str(path.with_suffix(".png")), 1
-        while name in taken:
+        while name in taken or name in folders:
             count += 1
             name = f"{stem}-{count}.png"
         taken.add(name)
+        folders.update(map(str, path.parents))
         names.append(name)
     return names
 
@@ -303,12 +312,13 @@ def named_device(name: str) -> torch.device:
     """The device of --device."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"--device: {name!r} is not auto, cpu, cuda or cuda:N") from None
+    if not re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?", name):
+        raise ValueError(f"--device: {name!r} is not auto, cpu, cuda or cuda:N")
+    device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device: {name!r} asked for, but torch finds no CUDA device")
+    if (device.index or 0) >= max(1, torch.cuda.device_count()):
+        raise ValueError(f"--device: {name!r} is not one of {torch.cuda.device_count()} devices")
     return device
 
 

@@ -4,6 +4,7 @@ import glob
 import hashlib
 import json
 import math
+import os
 import re
 import zipfile
 import zlib
@@ -201,7 +202,7 @@ def generate(
             images = images.float().clamp(0, 1)
             run.add(numbers, tokens.cpu(), images.mul(255).to(torch.uint8).cpu(), writer)
             counter.advance(len(numbers))
-    run.finish(network, classes)
+    run.finish(network, classes, transformer.num_classes)
     places = " and ".join(str(place) for place in (output, npz) if place is not None)
     say(f"{count} images to {places}: {counter.speed}")
 
@@ -358,7 +359,8 @@ class _Run:
         if npz is not None and not self._whole and not self._array.exists():
             finished[:] = False
             with replacing(self._array) as temporary:
-                open_memmap(temporary, "w+", np.uint8, (count, size, size, 3))
+                pixels = open_memmap(temporary, "w+", np.uint8, (count, size, size, 3))
+                _reserve(temporary, pixels.offset, pixels.nbytes)
         self._finished = torch.from_numpy(finished)
 
     @property
@@ -381,7 +383,7 @@ class _Run:
             array[numbers.numpy()] = pixels.permute(0, 2, 3, 1).numpy()
         self._parts.add(numbers.tolist(), tokens.numpy())
 
-    def finish(self, network: Network, classes: Tensor) -> None:
+    def finish(self, network: Network, classes: Tensor, num_classes: int) -> None:
         """Write the files of all images, unless an earlier run did."""
         self._parts.flush()
         if not self._whole and self._npz is not None:
@@ -394,14 +396,13 @@ class _Run:
                 for row in _sheet(len(self._paths), len(classes))
             ]
             write_png(self._folder / "sheet.png", grid(rows))
-            self._token_file(network, classes).save(self._folder / "tokens.npz")
+            self._token_file(network, classes, num_classes).save(self._folder / "tokens.npz")
         self._parts.remove()
 
-    def _token_file(self, network: Network, classes: Tensor) -> TokenFile:
+    def _token_file(self, network: Network, classes: Tensor, num_classes: int) -> TokenFile:
         numbers, tokens = self._parts.load()
         if tokens is None:
             raise RuntimeError(f"{self._parts.folder}: its files are gone, repeat the command")
-        names, positions = np.unique(classes.numpy().astype(str), return_inverse=True)
         return TokenFile(
             tokens=arranged(network.model, torch.from_numpy(tokens)).numpy(),
             image_ids=[path.name for path in self._paths],
@@ -409,9 +410,16 @@ class _Run:
             fingerprint=network.fingerprint,
             image_size=self._size,
             codebook_size=network.model.codebook_size,
-            labels=positions[numbers % len(classes)],
-            class_names=names.tolist(),
+            labels=classes.numpy()[numbers % len(classes)],
+            class_names=[str(number) for number in range(num_classes)],
         )
+
+
+def _reserve(path: Path, offset: int, size: int) -> None:
+    """Takes a file's place on the disk: a page of a memory map that finds none ends the process."""
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "r+b") as file:
+            os.posix_fallocate(file.fileno(), offset, size)
 
 
 def _sheet(count: int, classes: int) -> list[range]:

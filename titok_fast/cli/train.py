@@ -140,6 +140,8 @@ def train(
     """
     if dtype not in DTYPES:
         raise ValueError(f"--dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"--seed: got {seed}, allowed is 0 to 2**63 - 1")
     kind, weights, config = _source(model, init)
     name = kind.__name__
     optimization, options = RECIPES[kind]
@@ -194,9 +196,12 @@ def train(
                          f"than the {optimization.steps} --steps")  # fmt: skip
     if adversary and (kind not in TOKENIZERS or (of_proxies and not second_stage)):
         raise ValueError("--adversarial-weight: allowed for a tokenizer that predicts pixels")
+    allowed = None
+    if kind in TOKENIZERS:  # of which the second stage has a frozen quantizer
+        allowed = ("pixel_loss",) if second_stage else loss_options(config)
     losses = _losses(
         kind,
-        loss_options(config) if kind in TOKENIZERS and not second_stage else None,
+        allowed,
         label_dropout=label_dropout,
         label_smoothing=label_smoothing,
         unmasked_weight=unmasked_weight,
@@ -346,5 +351,5 @@ def _check_output(folder: Path, settings: dict[str, Setting]) -> None:
         if (folder / CONFIG_FILE).exists() or (folder / WEIGHTS_FILE).exists():
             raise ValueError(f"--output: {folder} holds a model, allowed is a folder without one")
         return
-    if (folder / STATE_FILE).exists():
+    if any((folder / name).exists() for name in (STATE_FILE, WEIGHTS_FILE)):
         check_settings(record, settings)

@@ -238,7 +238,7 @@ class IndexPropagationQuantize(nn.Module):
         """Quantize a batch.
 
         Args:
-            z: latents [B, D, H, W], float32, float16 or bfloat16.
+            z: latents [B, D, H, W], float32, float16 or bfloat16; float64 is quantized in float32.
             temp: without effect, as upstream.
             return_logits: without effect, as upstream.
 
@@ -252,9 +252,11 @@ class IndexPropagationQuantize(nn.Module):
         """
         if strided("z", z).ndim != 4 or z.shape[1] != self.e_dim:
             raise ValueError(f"z: expected [B, {self.e_dim}, H, W], got shape {list(z.shape)}")
-        codebook = self.embedding.weight
+        rows, codebook = rearrange(z, "b d h w -> b h w d").contiguous(), self.embedding.weight
+        if z.dtype == torch.float64:
+            rows, codebook = rows.float(), codebook.float()
         output, result = _quantize(
-            rearrange(z, "b d h w -> b h w d").contiguous(),
+            rows,
             codebook if self.remap is None else codebook[self.used],
             self.beta,
             self.entropy_temperature,
@@ -267,6 +269,7 @@ class IndexPropagationQuantize(nn.Module):
         )
         self._last = result.indices, result.max_probability
         quantized = rearrange(output.quantized, "b h w d -> b d h w").contiguous()
+        quantized = quantized.double() if z.dtype == torch.float64 else quantized
         loss: QuantizerLoss = output.quant_loss
         if self.use_entropy_loss:
             loss = output[2:]

@@ -47,6 +47,9 @@ def load_tokenizer(
     """
     weights, config = locate(path_or_hub_id, releases(TOKENIZERS), revision=revision)
     kind = model_class(config, TOKENIZERS)
+    section = config.get("model")
+    if "dataset" not in config and isinstance(section, Mapping) and "generator" in section:
+        raise ValueError(f"config: got a MaskGIT's in {weights.parent}, allowed is a tokenizer's")
     return kind.from_pretrained(weights, config=config, dtype=dtype, device=device)
 
 

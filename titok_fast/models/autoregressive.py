@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from titok_fast.models.accelerated import capture, recording
+from titok_fast.models.accelerated import capture, is_recording, recording
 from titok_fast.models.blocks import (
     CausalSelfAttention,
     KVCache,
@@ -21,6 +21,7 @@ from titok_fast.models.blocks import (
 )
 from titok_fast.models.checks import (
     COUNT,
+    DECAY,
     NUMBER,
     POSITIVE,
     SHARE,
@@ -33,7 +34,7 @@ from titok_fast.models.checks import (
     or_none,
     replaced,
 )
-from titok_fast.models.packed import Linear, PackableLinear, packed
+from titok_fast.models.packed import Linear, PackableLinear, packed, untouched
 from titok_fast.models.pretrained import PretrainedModel, Release, evaluating
 from titok_fast.ops import sample_token
 from titok_fast.ops.decode_attention import MAX_HEAD_WIDTH
@@ -215,9 +216,7 @@ class ARTransformer(PretrainedModel):
         x = self.token_drop(torch.cat([condition, self.tok_emb(tokens)], dim=1))
         rotation = self.rotation()[: length + 1]
         modulations = self.modulations(condition)
-        x = self.network(x, modulations, rotation)
-        logits: Tensor = self.head(self.head_nm(x, modulations[-1]))
-        return logits
+        return self._whole(x, modulations, rotation)
 
     @torch.no_grad()
     def generate(
@@ -356,6 +355,19 @@ class ARTransformer(PretrainedModel):
             x = block(x, modulations[i], rotation, None if caches is None else caches[i])
         return x
 
+    def _whole(self, x: Tensor, modulations: Sequence[Tensor], rotation: Tensor) -> Tensor:
+        """Embeddings [B, T, W] of the first T positions to logits [B, T, V]."""
+        x = self.network(x, modulations, rotation)
+        logits: Tensor = self.head(self.head_nm(x, modulations[-1]))
+        return logits
+
+    def decodes(self) -> bool:
+        """Whether `decode` does what `logits` does: no block or part is replaced or watched."""
+        blocks: Any = self.blocks
+        return untouched(self.head_nm, _HeadNorm) and all(
+            isinstance(block, LlamaBlock) and block.decodes() for block in blocks
+        )
+
     def decode(
         self,
         x: Tensor,
@@ -417,6 +429,9 @@ class Decoding:
         self.tokens = torch.zeros(batch, length, dtype=torch.int64, device=weight.device)
         self._rotation = model.rotation()
         self._state: list[Tensor] = []
+        self._by_cache = model.decodes()
+        if not self._by_cache and is_recording(weight):
+            raise RuntimeError("capture: the model has a hook or a replaced part, allowed is none")
 
     def start(
         self, labels: Tensor, prefix: Tensor, seed: int | Tensor, image_ids: Tensor | None
@@ -440,20 +455,18 @@ class Decoding:
             self._state = state
         self._seed = self._state[-1] if isinstance(seed, Tensor) else seed
         self._image_ids, self._condition, *modulations = self._state[: 2 + len(modulations)]
+        self._modulations = modulations
         self._parts = [of_layer[:, :, 0].unbind() for of_layer in modulations]
         count = prefix.shape[1]
-        if count:
-            self.tokens[:, 1 : count + 1] = prefix
+        self.tokens[:, 1 : count + 1] = prefix
+        if count and self._by_cache:
             x = torch.cat([self._condition, self._embedded(prefix[:, :-1])], dim=1)
             with evaluating(model):
                 model.network(x, modulations, self._rotation[:count], self._caches)
 
     def step(self, position: Tensor) -> Tensor:
         """Draws the token at a position [1] int64; returns `tokens`."""
-        model = self._model
-        last = self._embedded(self.tokens.index_select(1, position))
-        x = torch.where(position == 0, self._condition, last)[:, 0]  # [rows, W]
-        logits = model.decode(x, self._parts, self._rotation, self._caches, position)
+        logits = self._logits(position)
         if logits.dtype == torch.float64:  # which no sampling op takes
             logits = logits.float()
         cond, uncond = logits.chunk(2) if self._guided else (logits, None)
@@ -467,6 +480,19 @@ class Decoding:
         )
         self.tokens.index_copy_(1, position + 1, drawn[:, None])
         return self.tokens
+
+    def _logits(self, position: Tensor) -> Tensor:
+        """Of the token at a position, [rows, V]."""
+        model = self._model
+        if not self._by_cache:  # hooks and other modules expect whole sequences
+            count = int(position)
+            x = torch.cat([self._condition, self._embedded(self.tokens[:, 1 : count + 1])], dim=1)
+            with evaluating(model):
+                rotation = self._rotation[: count + 1]
+                return model._whole(x, self._modulations, rotation)[:, -1]
+        last = self._embedded(self.tokens.index_select(1, position))
+        x = torch.where(position == 0, self._condition, last)[:, 0]  # [rows, W]
+        return model.decode(x, self._parts, self._rotation, self._caches, position)
 
     def _embedded(self, tokens: Tensor) -> Tensor:
         """Of tokens [B, T], for both branches of guidance."""
@@ -511,7 +537,7 @@ _KINDS = {
     "attn_dropout_p": SHARE,
     "resid_dropout_p": SHARE,
     "ffn_dropout_p": SHARE,
-    "drop_path_rate": SHARE,
+    "drop_path_rate": DECAY,
     "guidance_scale": NUMBER,
     "temperature": NUMBER,
 }
@@ -556,4 +582,4 @@ def _rotation(side: int, head_dim: int, base: float) -> Tensor:
         [angles[:, None].expand(-1, side, -1), angles[None].expand(side, -1, -1)], dim=-1
     ).flatten(0, 1)  # [side^2, Dh / 2]
     rotations = torch.stack([grid.cos(), grid.sin()], dim=-1)
-    return torch.cat([torch.zeros(1, half, 2), rotations])
+    return torch.cat([torch.zeros_like(rotations[:1]), rotations])

@@ -439,6 +439,20 @@ class LlamaBlock(nn.Module):
         h = torch.addcmul(shift2, self.ffn_norm(x), scale2)
         return torch.addcmul(x, self._kept(self.feed_forward(h)), gate2)
 
+    def decodes(self) -> bool:
+        """Whether `decode` does what `forward` does: no part is replaced or watched.
+
+        Of linear and normalising layers `decode_layer` sees to it.
+        """
+        attention, ffn = self.attention, self.feed_forward
+        return (
+            untouched(self, LlamaBlock)
+            and untouched(attention, CausalSelfAttention)
+            and untouched(ffn, SwiGLU)
+            and untouched(attention.resid_dropout, nn.Dropout)
+            and untouched(ffn.ffn_dropout, nn.Dropout)
+        )
+
     def decode(
         self,
         x: Tensor,

@@ -7,8 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from titok_fast.ops.attention import MAX_HEAD_WIDTH
 
 Options = TypeVar("Options")
 
@@ -42,6 +45,14 @@ SHARE = Kind("a number from 0 to 1", lambda value: _is_number(value, 1))
 MAPPING = Kind("a mapping", lambda value: isinstance(value, Mapping))
 DECAY = Kind("a number from 0, below 1", lambda value: _is_number(value, 1) and value < 1)
 FLAG = Kind("true or false", lambda value: isinstance(value, bool))
+
+
+HEAD_WIDTHS = f"a multiple of 8 up to {MAX_HEAD_WIDTH}"
+
+
+def fits_heads(width: int, heads: int) -> bool:
+    """Whether `attention` takes such heads."""
+    return width % (8 * heads) == 0 and width // heads <= MAX_HEAD_WIDTH
 
 
 def one_of(*values: Any) -> Kind:
@@ -139,6 +150,8 @@ def check_tokens(name: str, value: Tensor, codebook_size: int, shape: str = "B, 
 
 def as_labels(labels: Tensor | Sequence[int], num_classes: int, device: torch.device) -> Tensor:
     """Labels [B] int64 on the device; raises as `check_labels`."""
+    if not isinstance(labels, Tensor | Sequence | np.ndarray):
+        raise TypeError(f"labels: got {type(labels).__name__}, allowed is a tensor or a sequence")
     empty = not isinstance(labels, Tensor) and len(labels) == 0  # which has no dtype of its own
     labels = torch.as_tensor(labels, dtype=torch.int64 if empty else None, device=device)
     if labels.ndim != 1:

@@ -15,6 +15,8 @@ from titok_fast.models.accelerated import capture, is_recording
 from titok_fast.models.blocks import BertBlock, UViTBlock
 from titok_fast.models.checks import (
     COUNT,
+    DECAY,
+    HEAD_WIDTHS,
     NUMBER,
     SHARE,
     as_labels,
@@ -22,12 +24,14 @@ from titok_fast.models.checks import (
     check_number,
     check_section,
     check_tokens,
+    fits_heads,
     one_of,
     replaced,
 )
 from titok_fast.models.packed import PackableLinear
 from titok_fast.models.pretrained import PretrainedModel, Release, evaluating
 from titok_fast.ops import maskgit_step
+from titok_fast.ops.attention import MAX_LENGTH
 
 GUIDANCE_DECAYS = ("constant", "linear", "power-cosine")
 RULES = ("titok", "maskgit")
@@ -558,7 +562,7 @@ _KINDS = {
 _OPTIONAL = {
     "model_type": one_of("ViT", "UViT"),
     "dropout": SHARE,
-    "attn_drop": SHARE,
+    "attn_drop": DECAY,
     "num_steps": COUNT,
     "guidance_scale": NUMBER,
     "guidance_decay": one_of(*GUIDANCE_DECAYS),
@@ -570,8 +574,14 @@ def _check_config(config: Mapping[str, Any]) -> None:
     """Raises ValueError unless MaskGIT can be built from the configuration."""
     check_section(config, "model.vq_model", {"codebook_size": COUNT}, model="MaskGIT")
     generator = check_section(config, "model.generator", _KINDS, _OPTIONAL, model="MaskGIT")
-    if generator["hidden_size"] % generator["num_attention_heads"]:
+    width, heads = generator["hidden_size"], generator["num_attention_heads"]
+    if not fits_heads(width, heads):
         raise ValueError(
-            f"config: model.generator.hidden_size is {generator['hidden_size']}, allowed is a "
-            f"multiple of num_attention_heads {generator['num_attention_heads']}"
+            f"config: model.generator.hidden_size is {width} with {heads} num_attention_heads, "
+            f"allowed is a width of {HEAD_WIDTHS} for each"
+        )
+    if generator["image_seq_len"] >= MAX_LENGTH:
+        raise ValueError(
+            f"config: model.generator.image_seq_len is {generator['image_seq_len']}, allowed is "
+            f"below {MAX_LENGTH}"
         )

@@ -82,13 +82,31 @@ class _Packed:
     def __init__(self, weight: Tensor, copy: Tensor) -> None:
         self.copy = copy
         self.of = self._state(weight)
+        self._stale, self._watch = False, None
+        if weight.requires_grad and weight.is_leaf and not weight.is_inference():
+            # PyTorch's fused optimizers leave the version as it is.
+            self._watch = weight.register_post_accumulate_grad_hook(self._expire)
+
+    def _expire(self, _: Tensor) -> None:
+        self._stale = True
+
+    def forget(self) -> None:
+        """Leaves the weight as it was before."""
+        if self._watch is not None:
+            self._watch.remove()
 
     def is_of(self, weight: Tensor) -> bool:
-        return self.of == self._state(weight)
+        moving = self._stale or (weight.is_leaf and weight.grad is not None)
+        return not moving and self.of == self._state(weight)
 
     @staticmethod
-    def _state(weight: Tensor) -> tuple[int, int]:
-        return weight.data_ptr(), 0 if weight.is_inference() else weight._version
+    def _state(weight: Tensor) -> tuple[Any, ...]:
+        if not weight.is_inference():
+            return weight.data_ptr(), weight._version
+        # Such a tensor has no version: some of its elements instead.
+        count = min(16, weight.numel())
+        some = weight.as_strided((count,), (weight.numel() // count,), weight.storage_offset())
+        return weight.data_ptr(), *some.tolist()
 
     def __reduce__(self) -> Any:
         return type(None), ()
@@ -122,26 +140,30 @@ class Packable(nn.Module):
 
     def pack(self) -> None:
         """Keeps a copy of the weight, where a product by it is faster."""
+        self.unpack()
         weight = getattr(self, self._weight)
         copy = self._arranged(weight.detach())
         self._packed = None if copy is None else _Packed(weight, copy)
 
     def unpack(self) -> None:
         """Frees the copy."""
-        self._packed = None
+        packed, self._packed = self._packed, None
+        if packed is not None:
+            packed.forget()
 
     def _arranged(self, weight: Tensor) -> Tensor | None:
         raise NotImplementedError
 
     def _copy_for(self, x: Tensor, *others: Tensor | None) -> Tensor | None:
         """The copy, if it is of the weight as it is now and `plain` of x and the others."""
-        if self._packed is None or torch.compiler.is_compiling():
+        packed = self._packed  # which another thread may take away
+        if packed is None or torch.compiler.is_compiling():
             return None
         weight = getattr(self, self._weight)
-        if not self._packed.is_of(weight):
+        if not packed.is_of(weight):
             self.unpack()
             return None
-        return self._packed.copy if plain(x, weight, *others) else None
+        return packed.copy if plain(x, weight, *others) else None
 
 
 class PackableMatrix(Packable):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -180,11 +181,17 @@ class PretrainedModel(nn.Module):
 
         Args:
             folder: made if missing; files of these names in it are replaced.
+
+        Raises:
+            OSError: when a file cannot be written.
         """
         folder = Path(folder)
         tensors = {name: tensor.detach().contiguous() for name, tensor in self.state_dict().items()}
         with replacing(folder / WEIGHTS_FILE) as temporary:
-            save_file(tensors, temporary, metadata={"format": "pt"})
+            try:
+                save_file(tensors, temporary, metadata={"format": "pt"})
+            except SafetensorError as error:
+                raise OSError(f"{folder / WEIGHTS_FILE}: {error}") from None
         with replacing(folder / CONFIG_FILE) as temporary:
             temporary.write_text(json.dumps(self.config, indent=2) + "\n", encoding="utf-8")
 

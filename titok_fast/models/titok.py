@@ -17,11 +17,13 @@ from titok_fast.models.blocks import PointwiseConv, ResidualAttentionBlock
 from titok_fast.models.checks import (
     COUNT,
     FLAG,
+    HEAD_WIDTHS,
     NUMBER,
     Kind,
     check_floating,
     check_section,
     check_tokens,
+    fits_heads,
     one_of,
 )
 from titok_fast.models.maskgit_vqgan import (
@@ -32,6 +34,7 @@ from titok_fast.models.maskgit_vqgan import (
 )
 from titok_fast.models.packed import Conv, Linear, untouched
 from titok_fast.models.pretrained import PretrainedModel, Release
+from titok_fast.ops.attention import MAX_LENGTH
 
 _SIZES: Mapping[str, Mapping[str, int]] = {
     "small": {"width": 512, "num_layers": 8, "num_heads": 8},
@@ -105,7 +108,7 @@ class DiagonalGaussian:
 
     def sample(self, generator: torch.Generator | None = None) -> Tensor:
         """Draws mean + std * noise, [..., C] float32, differentiable in the parameters."""
-        noise = torch.randn(self.mean.shape, generator=generator, device=self.mean.device)
+        noise = torch.empty_like(self.mean).normal_(generator=generator)
         return self.mean + self.std * noise
 
     def kl(self) -> Tensor:
@@ -544,12 +547,12 @@ def _is_size(size: Any) -> bool:
     if isinstance(size, str):
         return size in _SIZES
     counted = isinstance(size, Mapping) and all(COUNT.fits(size.get(k)) for k in _SIZES["base"])
-    return counted and size["width"] % size["num_heads"] == 0
+    return counted and fits_heads(size["width"], size["num_heads"])
 
 
 _SIZE = Kind(
     f"{', '.join(_SIZES)} or a mapping of width, num_layers and num_heads, positive ints with "
-    "width a multiple of num_heads",
+    f"width / num_heads {HEAD_WIDTHS}",
     _is_size,
 )
 _KINDS = {
@@ -576,6 +579,13 @@ def _check_config(config: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"config: model.vq_model.{key} is {vq[key]}, allowed is a divisor of crop_size "
                 f"{images['crop_size']}"
+            )
+    for key in ("vit_enc_patch_size", "vit_dec_patch_size"):
+        length = 1 + (images["crop_size"] // vq[key]) ** 2 + vq["num_latent_tokens"]
+        if length > MAX_LENGTH:
+            raise ValueError(
+                f"config: crop_size, model.vq_model.{key} and num_latent_tokens make a sequence of "
+                f"{length}, allowed is up to {MAX_LENGTH}"
             )
     if vq.get("finetune_decoder", True) and (mode == "vae" or not vq.get("is_legacy", True)):
         raise ValueError(

@@ -502,8 +502,8 @@ def index_propagation(
     Raises:
         TypeError: an argument of the wrong type or dtype.
         ValueError: a wrong shape or device, a temperature that is not positive, an unknown backend.
-        RuntimeError: the backend is not available, the message says what is missing; or a second
-            derivative is asked for.
+        RuntimeError: the backend is not available, the message says what is missing; a second
+            derivative is asked for; or a derivative by `torch.func`, which this op does not have.
 
     Source: IBQ (arXiv 2412.02692, sections 3.2 and 3.3).
     """

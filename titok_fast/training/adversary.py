@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -145,7 +146,11 @@ class Adversary(Helper):
         return -self.options.adversarial_weight * verdict
 
     def step(self) -> None:
-        """Moves the discriminator by the mean gradient of the batches since the last step."""
+        """Moves the discriminator by the mean gradient of the batches since the last step.
+
+        Raises:
+            FloatingPointError: when that is not finite.
+        """
         if self._seen:
             gradients = [p.grad for p in self._moved if p.grad is not None]
             means = torch.stack(self._seen).sum(0)
@@ -157,8 +162,10 @@ class Adversary(Helper):
                 parts *= processes
             for tensor in (*gradients, means):
                 tensor.div_(parts)
+            norm = nn.utils.clip_grad_norm_(self._moved, CLIP_NORM).item()
+            if not math.isfinite(norm):
+                raise FloatingPointError(f"discriminator: got a gradient of norm {norm}")
             self.means.lerp_(means, 1 - LECAM_DECAY)
-            nn.utils.clip_grad_norm_(self._moved, CLIP_NORM)
             self._optimizer.step()
             self._optimizer.zero_grad()
             self._seen = []

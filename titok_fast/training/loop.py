@@ -97,7 +97,7 @@ def fit(
         The loss of each step, from the first that this call makes.
 
     Raises:
-        FloatingPointError: when a loss is not finite.
+        FloatingPointError: when a loss or a gradient is not finite.
     """
     moved = [parameter for parameter in parameters if parameter.requires_grad]
     groups = [
@@ -117,7 +117,9 @@ def fit(
         if not math.isfinite(losses[-1]):
             raise FloatingPointError(f"loss: got {losses[-1]} at step {step}")
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(moved, optimization.clip_norm)
+        norm = nn.utils.clip_grad_norm_(moved, optimization.clip_norm).item()
+        if not math.isfinite(norm):  # nothing is moved by it, or kept
+            raise FloatingPointError(f"gradient: got a norm of {norm} at step {step}")
         optimizer.step()
         done = step + 1
         if keeper is not None:
@@ -126,7 +128,7 @@ def fit(
             recent = losses[max(0, (step // log_every) * log_every - first) :]
             log(
                 f"step {done:5d}/{optimization.steps}  loss {sum(recent) / len(recent):.5f}  "
-                f"gradient {norm.item():.3f}  rate {optimization.rate(step):.1e}  "
+                f"gradient {norm:.3f}  rate {optimization.rate(step):.1e}  "
                 f"{time.perf_counter() - start:.0f} s"
             )
     return losses

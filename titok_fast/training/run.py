@@ -152,7 +152,7 @@ def run(
     Raises:
         ValueError: for a batch that the processes cannot share, a state of another model, or a
             folder that not all processes see.
-        FloatingPointError: when a loss is not finite.
+        FloatingPointError: when a loss or a gradient is not finite; the state stays as it was kept.
     """
     rank, processes = rank_and_size()
     part_size = options.part_size(processes)

@@ -184,11 +184,17 @@ def _check_stride(vqgan: MaskGITVQGAN, config: Mapping[str, Any]) -> None:
                          f"{patch} x {patch}, the decoder's patch")  # fmt: skip
 
 
+def _vq_model(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """That section of a configuration, which may be damaged."""
+    section: Any = config
+    for key in ("model", "vq_model"):
+        section = section.get(key) if isinstance(section, Mapping) else None
+    return section if isinstance(section, Mapping) else {}
+
+
 def predicts_proxies(config: Mapping[str, Any]) -> bool:
     """Whether a tokenizer's configuration is of TiTok's first stage, without pixels."""
-    if "model" not in config:
-        return False
-    vq = config["model"]["vq_model"]
+    vq = _vq_model(config)
     return bool(vq.get("is_legacy", True)) and not vq.get("finetune_decoder", True)
 
 
@@ -196,7 +202,7 @@ def loss_options(config: Mapping[str, Any]) -> tuple[str, ...]:
     """The fields of `Losses` that a tokenizer's loss has."""
     if predicts_proxies(config):
         return ("quantizer_weight",)
-    vae = config.get("model", {}).get("vq_model", {}).get("quantize_mode") == "vae"
+    vae = _vq_model(config).get("quantize_mode") == "vae"
     return ("pixel_loss", "kl_weight" if vae else "quantizer_weight")
 
 
