@@ -15,7 +15,8 @@ between `<!-- begin generated: NAME -->` and `<!-- end generated -->`:
                          roofline     rates below the measured roofs, as a picture
 
 Refuses, in one line, numbers of a quick run, of a source tree with changes or of a machine that
-the file does not describe. `--check` writes nothing and exits with 1 where a document would change.
+the file does not describe. `--check` writes nothing and exits with 1 where a document or
+picture would change.
 """
 
 import argparse
@@ -445,12 +446,12 @@ def digest(results: list[Result]) -> str:
     return hashlib.sha256(b"".join(result.path.read_bytes() for result in results)).hexdigest()[:16]
 
 
-def drawn_from(path: Path) -> str | None:
-    """The digest that a picture keeps."""
+def drawn_from(path: Path) -> tuple[str | None, tuple[int, int]] | None:
+    """The digest that a picture keeps, and its size."""
     if not path.exists():
         return None
     with Image.open(path) as image:
-        return image.info.get(DIGEST)
+        return image.info.get(DIGEST), image.size
 
 
 def main(arguments: list[str]) -> int:
@@ -473,7 +474,11 @@ def main(arguments: list[str]) -> int:
             if new != text:
                 stale.append(str(document))
             drawn = pictures(text, results, document)
-            stale += [str(name) for name in drawn if drawn_from(ROOT / name) != digest(results)]
+            stale += [
+                str(name)
+                for name, image in drawn.items()
+                if drawn_from(ROOT / name) != (digest(results), image.size)
+            ]
             if options.check:
                 continue
             if new != text:

@@ -871,7 +871,8 @@ def launch_nearest_code(
 
     tile, padded_d = _tile(d, config.tiles)
     spans = triton.cdiv(k, tile.span)
-    copy = z.dtype == torch.float32 or bool((d | z_stride | codebook_stride) % 16)
+    far = max(z_stride, codebook_stride) >= 2**31  # the coarse pass has strides of 32 bits
+    copy = z.dtype == torch.float32 or far or bool((d | z_stride | codebook_stride) % 16)
     z_scale, z_norm, z_error, span_scale, span_bound, column = _floats(
         device, n, n, n, spans, 3 * spans, spans * tile.span
     )

@@ -387,6 +387,7 @@ HOOKS = {
     "ffn_dropout": (
         lambda m: m.blocks[0].feed_forward.ffn_dropout, lambda module, given, out: -out
     ),
+    "token_drop": (lambda m: m.token_drop, lambda module, given, out: -out),
     "wo": (lambda m: m.blocks[0].attention.wo, lambda module, given, out: 0 * out),
     "head": (lambda m: m.head, lambda module, given, out: -out),
 }  # fmt: skip

@@ -263,7 +263,7 @@ def test_a_full_disk_is_one_line(titok_fast, tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     result = titok_fast(*DIGITS, "--count", 9, "--npz", tmp_path / "g.npz")
-    assert result.returncode == 2 and "No space left on device" in result.err
+    assert result.returncode == 2 and "--npz: No space left on device: 27,648 bytes" in result.err
     assert len(result.err.strip().splitlines()) == 1 and not (tmp_path / "g.npz").exists()
 
 

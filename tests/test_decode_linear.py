@@ -240,7 +240,11 @@ def test_strided_tensors(backend, device, dtype):
                 assert torch.equal(change, tensor)
                 assert torch.equal(run(tensors | {name: change}, backend=backend), expected), name
         every = {name: strided(tensor) for name, tensor in tensors.items()}
-        assert torch.equal(run(every, backend=backend), expected)
+        if device == "cuda":  # where the order of sums depends on strides
+            rounding = FLOAT32 if dtype == torch.float32 else torch.finfo(dtype).eps
+            assert relative_error(run(every, backend=backend), expected) < rounding
+        else:
+            assert torch.equal(run(every, backend=backend), expected)
         for name in ("x", "scale", "shift", "residual", "residual_scale"):
             row = tensors[name][:1].expand_as(tensors[name])  # with a stride of zero
             repeated = run(tensors | {name: row.contiguous()}, backend=backend)

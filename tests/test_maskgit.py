@@ -409,6 +409,9 @@ def test_capture_by_itself(monkeypatch):
         return Sampler(tokenizer, generator, **defaults | options).captures
 
     assert not captures()
+    for seed, error in ((-1, ValueError), (2**63, ValueError), (1.5, TypeError)):
+        with pytest.raises(error, match="seed: "):
+            captures(seed=seed)
     monkeypatch.setattr(torch.nn.Parameter, "is_cuda", True)
     assert captures() and captures(steps=3)
     for options in ({"count": 79}, {"given": ["ids"]}, {"backend": "cuda"}, {"capture": False}):

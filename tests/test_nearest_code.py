@@ -359,13 +359,21 @@ def test_strided_inputs(backend, device):
 def test_rows_beyond_2_to_the_31_elements(backend, device):
     if device == "cuda" and torch.cuda.get_device_properties(0).total_memory < 20 << 30:
         pytest.skip("needs 10 GB")
-    z, codebook = rows_and_codes(3, 3, 8, dtype=torch.bfloat16, device=device)
-    storage = torch.Tensor.new_empty(codebook, 2 * (2**31 + 8) + 8)  # touched only where written
-    far = storage.as_strided((3, 8), (2**31 + 8, 1))
-    far.copy_(codebook)
-    assert torch.equal(
-        nearest_code(z, far, backend=backend), nearest_code(z, codebook, backend="reference")
+    storage = torch.Tensor.new_empty(  # touched only where written
+        torch.empty(0, dtype=torch.bfloat16, device=device), 2 * (2**31 + 8) + 8
     )
+
+    def far(rows, stride):
+        spread = storage.as_strided(rows.shape, (stride, 1))
+        return spread.copy_(rows)
+
+    z, codebook = rows_and_codes(3, 3, 8, dtype=torch.bfloat16, device=device)
+    expected = nearest_code(z, codebook, backend="reference")
+    assert torch.equal(nearest_code(z, far(codebook, 2**31 + 8), backend=backend), expected)
+    # Of a stride that tensor cores could read in place, past a GPU's kernel for few codes.
+    z, codebook = rows_and_codes(2, 5000, 16, dtype=torch.bfloat16, device=device)
+    expected = nearest_code(z, codebook, backend="reference")
+    assert torch.equal(nearest_code(far(z, 2**31), codebook, backend=backend), expected)
 
 
 def test_more_than_2_to_the_31_scores():

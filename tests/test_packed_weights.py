@@ -391,6 +391,22 @@ def test_a_fused_optimizer_ends_the_copies(tokenizer, compiled):
     assert count(copy.deepcopy(tokenizer)) == 0 and pickle.dumps(tokenizer)
 
 
+def test_a_weight_that_is_thawed_is_not_trusted(tokenizer):
+    images = digits("test")[0][:4]
+    pack_weights(tokenizer.train().requires_grad_(False))
+    optimizer = torch.optim.AdamW(tokenizer.requires_grad_(True).parameters(), lr=0.1, fused=True)
+    tokenizer(images)[0].square().mean().backward()
+    optimizer.step()
+    with torch.no_grad():
+        latents = tokenizer.latents(images)
+        pack_weights(tokenizer)
+        assert count(tokenizer) == 0  # while there are gradients
+        optimizer.zero_grad()
+        assert relative_error(tokenizer.latents(images), latents) < 1e-4
+        pack_weights(tokenizer)
+        assert count(tokenizer) and relative_error(tokenizer.latents(images), latents) < 1e-4
+
+
 def test_a_change_in_inference_mode_is_seen(tokenizer):
     images = digits("test")[0][:4]
     with torch.inference_mode():
@@ -417,3 +433,6 @@ def test_threads_generate_at_once():
     for thread in threads:
         thread.join()
     assert not errors
+    for layer in packable(model):  # nothing keeps a copy alive
+        hooks = layer.weight._post_accumulate_grad_hooks or {}
+        assert len(hooks) == (layer._packed is not None)

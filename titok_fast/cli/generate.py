@@ -419,7 +419,11 @@ def _reserve(path: Path, offset: int, size: int) -> None:
     """Takes a file's place on the disk: a page of a memory map that finds none ends the process."""
     if hasattr(os, "posix_fallocate"):
         with open(path, "r+b") as file:
-            os.posix_fallocate(file.fileno(), offset, size)
+            try:
+                os.posix_fallocate(file.fileno(), offset, size)
+            except OSError as error:
+                reason = f"{error.strerror}: {size:,} bytes in {path.parent}"
+                raise OSError(f"--npz: {reason}") from None
 
 
 def _sheet(count: int, classes: int) -> list[range]:

@@ -197,8 +197,8 @@ def train(
     if adversary and (kind not in TOKENIZERS or (of_proxies and not second_stage)):
         raise ValueError("--adversarial-weight: allowed for a tokenizer that predicts pixels")
     allowed = None
-    if kind in TOKENIZERS:  # of which the second stage has a frozen quantizer
-        allowed = ("pixel_loss",) if second_stage else loss_options(config)
+    if kind in TOKENIZERS:
+        allowed = tokenizer.PIXEL_OPTIONS if second_stage else loss_options(config)
     losses = _losses(
         kind,
         allowed,

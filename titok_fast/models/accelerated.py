@@ -58,7 +58,8 @@ def pack_weights(model: Model) -> Model:
     their 16 bits, and twice that of linear layers then). A weight that changes afterwards is used
     in its own order until it is packed again; a change through `weight.data` is not seen, and must
     be followed by another call. A linear layer is not packed where PyTorch has no oneDNN. One that
-    is replaced, by an adapter say, or has a forward hook is called as it is.
+    is replaced, by an adapter say, or has a forward hook is called as it is; a weight with a
+    gradient, which an optimizer is about to change, is not packed.
     `ARTransformer.generate` has no use for it: it reads weights as they are for up to 16 rows, and
     packs them by itself for more.
 

@@ -238,7 +238,8 @@ class ARTransformer(PretrainedModel):
         An image depends on the seed, its id, its label and the model alone, not on the images
         around it (up to rounding in the network's matrix products, which may depend on the batch).
         The network runs in evaluation mode and in the dtype of its parameters, whatever the mode of
-        the model and autocast.
+        the model and autocast. With a hook on a block or a part of one, or another module in its
+        place, every step runs over all positions so far, which takes far longer.
 
         Args:
             labels: [B] int64 in [0, num_classes], or a sequence of them; num_classes is no class.
@@ -364,7 +365,8 @@ class ARTransformer(PretrainedModel):
     def decodes(self) -> bool:
         """Whether `decode` does what `logits` does: no block or part is replaced or watched."""
         blocks: Any = self.blocks
-        return untouched(self.head_nm, _HeadNorm) and all(
+        ordinary = untouched(self.head_nm, _HeadNorm) and untouched(self.token_drop, nn.Dropout)
+        return ordinary and all(
             isinstance(block, LlamaBlock) and block.decodes() for block in blocks
         )
 
@@ -489,7 +491,7 @@ class Decoding:
             x = torch.cat([self._condition, self._embedded(self.tokens[:, 1 : count + 1])], dim=1)
             with evaluating(model):
                 rotation = self._rotation[: count + 1]
-                return model._whole(x, self._modulations, rotation)[:, -1]
+                return model._whole(model.token_drop(x), self._modulations, rotation)[:, -1]
         last = self._embedded(self.tokens.index_select(1, position))
         x = torch.where(position == 0, self._condition, last)[:, 0]  # [rows, W]
         return model.decode(x, self._parts, self._rotation, self._caches, position)

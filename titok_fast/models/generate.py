@@ -19,6 +19,7 @@ from titok_fast.models.checks import COUNT, as_labels
 from titok_fast.models.maskgit import MaskGIT
 from titok_fast.models.packed import packable
 from titok_fast.models.titok import TiTok
+from titok_fast.ops.arguments import check_counters
 
 Generator: TypeAlias = MaskGIT | ARTransformer
 
@@ -74,7 +75,8 @@ def generate(
         dtype: of both networks; None keeps that of the weights.
         device: None is the first GPU if there is one, otherwise the CPU.
         capture: whether whole batches are recorded as CUDA graphs and replayed; None is on a GPU
-            from 8 whole batches on, where nothing but a setting of the sampling is given.
+            from 8 whole batches on, where nothing but a setting of the sampling is given. Graphs
+            keep the memory of both networks' work; False takes that of one at a time.
         **options: of `MaskGIT.generate`, such as steps or guidance_scale, or of
             `ARTransformer.generate`, such as temperature or top_k. Of image_ids, ids and prefix
             there is one entry for each label; return_steps is not allowed.
@@ -138,7 +140,8 @@ class Sampler:
         **options: of the generator's `generate`.
 
     Raises:
-        ValueError: `capture` with what cannot be recorded.
+        TypeError: a seed that is not an int.
+        ValueError: a seed out of range, `capture` with what cannot be recorded.
         RuntimeError: `capture` without a GPU.
     """
 
@@ -154,6 +157,9 @@ class Sampler:
         given: Iterable[str] = (),
         **options: Any,
     ) -> None:
+        if not isinstance(seed, int):
+            raise TypeError(f"seed: expected an int, got {type(seed).__name__}")
+        check_counters({"seed": seed})
         self._tokenizer, self._generator = tokenizer, generator
         self._batch_size, self._seed, self._options = batch_size, seed, options
         self._recorded: tuple[Callable[..., Tensor], Callable[..., Tensor]] | None = None
@@ -166,8 +172,11 @@ class Sampler:
             raise RuntimeError(
                 f"capture: the model is on {weight.device}, allowed is a CUDA device"
             )
-        many = count // batch_size >= CAPTURED_FROM
-        self.captures = weight.is_cuda and many and not other if capture is None else capture
+        if capture is None:
+            many = count // batch_size >= CAPTURED_FROM
+            ordinary = isinstance(generator, MaskGIT) or generator.decodes()
+            capture = weight.is_cuda and many and ordinary and not other
+        self.captures = capture
 
     def __call__(self, labels: Tensor, image_ids: Tensor, **given: Any) -> tuple[Tensor, Tensor]:
         """Tokens [B, L] and images [B, 3, S, S] of labels [B] and image_ids [B]."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -80,15 +81,21 @@ class _Packed:
     """A copy of a weight in another order; a copy or a pickle of a model leaves it out."""
 
     def __init__(self, weight: Tensor, copy: Tensor) -> None:
+        self._stale, self._watch = False, None
         self.copy = copy
         self.of = self._state(weight)
-        self._stale, self._watch = False, None
         if weight.requires_grad and weight.is_leaf and not weight.is_inference():
             # PyTorch's fused optimizers leave the version as it is.
-            self._watch = weight.register_post_accumulate_grad_hook(self._expire)
+            expire = weakref.WeakMethod(self._expire)  # a weight keeps no copy of it alive
+            self._watch = weight.register_post_accumulate_grad_hook(
+                lambda _: (method := expire()) and method()
+            )
 
-    def _expire(self, _: Tensor) -> None:
+    def _expire(self) -> None:
         self._stale = True
+
+    def __del__(self) -> None:
+        self.forget()
 
     def forget(self) -> None:
         """Leaves the weight as it was before."""
@@ -96,6 +103,8 @@ class _Packed:
             self._watch.remove()
 
     def is_of(self, weight: Tensor) -> bool:
+        if not weight.is_inference() and weight.requires_grad and self._watch is None:
+            return False  # frozen before, it may have moved
         moving = self._stale or (weight.is_leaf and weight.grad is not None)
         return not moving and self.of == self._state(weight)
 
@@ -139,10 +148,11 @@ class Packable(nn.Module):
     _packed: _Packed | None = None
 
     def pack(self) -> None:
-        """Keeps a copy of the weight, where a product by it is faster."""
+        """Keeps a copy of the weight, where a product by it is faster and it has no gradient."""
         self.unpack()
         weight = getattr(self, self._weight)
-        copy = self._arranged(weight.detach())
+        moving = weight.is_leaf and weight.grad is not None
+        copy = None if moving else self._arranged(weight.detach())
         self._packed = None if copy is None else _Packed(weight, copy)
 
     def unpack(self) -> None:

@@ -131,4 +131,5 @@ def fit(
                 f"gradient {norm:.3f}  rate {optimization.rate(step):.1e}  "
                 f"{time.perf_counter() - start:.0f} s"
             )
+    optimizer.zero_grad()
     return losses

@@ -184,6 +184,9 @@ def _check_stride(vqgan: MaskGITVQGAN, config: Mapping[str, Any]) -> None:
                          f"{patch} x {patch}, the decoder's patch")  # fmt: skip
 
 
+PIXEL_OPTIONS = ("pixel_loss", "quantizer_weight")  # of a tokenizer with a codebook
+
+
 def _vq_model(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """That section of a configuration, which may be damaged."""
     section: Any = config
@@ -203,7 +206,7 @@ def loss_options(config: Mapping[str, Any]) -> tuple[str, ...]:
     if predicts_proxies(config):
         return ("quantizer_weight",)
     vae = _vq_model(config).get("quantize_mode") == "vae"
-    return ("pixel_loss", "kl_weight" if vae else "quantizer_weight")
+    return ("pixel_loss", "kl_weight") if vae else PIXEL_OPTIONS
 
 
 def config_of(name: str) -> dict[str, Any]:
