@@ -28,6 +28,7 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
+import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -45,14 +46,17 @@ from bench.rows import (
     quotable,
 )
 from titok_fast._files import replacing
-from titok_fast.cli.profile_chart import duration
+from titok_fast.cli.profile import headline
+from titok_fast.cli.profile_chart import draw_profile, duration
 from titok_fast.ops.inspect import CAPABILITIES
+from titok_fast.profiling import Measurement, Profile
 
 REGION = re.compile(r"(<!-- begin generated: (\S+) -->\n).*?(<!-- end generated -->)", re.DOTALL)
 CONTENDED_NOTE = "† Other processes kept a CPU busy during this time; do not rely on it."
 VERDICTS = {"met": "**{}**", "missed": "{}, missed", "not measured": "not measured"}
 NO_RUN = ["No run is on record yet.", ""]
 RATES = Path("docs/images_per_second.png")
+PROFILE, DRAWN_MODEL = Path("docs/profile.png"), "titok-l-32"
 DIGEST = "results"  # a text of the PNG files
 PERFORMANCE = Path("docs/performance.md")
 
@@ -343,12 +347,40 @@ def exactness(results: list[Result], document: Path) -> list[str]:
     return lines or NO_RUN
 
 
+def profile_files() -> list[Path]:
+    """Those of `bench.profile`, the newest of a machine and model."""
+    return newest((ROOT / "bench" / "results" / "profiles").glob("*.json"))
+
+
+def drawn_profile() -> Profile | None:
+    """One that stands for all, as it was measured."""
+    found = [data for path in profile_files() if (data := quotable(path))["model"] == DRAWN_MODEL]
+    if not found:
+        return None
+    data = found[-1]
+    measurements = tuple(
+        Measurement(
+            model=measured["model"],
+            mode=measured["mode"],
+            batch_size=data["batch_size"],
+            steps=measured["steps"],
+            measured_steps=measured["measured_steps"],
+            measured=measured["measured_seconds"],
+            other_cpus=measured["other_cpus"],
+        )
+        for measured in data["measurements"]
+    )
+    names = ("model", "baseline", "image_size", "batch_size", "device", "versions")
+    options = {name: data[name] for name in names}
+    return Profile(dtype=getattr(torch, data["dtype"]), measurements=measurements, **options)
+
+
 def profiles(_results: list[Result], document: Path) -> list[str]:
-    """A table for each file of `bench.profile`, the newest of a machine and model."""
+    """A table for each file of `bench.profile`, and a picture of one."""
     lines = []
     head = ["model", "mode", "steps", "images/s", "latency", "speed-up", "the paper's"]
     head += ["transformer", "step op", "de-tokenizer", "other"]
-    for path in newest((ROOT / "bench" / "results" / "profiles").glob("*.json")):
+    for path in profile_files():
         data = quotable(path)
         body = []
         for measured in data["measurements"]:
@@ -372,6 +404,8 @@ def profiles(_results: list[Result], document: Path) -> list[str]:
         facts += [f"torch {data['versions']['torch']}", path.stem[-len("2030-01-02") :]]
         lines += [f"**{title}**: {', '.join(facts)}, {link(path, document)}", ""]
         lines += table(head, body, texts=3)
+    if (drawn := drawn_profile()) is not None:
+        lines += picture(document, PROFILE, headline(drawn))
     return lines or NO_RUN
 
 
@@ -438,12 +472,15 @@ def pictures(text: str, results: list[Result], document: Path) -> dict[Path, Ima
     models = figures.rate_rows(results)
     if "rates" in regions and models:
         drawn[RATES] = figures.draw_rates(models)
+    if "profiles" in regions and (profile := drawn_profile()) is not None:
+        drawn[PROFILE] = draw_profile(profile, headline(profile))
     return drawn
 
 
 def digest(results: list[Result]) -> str:
     """Of the files that a picture is drawn from, which it keeps."""
-    return hashlib.sha256(b"".join(result.path.read_bytes() for result in results)).hexdigest()[:16]
+    paths = [*(result.path for result in results), *profile_files()]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:16]
 
 
 def drawn_from(path: Path) -> tuple[str | None, tuple[int, int]] | None:

@@ -333,6 +333,8 @@ def test_profiles(tree, capsys):
     ours = {"model": "titok-l-32", "mode": "eager", "steps": 8, "extrapolation": None}
     ours |= {"images_per_second": 0.5, "latency_seconds": 2.0, "speed_up": 200.0}
     ours["breakdown_seconds"] = {"transformer": 1.5, "step op": 0.5}
+    ours |= {"measured_steps": 8, "measured_seconds": {"transformer": 1.5, "step op": 0.5}}
+    ours["other_cpus"] = 0.0
     theirs = ours | {"model": "dit-xl-2", "speed_up": None, "extrapolation": "23 of 250 steps"}
     data = {"model": "titok-l-32", "baseline": "dit-xl-2", "image_size": 256, "batch_size": 1}
     data |= {"dtype": "float32", "device": "some CPU", "versions": {"torch": "9"}}
@@ -348,6 +350,8 @@ def test_profiles(tree, capsys):
     assert "| `dit-xl-2` | eager | 8, 23 of 250 steps | 0.5 | 2 s |  |  | 1.5 s | 500 ms" in page
     assert page.count("dit-xl-2, 256 px**: batch of 1, float32, some CPU, torch 9, 2030-01-02") == 1
     assert "titok-l-32-2030-01-01" not in page
+    assert "float32, some CPU](profile.png)" in page
+    assert (root / "docs/profile.png").stat().st_size > 1000 and report.main(["--check"]) == 0
     before = path.read_text()
     for key, value, refusal in (
         ("git", {"commit": "01", "dirty": True}, "was not a clean commit"),
