@@ -10,9 +10,8 @@ from torch import Tensor
 from bench import bench_autoregressive, bench_ibq, harness, models
 from bench.harness import Bench, Call, Provider
 from titok_fast.models import ARTransformer
-from titok_fast.models.accelerated import capture
 from titok_fast.models.auto import Tokenizer
-from titok_fast.models.generate import PAIRS, Generator, arranged
+from titok_fast.models.generate import PAIRS, Generator, Sampler, arranged
 
 
 @dataclass(frozen=True)
@@ -91,13 +90,10 @@ def prepare_ours(dtype: torch.dtype) -> Callable[[Case, Tensor], Call]:
             generator = copy.deepcopy(generator).cast(dtype)
         else:
             generator = models.prepared(generator, dtype)
-        generate = models.generating(generator, labels)
-
-        def decode(tokens: Tensor) -> Tensor:
-            return tokenizer.decode(arranged(tokenizer, tokens))
-
-        run = capture(decode, generate()) if case.device == "cuda" else decode
-        return lambda: run(generate())
+        options = {"count": case.b, "batch_size": case.b, "seed": 0}
+        sampler = Sampler(tokenizer, generator, capture=case.device == "cuda", **options)
+        numbers = torch.arange(case.b, device=case.device)
+        return lambda: sampler(labels, numbers)[1]
 
     return prepare
 

@@ -505,6 +505,7 @@ def main(arguments: list[str]) -> int:
     stale = []
     try:
         results = [Result.load(path) for path in files]
+        sources = digest(results)
         for path in documents:
             document, text = path.relative_to(ROOT), path.read_text()
             new = rewritten(text, results, document)
@@ -514,7 +515,7 @@ def main(arguments: list[str]) -> int:
             stale += [
                 str(name)
                 for name, image in drawn.items()
-                if drawn_from(ROOT / name) != (digest(results), image.size)
+                if drawn_from(ROOT / name) != (sources, image.size)
             ]
             if options.check:
                 continue
@@ -523,7 +524,7 @@ def main(arguments: list[str]) -> int:
                     part.write_text(new)
             for name, image in drawn.items():
                 facts = PngInfo()
-                facts.add_text(DIGEST, digest(results))
+                facts.add_text(DIGEST, sources)
                 with replacing(ROOT / name) as part:
                     image.save(part, "PNG", pnginfo=facts)
     except RefusedError as error:

@@ -15,11 +15,7 @@ inline void check_cuda(cudaError_t status, const char* call) {
   }
 }
 
-}  // namespace titok
-
 #define TITOK_CHECK_CUDA(call) ::titok::check_cuda((call), #call)
-
-namespace titok {
 
 // Each block gets `shared_bytes` of dynamic shared memory.
 template <class... Parameters, class... Arguments>

@@ -22,6 +22,7 @@ from titok_fast import (
     pack_conv3x3,
     sample_token,
 )
+from titok_fast.ops import inspect
 
 TASKS = Path("/proc/self/task")
 
@@ -34,19 +35,7 @@ def _two_threads() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-OPS = (
-    "nearest_code",
-    "index_propagation",
-    "attention",
-    "maskgit_step",
-    "sample_token",
-    "decode_attention",
-    "decode_linear",
-    "conv3x3",
-)
-
-
-@pytest.fixture(params=OPS)
+@pytest.fixture(params=inspect.OPS)
 def call(request: pytest.FixtureRequest) -> Callable[[], list[Tensor]]:
     """An op on inputs that two threads share; its outputs.
 

@@ -95,17 +95,16 @@ def find_images(arguments: Iterable[str]) -> list[ImageFile]:
 
 def _below(folder: str) -> list[ImageFile]:
     files = []
-    # Of each folder the real paths of it and of those that it is in.
-    above: dict[str, tuple[str, ...]] = {folder: (os.path.realpath(folder),)}
     for parent, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        chain = above.pop(parent)
-        for name in list(folders):
-            place = os.path.realpath(os.path.join(parent, name))
-            if place in chain:  # a link to what it is in, which has no end
-                folders.remove(name)
-            else:
-                above[os.path.join(parent, name)] = (*chain, place)
+        inside = Path(parent).relative_to(folder)
+        around = {os.path.realpath(Path(folder, path)) for path in (inside, *inside.parents)}
+        folders[:] = [
+            name
+            for name in folders
+            if not name.startswith(".")
+            # A link to what it is in has no end.
+            and os.path.realpath(os.path.join(parent, name)) not in around
+        ]
         for name in names:
             if not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES:
                 path = os.path.join(parent, name)

@@ -1,5 +1,6 @@
 // Faulty kernels, which the simulator must find out.
-#include "faults.h"
+#include <string>
+#include <vector>
 
 #include "cuda_runtime.h"
 

@@ -15,7 +15,6 @@
 #include <vector>
 
 #include "cuda_runtime.h"
-#include "faults.h"
 #include "maskgit_step.h"
 #include "sample_token.h"
 
@@ -217,6 +216,7 @@ void sample_token_cpu(const SampleTokenArgs&) { absent(); }
 
 }  // namespace titok
 
+std::vector<unsigned> run_fault(const std::string& name);
 void bind_maskgit_step(py::module_& m);
 void bind_sample_token(py::module_& m);
 

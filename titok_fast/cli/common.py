@@ -308,6 +308,12 @@ def _image_size(model: Tokenizer, size: int | None) -> int:
     return size
 
 
+def check_seed(seed: int) -> None:
+    """Raises ValueError unless --seed is one of `maskgit_step` and `sample_token`."""
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"--seed: got {seed}, allowed is 0 to 2**63 - 1")
+
+
 def named_device(name: str) -> torch.device:
     """The device of --device."""
     if name == "auto":

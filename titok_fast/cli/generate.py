@@ -29,6 +29,7 @@ from titok_fast.cli.common import (
     Network,
     PngWriter,
     Workers,
+    check_seed,
     default_workers,
     flag,
     named_device,
@@ -119,8 +120,7 @@ def generate(
         raise ValueError(f"--npz: got suffix {npz.suffix!r}, allowed is .npz")
     if output is not None and npz is not None and npz.resolve() == home.resolve():
         raise ValueError(f"--npz: got {npz}, which is the token file")
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"--seed: got {seed}, allowed is 0 to 2**63 - 1")
+    check_seed(seed)
     if count is not None and count < 1:
         raise ValueError(f"--count: got {count}, allowed is a positive number")
     if (ids is None) != (regenerate is None):

@@ -15,6 +15,7 @@ import typer
 from titok_fast._distributed import rank_and_size
 from titok_fast.cli.common import (
     Device,
+    check_seed,
     default_workers,
     flag,
     flags,
@@ -140,8 +141,7 @@ def train(
     """
     if dtype not in DTYPES:
         raise ValueError(f"--dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
-    if not 0 <= seed < 2**63:
-        raise ValueError(f"--seed: got {seed}, allowed is 0 to 2**63 - 1")
+    check_seed(seed)
     kind, weights, config = _source(model, init)
     name = kind.__name__
     optimization, options = RECIPES[kind]

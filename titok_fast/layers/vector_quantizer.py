@@ -16,9 +16,10 @@ from titok_fast.ops.nearest_code import BACKENDS, nearest_code
 
 def _gather(x: Tensor) -> Tensor:
     """`x` of every rank, concatenated along dim 0 in rank order."""
-    if rank_and_size()[1] == 1:
+    _, size = rank_and_size()
+    if size == 1:
         return x
-    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    parts = [torch.empty_like(x) for _ in range(size)]
     dist.all_gather(parts, x.contiguous())
     return torch.cat(parts)
 

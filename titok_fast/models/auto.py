@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import torch
 
 from titok_fast.models.autoregressive import ARTransformer
+from titok_fast.models.checks import found_at
 from titok_fast.models.ibq import IBQTokenizer
 from titok_fast.models.maskgit import MaskGIT
 from titok_fast.models.maskgit_vqgan import MaskGITVQGAN
@@ -47,8 +48,7 @@ def load_tokenizer(
     """
     weights, config = locate(path_or_hub_id, releases(TOKENIZERS), revision=revision)
     kind = model_class(config, TOKENIZERS)
-    section = config.get("model")
-    if "dataset" not in config and isinstance(section, Mapping) and "generator" in section:
+    if "dataset" not in config and found_at(config, "model.generator") is not None:
         raise ValueError(f"config: got a MaskGIT's in {weights.parent}, allowed is a tokenizer's")
     return kind.from_pretrained(weights, config=config, dtype=dtype, device=device)
 
@@ -60,10 +60,7 @@ def model_class(config: Mapping[str, Any], classes: Sequence[type[Model]]) -> ty
         ValueError: when it is of none.
     """
     for kind in classes:
-        found: Any = config
-        for key in kind.config_key.split("."):
-            found = found.get(key) if isinstance(found, Mapping) else None
-        if found is not None:
+        if found_at(config, kind.config_key) is not None:
             return kind
     keys = ", ".join(f"{kind.config_key} ({kind.__name__})" for kind in classes)
     raise ValueError(f"config: got keys {', '.join(config)}, allowed is one that has {keys}")

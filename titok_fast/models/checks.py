@@ -104,6 +104,13 @@ def check_section(
     return found
 
 
+def found_at(config: Any, path: str) -> Any:
+    """What stands at a path of keys with dots; None where nothing does."""
+    for key in path.split("."):
+        config = config.get(key) if isinstance(config, Mapping) else None
+    return config
+
+
 def replaced(options: Options, kind: str, **given: Any) -> Options:
     """A frozen dataclass with the fields that are given; None keeps.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-import weakref
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -81,32 +81,23 @@ class _Packed:
     """A copy of a weight in another order; a copy or a pickle of a model leaves it out."""
 
     def __init__(self, weight: Tensor, copy: Tensor) -> None:
-        self._stale, self._watch = False, None
+        self._moved, self._watch = threading.Event(), None
         self.copy = copy
         self.of = self._state(weight)
         if weight.requires_grad and weight.is_leaf and not weight.is_inference():
             # PyTorch's fused optimizers leave the version as it is.
-            expire = weakref.WeakMethod(self._expire)  # a weight keeps no copy of it alive
-            self._watch = weight.register_post_accumulate_grad_hook(
-                lambda _: (method := expire()) and method()
-            )
-
-    def _expire(self) -> None:
-        self._stale = True
+            moved = self._moved  # alone, so that a weight keeps no copy of it alive
+            self._watch = weight.register_post_accumulate_grad_hook(lambda _: moved.set())
 
     def __del__(self) -> None:
-        self.forget()
-
-    def forget(self) -> None:
-        """Leaves the weight as it was before."""
         if self._watch is not None:
             self._watch.remove()
 
     def is_of(self, weight: Tensor) -> bool:
         if not weight.is_inference() and weight.requires_grad and self._watch is None:
             return False  # frozen before, it may have moved
-        moving = self._stale or (weight.is_leaf and weight.grad is not None)
-        return not moving and self.of == self._state(weight)
+        moved = self._moved.is_set() or _has_gradient(weight)
+        return not moved and self.of == self._state(weight)
 
     @staticmethod
     def _state(weight: Tensor) -> tuple[Any, ...]:
@@ -119,6 +110,10 @@ class _Packed:
 
     def __reduce__(self) -> Any:
         return type(None), ()
+
+
+def _has_gradient(weight: Tensor) -> bool:
+    return weight.is_leaf and weight.grad is not None
 
 
 def plain(*tensors: Tensor | None) -> bool:
@@ -149,17 +144,13 @@ class Packable(nn.Module):
 
     def pack(self) -> None:
         """Keeps a copy of the weight, where a product by it is faster and it has no gradient."""
-        self.unpack()
         weight = getattr(self, self._weight)
-        moving = weight.is_leaf and weight.grad is not None
-        copy = None if moving else self._arranged(weight.detach())
+        copy = None if _has_gradient(weight) else self._arranged(weight.detach())
         self._packed = None if copy is None else _Packed(weight, copy)
 
     def unpack(self) -> None:
         """Frees the copy."""
-        packed, self._packed = self._packed, None
-        if packed is not None:
-            packed.forget()
+        self._packed = None
 
     def _arranged(self, weight: Tensor) -> Tensor | None:
         raise NotImplementedError

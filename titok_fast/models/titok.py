@@ -580,7 +580,6 @@ def _check_config(config: Mapping[str, Any]) -> None:
                 f"config: model.vq_model.{key} is {vq[key]}, allowed is a divisor of crop_size "
                 f"{images['crop_size']}"
             )
-    for key in ("vit_enc_patch_size", "vit_dec_patch_size"):
         length = 1 + (images["crop_size"] // vq[key]) ** 2 + vq["num_latent_tokens"]
         if length > MAX_LENGTH:
             raise ValueError(

@@ -14,15 +14,14 @@ from torch import Tensor, nn
 from titok_fast._distributed import rank_and_size
 from titok_fast.images import read_pixels, to_float
 from titok_fast.models import IBQTokenizer, MaskGITVQGAN, TiTok, Tokenizer
-from titok_fast.models.checks import NUMBER, check_fields, one_of
+from titok_fast.models.checks import NUMBER, check_fields, found_at, one_of
 from titok_fast.training.adversary import Adversary
 from titok_fast.training.loop import Optimization
 from titok_fast.training.losses import PIXEL_LOSSES, proxy_code_loss, tokenizer_loss
 from titok_fast.training.run import Options, Task
 
 # TiTok: configs/training/TiTok/stage1/titok_b64.yaml of 1d-tokenizer, whose 32 images of a GPU are
-# 256 of eight. IBQ: ours, with the Adam that VQGANs
-# have.
+# 256 of eight. IBQ: ours, with the Adam that VQGANs have.
 RECIPES: Mapping[type[Tokenizer], tuple[Optimization, Options]] = {
     TiTok: (
         Optimization(
@@ -189,9 +188,7 @@ PIXEL_OPTIONS = ("pixel_loss", "quantizer_weight")  # of a tokenizer with a code
 
 def _vq_model(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """That section of a configuration, which may be damaged."""
-    section: Any = config
-    for key in ("model", "vq_model"):
-        section = section.get(key) if isinstance(section, Mapping) else None
+    section = found_at(config, "model.vq_model")
     return section if isinstance(section, Mapping) else {}
 
 
