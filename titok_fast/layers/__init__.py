@@ -1,6 +1,6 @@
 """Drop-in quantizer layers with the upstream constructor, returns and state_dict keys."""
 
-from titok_fast.layers.accelerate import AcceleratedReport, accelerate
+from titok_fast.layers.accelerate import accelerate
 from titok_fast.layers.index_propagation_quantize import (
     CodeStatistics,
     IBQOutput,
@@ -10,7 +10,6 @@ from titok_fast.layers.index_propagation_quantize import (
 from titok_fast.layers.vector_quantizer import VectorQuantizer
 
 __all__ = [
-    "AcceleratedReport",
     "CodeStatistics",
     "IBQOutput",
     "IndexPropagationQuantize",

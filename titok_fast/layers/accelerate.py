@@ -1,7 +1,6 @@
 """Swap the quantizers of an upstream model for the fused layers, in place."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -10,25 +9,9 @@ from titok_fast.layers.index_propagation_quantize import IndexPropagationQuantiz
 from titok_fast.layers.vector_quantizer import VectorQuantizer
 
 
-@dataclass
-class AcceleratedReport:
-    """What `accelerate` did, by module path ("" is the model itself).
-
-    Attributes:
-        replaced: path to what was replaced by what.
-        left: path to why a module with a quantizer's name was left alone.
-    """
-
-    replaced: dict[str, str] = field(default_factory=dict)
-    left: dict[str, str] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        lines = [f"replaced {path or 'the model'}: {what}" for path, what in self.replaced.items()]
-        lines += [f"left {path or 'the model'}: {why}" for path, why in self.left.items()]
-        return "\n".join(lines) or "found no quantizer to replace"
-
-
-def accelerate(model: nn.Module, *, backend: str = "auto") -> tuple[nn.Module, AcceleratedReport]:
+def accelerate(
+    model: nn.Module, *, backend: str = "auto", log: Callable[[str], None] = print
+) -> nn.Module:
     """Replace the quantizers inside an upstream model by the fused layers.
 
     Modules are recognised by class name and attributes, without importing their package:
@@ -36,35 +19,40 @@ def accelerate(model: nn.Module, *, backend: str = "auto") -> tuple[nn.Module, A
     buffers stay the same tensors, so optimizers, state dicts and checkpoints go on working; hooks
     and the training mode move along. SEED-Voken's `VectorQuantizer` and `VectorQuantizer2` and the
     `VectorQuantizer` of 1d-tokenizer's MaskGIT-VQGAN return other things than the layers here and
-    are left, with that reason in the report; so is a module with an option that these lack.
+    are left, as the log says; so is a module with an option that these lack.
 
     Args:
         model: changed in place; a quantizer itself is fine too.
         backend: of the fused ops.
+        log: takes a line for each module that was replaced, or left although it has a quantizer's
+            name, with the reason; one that there is none.
 
     Returns:
-        The model (the new layer where `model` itself was a quantizer) and the report.
+        The model; the new layer where `model` itself was a quantizer.
     """
-    report = AcceleratedReport()
     layers: dict[int, nn.Module] = {}
+    found = False
     for path, module in list(model.named_modules(remove_duplicate=False)):
         build = _BUILDERS.get(type(module).__name__)
         if build is None or type(module).__module__.startswith("titok_fast."):
             continue
+        found, where = True, path or "the model"
         if id(module) not in layers:
             layer = build(module, backend)
             if isinstance(layer, str):
-                report.left[path] = layer
+                log(f"left {where}: {layer}")
                 continue
             _take_over(layer, module)
             layers[id(module)] = layer
         layer = layers[id(module)]
-        report.replaced[path] = f"{_name(module)} by {_name(layer)}"
+        log(f"replaced {where}: {_name(module)} by {_name(layer)}")
         if not path:
-            return layer, report
+            return layer
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, layer)
-    return model, report
+    if not found:
+        log("found no quantizer to replace")
+    return model
 
 
 def _vector_quantizer(module: nn.Module, backend: str) -> nn.Module | str:
