@@ -7,7 +7,6 @@ few rows over a power of two, so both a short tile and the last step may be a sm
 Derivation: docs/ops/attention.md.
 """
 
-import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from titok_fast.kernels._device import device_of, nearest
 from torch import Tensor
 
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -627,7 +627,7 @@ _FLOAT = Config(
     bwd={16: Tile(16, 0, 16, warps=4, last=False)},
     long_fwd=Tile(64, 0, 32, warps=4, last=False),
     long_query=Tile(32, 0, 16, warps=4, last=False),
-    long_key=Tile(32, 0, 16, warps=4, last=False),
+    long_key=Tile(32, 0, 16, warps=8, last=False),
 )
 _FLOAT_WIDE = Config(
     fwd={},
@@ -662,13 +662,9 @@ _WGMMA = {
 CONFIGS = {80: _MMA, 90: _WGMMA, 100: _WGMMA, 120: _MMA}
 
 
-@functools.cache
 def _capability(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 90  # in the interpreter
-    major, minor = torch.cuda.get_device_capability(device)
-    capability = max(10 * major + minor, min(CONFIGS))
-    return max(c for c in CONFIGS if c <= capability)
+    gpu = device_of(device)
+    return gpu.capability if gpu else 90
 
 
 def _tile(length: int, tiles: dict[int, Tile]) -> Tile | None:
@@ -693,7 +689,7 @@ def _options(tile: Tile, length: int, d: int, dtype: torch.dtype) -> dict[str, A
 
 
 def _config(capability: int, d: int, dtype: torch.dtype, dropout: bool) -> Config:
-    config = CONFIGS[capability][dtype == torch.float32, d > 64]
+    config = nearest(CONFIGS, capability)[dtype == torch.float32, d > 64]
     return config.with_dropout or config if dropout else config
 
 
@@ -795,37 +791,27 @@ def launch_attention_bwd(
 _LENGTHS = (16, 32, 33, 64, 65, 96, 128, 129, 289, 320, 577)  # every tile and every last step
 
 
-def specializations(
-    capability: int, main: bool = False
-) -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
-    """(kernel, argument types, constants and options) of what a launch on `capability` compiles.
+def launch_examples(main: bool = False) -> None:
+    """Launches, on the meta device, that compile every tile, forward and backward.
 
     Args:
-        capability: 90 for sm_90.
         main: only TiTok's length at 256 px and the longest that MaskGIT has, in bfloat16.
     """
-    kinds = [("bf16", 64, False)]
+    kinds = [(torch.bfloat16, 64, 0.0)]
     if not main:
         kinds += [
-            ("bf16", 64, True),
-            ("fp16", 48, False),
-            ("fp16", 48, True),
-            ("bf16", 128, False),
-            ("bf16", 128, True),
-            ("fp32", 64, False),
-            ("fp32", 64, True),
-            ("fp32", 128, False),
-            ("fp32", 128, True),
+            (dtype, d, dropout_p)
+            for dtype, widths in (
+                (torch.bfloat16, (64, 128)),
+                (torch.float16, (48,)),
+                (torch.float32, (48, 64, 128)),
+            )
+            for d in widths
+            for dropout_p in (0.0, 0.1)
         ]
-    lengths = (129, 289) if main else _LENGTHS
-    for dtype, d, dropout in kinds:
-        types = dict.fromkeys(("qkv", "out", "grad", "grad_qkv"), f"*{dtype}")
-        types |= {"lse": "*fp32", "delta": "*fp32", "seed": "*i64" if dropout else "*fp32"}
-        types |= {"scale": "fp32", "keep_scale": "fp32"}
-        types |= dict.fromkeys(_SIZES + _GRAD_STRIDES, "i32")
-        kind = torch.float32 if dtype == "fp32" else torch.bfloat16
-        for length in lengths:
-            _, options = _forward(capability, length, d, kind, dropout)
-            yield attention_fwd_kernel, types, options
-            for _, options in _backward(capability, length, d, kind, dropout):
-                yield attention_bwd_kernel, types, options
+    for dtype, d, dropout_p in kinds:
+        for length in (129, 289) if main else _LENGTHS:
+            qkv = torch.empty(2, length, 3, 16, d, dtype=dtype, device="meta")
+            seed = torch.empty([], dtype=torch.int64, device="meta") if dropout_p else None
+            out, lse = launch_attention_fwd(qkv, seed, dropout_p)
+            launch_attention_bwd(out, qkv, out, lse, seed, dropout_p)

@@ -5,7 +5,6 @@ combination into a mean and a factor of each channel; and one pass that applies 
 one order.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -188,24 +187,14 @@ def launch_norm_silu(
     norm_silu_kernel[grid](x, scales, norm_bias, out, pixels, **options)
 
 
-def specializations(
-    capability: int, main: bool = False
-) -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
-    """(kernel, argument types, constants and options) of what a launch on `capability` compiles.
+def launch_examples(main: bool = False) -> None:
+    """Launches, on the meta device, of the numbers of channels that models have.
 
     Args:
-        capability: 90 for sm_90.
         main: only 512 channels in bfloat16.
     """
-    sizes = dict.fromkeys(_SIZES, "i32")
-    floats = "*fp32"
-    for dtype in ("bf16",) if main else ("bf16", "fp16", "fp32"):
-        for channels in (512,) if main else (32, 128, 512):
-            pointer = f"*{dtype}"
-            types = {"x": pointer, "moments": floats} | sizes
-            yield moments_kernel, types, _tile(channels, _PIXELS)
-            types = {"moments": floats, "norm": pointer, "scales": floats, "norm_eps": "fp32"}
-            yield scales_kernel, types | sizes, _group(channels, 32)
-            types = {"x": pointer, "scales": floats, "norm_bias": pointer, "out": pointer}
-            options = _tile(channels, _APPLIED) | {"PRECISION": "ieee"}
-            yield norm_silu_kernel, types | {"pixels": "i32"}, options
+    for dtype in (torch.bfloat16,) if main else (torch.bfloat16, torch.float16, torch.float32):
+        for channels in (512,) if main else (32, 128, 256, 512, 1024):
+            x = torch.empty(8, 32, 32, channels, dtype=dtype, device="meta")
+            norm = x.new_empty(channels)
+            launch_norm_silu(x, norm, norm, 32, 1e-6, torch.empty_like(x))

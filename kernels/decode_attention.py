@@ -5,7 +5,6 @@ from the new key, which is thus not read back; then each slot of a block of keys
 own, and they meet only after the last block.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -153,21 +152,19 @@ def launch_decode_attention(
     )  # fmt: skip
 
 
-def specializations(
-    capability: int, main: bool = False
-) -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
-    """(kernel, argument types, constants and options) of what a launch on `capability` compiles.
+def launch_examples(main: bool = False) -> None:
+    """Launches, on the meta device, of each dtype and of grouped queries.
 
     Args:
-        capability: 90 for sm_90.
         main: only heads of 64 channels with a query each, in bfloat16.
     """
-    kinds = [("bf16", 64, 1)]
+    kinds = [(torch.bfloat16, 64, 1)]
     if not main:
-        kinds += [("fp16", 64, 1), ("fp32", 64, 1), ("bf16", 128, 4)]
+        kinds += [(torch.float16, 64, 1), (torch.float32, 64, 1), (torch.bfloat16, 128, 4)]
     for dtype, d, group in kinds:
-        types = dict.fromkeys(("qkv", "keys", "values", "out"), f"*{dtype}")
-        types |= {"rotation": "*fp32", "position": "*i64", "scale": "fp32"}
-        types |= dict.fromkeys(_SIZES, "i32")
-        kind = torch.float32 if dtype == "fp32" else torch.bfloat16
-        yield decode_attention_kernel, types, _options(d, group, kind)
+        keys = torch.empty(2, 8, 256, d, dtype=dtype, device="meta")
+        qkv = keys.new_empty(2, (group + 2) * 8 * d)
+        rotation = keys.new_empty(256, d // 2, 2, dtype=torch.float32)
+        position = keys.new_empty(1, dtype=torch.int64)
+        out = keys.new_empty(2, group * 8 * d)
+        launch_decode_attention(qkv, keys, keys, rotation, position, out)

@@ -6,7 +6,6 @@ Each warp multiplies a slice of a tile's columns on the tensor cores; the slices
 end.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -198,39 +197,30 @@ def launch_decode_linear(
     )  # fmt: skip
 
 
-_PARTS = (
-    ("norm", "scale", "shift"),
-    ("norm", "scale", "shift", "up_weight"),
-    ("residual", "residual_scale"),
-    (),
-)
-
-
-def specializations(
-    capability: int, main: bool = False
-) -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
-    """(kernel, argument types, constants and options) of what a launch on `capability` compiles.
+def launch_examples(main: bool = False) -> None:
+    """Launches, on the meta device, of a transformer's layers.
 
     Args:
-        capability: 90 for sm_90.
-        main: only the layers of a transformer, in bfloat16 and for two rows.
+        main: only in bfloat16 and for two rows.
     """
-    kinds = [("bf16", 2, 1024, True)]
+    kinds = [(torch.bfloat16, 2, 1024)]
     if not main:
         kinds += [
-            ("bf16", 2, 16384, True),
-            ("bf16", 16, 1024, True),
-            ("bf16", 2, 1024, False),
-            ("fp16", 2, 1024, True),
-            ("fp32", 2, 1024, True),
-            ("fp32", 16, 1024, True),
+            (torch.bfloat16, 2, 16384),
+            (torch.bfloat16, 16, 1024),
+            (torch.bfloat16, 16, 16384),
+            (torch.float16, 2, 1024),
+            (torch.float32, 2, 1024),
+            (torch.float32, 2, 16384),
+            (torch.float32, 16, 1024),
+            (torch.float32, 16, 16384),
         ]
-    optional = sorted({name for parts in _PARTS for name in parts})
-    for dtype, batch, size, aligned in kinds:
-        kind = torch.float32 if dtype == "fp32" else torch.bfloat16
-        for parts in _PARTS[:3] if main else _PARTS:
-            options = _options(batch, size, kind, aligned, "up_weight" in parts)
-            types = dict.fromkeys(("x", "weight", "out", *parts), f"*{dtype}")
-            types |= {"norm_eps": "fp32"} | dict.fromkeys(_SIZES, "i32")
-            absent = {name: None for name in optional if name not in parts}
-            yield decode_linear_kernel, types, {**absent, **options}
+    for dtype, batch, size in kinds:
+        for width in (1024,) if main else (1024, 1020):  # with 1020 rows are not aligned
+            x = torch.empty(batch, width, dtype=dtype, device="meta")
+            weight, out = x.new_empty(size, width), x.new_empty(batch, size)
+            modulated = x.new_empty(width), 1e-6, x, x
+            launch_decode_linear(x, weight, *modulated, None, None, None, out)
+            launch_decode_linear(x, weight, *modulated, weight, None, None, out)
+            launch_decode_linear(x, weight, None, 0.0, None, None, None, out, out, out)
+            launch_decode_linear(x, weight, None, 0.0, None, None, None, None, None, out)

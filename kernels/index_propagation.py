@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from titok_fast.kernels._device import device_of, nearest
 from titok_fast.kernels.nearest_code import DOT, _best_of, _exact_scores, _floats, _merge
 from torch import Tensor
 
@@ -1364,13 +1365,10 @@ def _codes(
 
 def _config(x: Tensor, layout: _Layout, config: Config | None) -> tuple[Config, int]:
     """Tiles and number of multiprocessors."""
-    if x.device.type != "cuda":
+    gpu = device_of(x.device)
+    if gpu is None:
         return config or _choose(_INTERPRETER, layout), 1
-    major, minor = torch.cuda.get_device_capability(x.device)
-    capability = max(10 * major + minor, min(CONFIGS))
-    table = CONFIGS[max(c for c in CONFIGS if c <= capability)]
-    multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count
-    return config or _choose(table, layout), multiprocessors
+    return config or _choose(nearest(CONFIGS, gpu.capability), layout), gpu.multiprocessors
 
 
 def _choose(table: dict[tuple[int, int], Config], layout: _Layout) -> Config:
@@ -1475,7 +1473,10 @@ def _block_options(d: int, layout: _Layout, block: int, interpreted: bool) -> di
 
 
 def _row_options(d: int, layout: _Layout, block: int, interpreted: bool) -> dict[str, Any]:
-    return {"STEP": 8, "PARTS": layout.parts, **_block_options(d, layout, block, interpreted)}
+    options = _block_options(d, layout, block, interpreted)
+    if layout.parts == 1 and layout.width == 256:
+        options["maxnreg"] = 112  # with more ptxas spills
+    return {"STEP": 8, "PARTS": layout.parts, **options}
 
 
 def launch_index_propagation_fwd(
@@ -1675,92 +1676,43 @@ def launch_index_propagation_bwd(
     return grad_z, grad_codebook
 
 
-def specializations(
-    capability: int, main: bool = False
-) -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
-    """(kernel, argument types, constants and options) of what a launch on `capability` compiles.
+def launch_examples(main: bool = False) -> None:
+    """Launches, on the meta device, that compile every tile, forward and backward.
 
-    Every tile, with padded widths and numbers of codes that fill no tile; what is left out compiles
-    to less: SHARP or EVEN alone missing from both, all without ENTROPY, and MEAN missing elsewhere.
-    The static report compiles them all; with `main` only the largest products, those of float32 at
-    D = 256.
+    Args:
+        main: only D = 256 in float32, whose products are the largest.
     """
-    shapes = (  # whole: with the kernels whose code the tile hardly changes
-        (256, "fp32", True),
-        (256, "bf16", True),
-        (12, "bf16", False),
-        (12, "fp32", False),
-        (48, "bf16", False),
-        (64, "fp32", True),
-        (96, "bf16", False),
-        (96, "fp32", False),
-        (128, "bf16", True),
-        (128, "fp32", False),
-        (512, "fp16", True),
-        (512, "fp32", True),
-        (768, "fp32", False),
-        (1024, "fp32", True),
-    )
-    for d, dtype, whole in shapes[:1] if main else shapes:
-        parts = 2 if dtype == "fp32" else 1
-        layout = _layout_of(d, parts, d % 16 == 0)
-        config = _choose(CONFIGS[capability], layout)
-        half = "fp16" if parts == 2 else dtype
-        names = (
-            "z_top code_top grad_top z_norm grad_norm block_norm code_norm norm top bound state "
-            "mean table mean_code statistics any_in_float code_probability sample_weight residual "
-            "largest_weight code_weight sharp_sums sharp_means mean_score partial residuals"
-        )
-        types = dict.fromkeys(names.split(), "*fp32")
-        types |= {"indices": "*i64", "counts": "*i64", "needed": "*i8", "inverse_t": "fp32"}
-        names = (
-            "first size n rows k first_block first_code last blocks row_tiles steps slot slots "
-            "stride z_part z_stride grad_stride code_part code_stride codebook_stride"
-        )
-        types |= dict.fromkeys(names.split(), "i32")
-        if d % 16 == 0:
-            strides = ("stride", "z_stride", "grad_stride", "codebook_stride")
-            types |= dict.fromkeys(strides, "i32:16")
-        tensors = ["x", "z", "grad", "codebook", "grad_z", "grad_codebook"]
-        types |= dict.fromkeys(tensors, f"*{dtype}")
-        halves = types | dict.fromkeys(["z", "grad", "codes", "out"], f"*{half}")
+    shapes = [(256, torch.float32)]
+    if not main:
+        shapes += [
+            (12, torch.bfloat16),
+            (12, torch.float32),
+            (48, torch.bfloat16),
+            (64, torch.float32),
+            (64, torch.bfloat16),
+            (96, torch.float32),
+            (128, torch.bfloat16),
+            (128, torch.float32),
+            (256, torch.bfloat16),
+            (512, torch.float16),
+            (512, torch.float32),
+            (1024, torch.float32),
+        ]
+    for d, dtype in shapes:
+        _launch_example(1024, 16384, d, dtype, True)
+        if not main:
+            _launch_example(1024, 16384, d, dtype, False)
+            _launch_example(1000, 9999, d, dtype, True)
 
-        for even, sharp in (
-            ((True, True),) if main else ((True, True), (True, False), (False, True))
-        ):
-            options = {"EVEN": even, "ENTROPY": True}
-            tile = {"MEAN": True, "SHARP": sharp, **_tile_options(config.fwd, layout, d)}
-            yield index_propagation_fwd_kernel, halves, {**options, **tile}
-            if sharp and not main:  # may take more registers than with MEAN
-                yield index_propagation_fwd_kernel, halves, {**options, **tile, "MEAN": False}
-            tile = _bwd_z_options(config.bwd_z, layout, d, sharp)
-            yield index_propagation_bwd_z_kernel, halves, {**options, **tile}
-        for sharp in (True, False)[: 1 if main else 2]:
-            tile = _bwd_codebook_options(config.bwd_codebook, layout, d, sharp)
-            yield index_propagation_bwd_codebook_kernel, halves, {"ENTROPY": True, **tile}
-        if main or not whole:
-            continue
-        options = _tile_options(config.bwd_codebook, layout)
-        yield index_propagation_fwd_codes_kernel, halves, options
-        options = _tile_options(config.bwd_z, layout)
-        yield index_propagation_bwd_weights_kernel, halves, options
-        yield index_propagation_bwd_means_kernel, types, {"ROWS": _MEANS_ROWS}
 
-        rows = max(1, 4096 // layout.width)
-        sizes = {"D": d, "WIDTH": layout.width, "ROWS": rows}
-        prepare = {**sizes, "maxnreg": _PREPARE_REGISTERS}
-        yield index_propagation_bwd_prepare_kernel, types, prepare
-        block = {"BLOCK": rows, "FOLD": False}
-        yield index_propagation_measure_kernel, types, {**sizes, **block}
-        if layout.copy:
-            yield index_propagation_copy_kernel, halves, {**sizes, "PARTS": parts}
-        block = {"BLOCK": config.fwd.codes, "FOLD": True, "ROWS": min(rows, config.fwd.codes)}
-        yield index_propagation_measure_kernel, types, {**sizes, **block}
-        options = _row_options(d, layout, config.fwd.codes, False)
-        options = {"ENTROPY": True, "MEAN": True, **options}
-        yield index_propagation_fwd_rows_kernel, types, options
-        types = types | {"code_weight": "*fp64", "wide": "*fp64"}
-        options = {"ENTROPY": True, **_row_options(d, layout, config.bwd_z.codes, False)}
-        yield index_propagation_bwd_rows_kernel, types, options
-        options = {"ENTROPY": True, **_block_options(d, layout, config.bwd_z.codes, False)}
-        yield index_propagation_bwd_sparse_kernel, types, options
+def _launch_example(n: int, k: int, d: int, dtype: torch.dtype, entropy: bool) -> None:
+    z = torch.empty(n, d, dtype=dtype, device="meta")
+    codebook = torch.empty(k, d, dtype=dtype, device="meta")
+    launch_index_propagation_fwd(z, codebook, 0.01, entropy, False)
+    outputs = launch_index_propagation_fwd(z, codebook, 0.01, entropy, True)
+    indices, mean_code, statistics, code_probability = outputs[:4]
+    sample_weight = statistics.new_empty([])
+    launch_index_propagation_bwd(
+        z, z, codebook, indices, mean_code, statistics, sample_weight, code_probability, 0.01,
+        entropy,
+    )  # fmt: skip

@@ -7,13 +7,13 @@ evaluates in float64 what the error bound cannot exclude. Derivation: docs/ops/n
 """
 
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from titok_fast.kernels._device import Device, device_of, nearest
 from torch import Tensor
 
 L2 = tl.constexpr(0)
@@ -87,6 +87,7 @@ _HOPPER = {
     128: Tile(128, 64, 128, 1, 4, 1, num_warps=8, num_stages=3, programs=2),
     256: Tile(256, 64, 256, 1, 4, 1, num_warps=8, num_stages=3, programs=1),
     512: Tile(128, 256, 64, 1, 8, 1, num_warps=8, num_stages=4, programs=1),
+    1024: Tile(128, 128, 64, 1, 8, 1, num_warps=8, num_stages=4, programs=1),
 }
 _BLACKWELL = _HOPPER | {
     16: Tile(64, 64, 16, 4, 2, 4, num_warps=4, num_stages=3, programs=4),
@@ -489,7 +490,9 @@ def _exact_scores(
     else:  # eight threads to a score, so that loads are wide
         totals = tl.zeros([code.shape[0], code.shape[1], 8], tl.float64)
         squares = tl.zeros([code.shape[0], code.shape[1], 8], tl.float64)
-        for start in tl.range(0, D, 8, loop_unroll_factor=UNROLL):
+        # Unrolled whole, cosine's two sums spill.
+        unroll: tl.constexpr = min(UNROLL, max(1, D // 16)) if METRIC == COSINE else UNROLL
+        for start in tl.range(0, D, 8, loop_unroll_factor=unroll):
             columns = start + tl.arange(0, 8)[None, None, :]
             a = _widen(tl.load(row[:, :, None] + columns, mask=columns < D, other=0.0))
             b = _widen(
@@ -750,14 +753,8 @@ def nearest_code_direct_kernel(
 
 
 @functools.cache
-def _device(device: torch.device) -> tuple[Config, int]:
-    """Configuration and number of multiprocessors."""
-    if device.type != "cuda":
-        return _INTERPRETER, 1
-    major, minor = torch.cuda.get_device_capability(device)
-    capability = max(10 * major + minor, min(CONFIGS))
-    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    return CONFIGS[max(c for c in CONFIGS if c <= capability)], multiprocessors
+def _config(device: Device | None) -> Config:
+    return _INTERPRETER if device is None else nearest(CONFIGS, device.capability)
 
 
 def _tile(d: int, tiles: dict[int, Tile]) -> tuple[Tile, int]:
@@ -858,8 +855,9 @@ def launch_nearest_code(
     if n == 0:
         return indices, distances
 
-    own, multiprocessors = _device(device)
-    config = config or own
+    gpu = device_of(device)
+    config = config or _config(gpu)
+    slots = gpu.multiprocessors if gpu else 1
     kind = _METRICS[metric]
     z_stride, codebook_stride = z.stride(0), codebook.stride(0)
     if k * d <= config.direct_row and n * k * d <= config.direct:
@@ -899,7 +897,7 @@ def launch_nearest_code(
     for first in range(0, n, chunk):
         end = min(first + chunk, n)
         row_tiles = triton.cdiv(end - first, tile_rows)
-        steps = _steps(row_tiles, spans, multiprocessors * tile.programs)
+        steps = _steps(row_tiles, spans, slots * tile.programs)
         nearest_code_coarse_kernel[(row_tiles * triton.cdiv(spans, steps),)](
             z_half, code_half, z_scale, span_scale, column, table, first, end, k, row_tiles,
             spans, steps, z_half.stride(0) // 16, code_half.stride(0) // 16,
@@ -913,50 +911,35 @@ def launch_nearest_code(
     return indices, distances
 
 
-def specializations(
-    capability: int, main: bool = False
-) -> Iterator[tuple[Any, dict[str, str], dict[str, Any]]]:
-    """(kernel, argument types, constants and options) of what a launch on `capability` compiles.
+def launch_examples(main: bool = False) -> None:
+    """Launches, on the meta device, that compile every tile with the inputs that models have.
 
-    Every tile, with the inputs that the models use; or, with `main`, D = 256 in half precision
-    alone. The static report compiles them all.
+    Args:
+        main: only D = 256 in bfloat16.
     """
-    tiles = CONFIGS[capability].tiles
-    shapes = (  # whole: with the kernels whose code the tile hardly changes
-        (256, "bf16", "cosine", True),
-        (12, "fp32", "cosine", True),
-        (12, "fp32", "l2", False),
-        (32, "bf16", "l2", False),
-        (64, "fp32", "l2", True),
-        (128, "bf16", "l2", False),
-        (256, "fp32", "l2", False),
-        (512, "fp16", "dot", True),
-    )
-    for d, dtype, metric, whole in shapes[:1] if main else shapes:
-        tile, padded_d = _tile(d, tiles)
-        copy = dtype == "fp32"
-        half = "fp16" if copy else dtype
-        types = dict.fromkeys(("z", "codebook"), f"*{dtype}")
-        types |= dict.fromkeys(("z_half", "code_half", "codes"), f"*{half}")
-        names = ("z_scale", "z_norm", "z_error", "span_scale", "span_bound", "column", "distances")
-        types |= dict.fromkeys(names, "*fp32")
-        types |= {"indices": "*i64", "table": "*i64", "rescored": "*i32"}
-        names = ("z_stride", "codebook_stride", "code_stride", "row_tiles", "spans", "steps")
-        types |= dict.fromkeys(("first", "n", "k", *names), "i32")
-        if d % 16 == 0:
-            types |= dict.fromkeys(("z_stride", "codebook_stride"), "i32:16")
-
-        sizes = {"D": d, "METRIC": _METRICS[metric]}
-        prepare = {"PADDED_D": padded_d, "COPY": copy, **_prepare_options(d, padded_d, tile)}
-        yield nearest_code_prepare_kernel, types, {**sizes, **prepare}
-        operands = {**types, "z": f"*{half}"}
-        for rows in (64, 128, 256):
-            if rows <= tile.rows:
-                coarse = {"COPY": copy, **_coarse_options(tile, rows)}
-                constants = {**sizes, "D": padded_d if copy else d, **coarse}
-                yield nearest_code_coarse_kernel, operands, constants
-        if whole:
-            for rows in (1024, 65536):
-                rescore = {"COUNT": False, **_rescore_options(d, tile, rows)}
-                yield nearest_code_rescore_kernel, types, {**sizes, **rescore}
-            yield nearest_code_direct_kernel, types, {**sizes, "COUNT": False, **_DIRECT}
+    shapes = [(256, torch.bfloat16, "cosine")]
+    if not main:
+        shapes += [
+            (256, torch.bfloat16, "dot"),
+            (256, torch.float32, "l2"),
+            (12, torch.bfloat16, "cosine"),
+            (12, torch.float32, "cosine"),
+            (12, torch.float32, "l2"),
+            (16, torch.float16, "l2"),
+            (32, torch.bfloat16, "l2"),
+            (48, torch.float32, "l2"),
+            (64, torch.float32, "l2"),
+            (64, torch.bfloat16, "cosine"),
+            (128, torch.float32, "l2"),
+            (128, torch.bfloat16, "l2"),
+            (512, torch.float16, "dot"),
+            (768, torch.float32, "l2"),
+            (1024, torch.bfloat16, "cosine"),
+        ]
+    for d, dtype, metric in shapes:
+        codebook = torch.empty(100_000, d, dtype=dtype, device="meta")
+        for n in (60, 100, 1024, 65536):
+            launch_nearest_code(codebook.new_empty(n, d), codebook, metric)
+        rescored = torch.empty(1024, dtype=torch.int64, device="meta")
+        launch_nearest_code(codebook[:1024], codebook, metric, rescored)
+        launch_nearest_code(codebook[:1], codebook[:1], metric)

@@ -11,15 +11,55 @@ from titok_fast.ops import inspect
 MATRIX_INSTRUCTIONS = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA"}
 _REPORT = """
 import dataclasses, json, sys
-from titok_fast.ops.inspect import kernel_report, kernels, triton_configurations
+from titok_fast.ops.inspect import kernel_report, triton_configurations, triton_launches
 
 op, capabilities, wanted = json.loads(sys.argv[1])
 found = triton_configurations(capabilities, [op], main=not wanted)
 if wanted:
-    tables = {c: [row[2].items() for row in kernels(op).specializations(c)] for c in capabilities}
-    found = [f for f in found if any(w.items() <= tables[f.capability][f.index] for w in wanted)]
+    def fits(configuration):
+        launch = triton_launches(op, configuration.capability)[configuration.index]
+        names = launch.kernel.arg_names
+        constants = {names[place[0]]: value for place, value in launch.constants.items()}
+        return any(each.items() <= constants.items() for each in wanted)
+    found = [each for each in found if fits(each)]
 print(json.dumps([dataclasses.asdict(r) | {"faults": r.faults} for r in kernel_report(found)]))
 """
+
+_FORMS = """
+import collections, json, sys
+from titok_fast.ops import inspect
+
+op, capability, source = json.loads(sys.argv[1])
+module = inspect.kernels(op)
+module.launch_examples = lambda main: exec(source, vars(module))
+launches = inspect.triton_launches(op, capability)
+print(json.dumps(collections.Counter(launch.kernel.__name__ for launch in launches)))
+"""
+
+
+def forms(op: str, capability: int, source: str) -> dict[str, int]:
+    """How many things the launches that `source` makes compile, for each kernel.
+
+    Args:
+        op: in whose module of kernels it is executed.
+        capability: of the GPU that the meta device stands for.
+        source: of Python.
+    """
+    found: dict[str, int] = json.loads(_without_interpreter(_FORMS, op, capability, source))
+    return found
+
+
+def _without_interpreter(code: str, *arguments: object) -> str:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(arguments)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    return run.stdout
 
 
 def assert_kernels_compile(
@@ -33,18 +73,12 @@ def assert_kernels_compile(
     Only of the op's main shape, or of the configurations that have all constants of one of
     `wanted`; `titok-fast kernels` compiles all.
     """
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    run = subprocess.run(
-        [sys.executable, "-c", _REPORT, json.dumps([op, capabilities, wanted])],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-2000:]
-    reports = json.loads(run.stdout)
+    reports = json.loads(_without_interpreter(_REPORT, op, capabilities, wanted))
     assert {report["capability"] for report in reports} == set(capabilities)
-    assert {report["kernel"] for report in reports} >= multiplying
+    found = {report["kernel"] for report in reports}
+    assert found >= multiplying
+    if not wanted:
+        assert found == {name for name in vars(inspect.kernels(op)) if name.endswith("_kernel")}
     for report in reports:
         print(
             f"sm_{report['capability']} {report['kernel']} [{report['constants']}]: "

@@ -68,13 +68,12 @@ def test_reads_the_machine_code_of_cuda_kernels():
 
 FAULTY = """
 from titok_fast.ops import inspect
-module = inspect.kernels("attention")
-tables = module.specializations
-def changed(capability, main):
-    table = tables(capability, main)
-    kernel, types, constants = next(item for item in table if item[2]["num_stages"] > 1)
-    yield kernel, types, constants | {options}
-module.specializations = changed
+from dataclasses import replace
+launches = inspect.triton_launches
+def changed(op, capability, main):
+    first = next(each for each in launches(op, capability, main) if each.options["num_stages"] > 1)
+    return (replace(first, options=first.options | {options}),)
+inspect.triton_launches = changed
 """
 
 

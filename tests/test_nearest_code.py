@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from tests.kernels import assert_kernels_compile
+from tests.kernels import assert_kernels_compile, forms
 from titok_fast import nearest_code
 from titok_fast.ops import inspect
 from titok_fast.ops.nearest_code import rescored_codes
@@ -188,18 +188,19 @@ def test_triton_rows_go_in_chunks(metric, monkeypatch):
     assert len(launches) > 1
 
 
-def test_triton_compiles_little_for_a_new_n():
-    """All that launches of any N are compiled for, by the table of each architecture."""
-    kernels = inspect.kernels("nearest_code")
-    for capability in inspect.CAPABILITIES:
-        for d in (12, 64, 256):
-            tile, _ = kernels._tile(d, kernels.CONFIGS[capability].tiles)
-            found = {
-                str((kernels._coarse_options(tile, rows), kernels._rescore_options(d, tile, n)))
-                for n in range(1, 10_000)
-                for rows in [kernels._tile_rows(tile, n)]
-            }
-            assert len(found) <= 4, (capability, d)
+@pytest.mark.parametrize("capability", inspect.CAPABILITIES)
+def test_triton_compiles_little_for_a_new_n(capability):
+    source = """
+codes = torch.empty(5000, {d}, dtype=torch.float32, device="meta")
+for n in (*range(1, 300), *range(300, 70_000, 997)):
+    launch_nearest_code(codes.new_empty(n, {d}), codes, "l2")
+"""
+    for d in (12, 256):
+        found = forms("nearest_code", capability, source.format(d=d))
+        assert found.pop("nearest_code_direct_kernel", 1) == 1
+        assert found.pop("nearest_code_prepare_kernel") == 1
+        assert found.pop("nearest_code_coarse_kernel") <= 3  # tiles of 64, 128 and 256 rows
+        assert found == {"nearest_code_rescore_kernel": 2}  # of few rows, and of many
 
 
 @pytest.mark.parametrize("metric", METRICS)

@@ -3,6 +3,7 @@
 import functools
 import importlib
 import importlib.util
+import json
 import multiprocessing
 import os
 import pkgutil
@@ -331,13 +332,97 @@ class KernelReport:
 
 
 @dataclass(frozen=True)
+class Launch:
+    """What Triton compiles for a launch.
+
+    Attributes:
+        kernel: the function.
+        types: of its arguments, by name.
+        constants: values by place: of constants, None, and numbers that are 1.
+        attributes: by place: what is known of numbers and addresses.
+        options: of the compiler.
+    """
+
+    kernel: Any
+    types: dict[str, str]
+    constants: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], Any]
+    options: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Configuration:
-    """One thing that Triton compiles: the `index`-th of an op's `specializations`."""
+    """One thing that Triton compiles: the `index`-th of an op's `triton_launches`."""
 
     op: str
     capability: int
     main: bool
     index: int
+
+
+class _Recorder:
+    """Triton's driver of a GPU that is not there."""
+
+    def __init__(self, capability: int) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        self._target = GPUTarget("cuda", capability, 32)
+        self.launches: dict[str, Launch] = {}
+
+    def get_current_target(self) -> Any:
+        return self._target
+
+    def get_current_device(self) -> Any:
+        return self._target
+
+    def get_current_stream(self, device: Any) -> int:
+        return 0
+
+    def record(self, *, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
+        """Triton's `jit_cache_hook`; that it returns true leaves the kernel uncompiled."""
+        options = json.loads(compile["specialization_data"])["options"]
+        # What was a tuple there is the backend's own, and the same for every launch.
+        options = {name: value for name, value in options.items() if not isinstance(value, list)}
+        launch = Launch(
+            fn.jit_function,
+            compile["signature"],
+            compile["constants"],
+            compile["configs"][0],
+            options,
+        )
+        self.launches.setdefault(f"{fn.name} {compile['key']}", launch)
+        return True
+
+
+@functools.cache
+def triton_launches(op: str, capability: int, main: bool = False) -> tuple[Launch, ...]:
+    """What the `launch_examples` of an op's kernels compile, without compiling it.
+
+    Args:
+        op: from `TRITON_OPS`.
+        capability: from `CAPABILITIES`.
+        main: only what decides the time of the op's main shape.
+
+    Raises:
+        RuntimeError: Triton is missing, or TRITON_INTERPRET=1, under which nothing compiles.
+    """
+    if interpreting():
+        raise RuntimeError("TRITON_INTERPRET: unset it, kernels cannot be compiled under it")
+    module = kernels(op)
+    from triton import knobs
+    from triton.runtime import driver
+
+    recorder = _Recorder(capability)
+    device = kernels("_device")
+    previous = driver.active if torch.cuda.is_available() else None
+    driver.set_active(recorder)
+    try:
+        with knobs.runtime.scope(), device.assume(device.Device(capability, 132)):
+            knobs.runtime.jit_cache_hook = recorder.record
+            module.launch_examples(main)
+    finally:
+        driver.set_active(previous)
+    return tuple(recorder.launches.values())
 
 
 def triton_configurations(
@@ -346,7 +431,7 @@ def triton_configurations(
     *,
     main: bool = False,
 ) -> list[Configuration]:
-    """Every Triton configuration of the ops' tables.
+    """Everything that Triton compiles for the ops' examples.
 
     Args:
         capabilities: compute capabilities (90 for sm_90) from `CAPABILITIES`.
@@ -354,19 +439,14 @@ def triton_configurations(
         main: only what decides the time of each op's main shape, in seconds instead of minutes.
 
     Raises:
-        RuntimeError: Triton is missing, or TRITON_INTERPRET=1, under which nothing compiles.
+        RuntimeError: as of `triton_launches`.
     """
-    if interpreting():
-        raise RuntimeError("TRITON_INTERPRET: unset it, kernels cannot be compiled under it")
-    found: dict[tuple[Any, ...], Configuration] = {}  # tables name some more than once
-    for op in ops:
-        for capability in capabilities:
-            table = kernels(op).specializations(capability, main)
-            for index, (kernel, types, constants) in enumerate(table):
-                signature = tuple(types.get(name) for name in kernel.arg_names)
-                key = (capability, kernel.__name__, signature, tuple(constants.items()))
-                found.setdefault(key, Configuration(op, capability, main, index))
-    return list(found.values())
+    return [
+        Configuration(op, capability, main, index)
+        for op in ops
+        for capability in capabilities
+        for index in range(len(triton_launches(op, capability, main)))
+    ]
 
 
 def kernel_report(
@@ -434,46 +514,41 @@ def cuda_report(
 def _compile(configuration: Configuration) -> KernelReport:
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.backends.nvidia.compiler import CUDAOptions
     from triton.compiler import ASTSource
 
     op, capability = configuration.op, configuration.capability
-    table = list(kernels(op).specializations(capability, configuration.main))
-    kernel, types, constants = table[configuration.index]
-    options = {key: value for key, value in constants.items() if hasattr(CUDAOptions, key)}
-    constexprs = {key: value for key, value in constants.items() if key not in options}
-    given = {name: types.get(name, "constexpr") for name in kernel.arg_names}
-    signature = {name: kind.removesuffix(":16") for name, kind in given.items()}
-    # Launches pass pointers that torch aligned and, as i32:16, numbers that 16 divides.
-    aligned = {
-        (i,): [["tt.divisibility", 16]]
-        for i, (name, kind) in enumerate(given.items())
-        if kind.startswith("*")
-        or (kind.endswith(":16") and name not in (kernel.do_not_specialize or ()))
-    }
-    source = ASTSource(kernel, signature, constexprs, aligned)
-    described = _described(kernel, types, constants)
+    launch = triton_launches(op, capability, configuration.main)[configuration.index]
+    name, described = launch.kernel.__name__, _described(launch)
+    source = ASTSource(launch.kernel, launch.types, launch.constants, launch.attributes)
+    target = GPUTarget("cuda", capability, 32)
     try:
-        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+        compiled = triton.compile(source, target=target, options=launch.options)
     except Exception as error:  # of any kind, and not always one that a pool can send back
-        name = f"{kernel.__name__} [{described}] for sm_{capability}"
-        raise RuntimeError(f"{name} does not compile: {error}") from None
+        message = f"{name} [{described}] for sm_{capability} does not compile: {error}"
+        raise RuntimeError(message) from None
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "cubin"
         cubin.write_bytes(compiled.asm["cubin"])
-        resources = _resources(cubin)[kernel.__name__]
+        resources = _resources(cubin)[name]
     resources["shared_bytes"] = compiled.metadata.shared  # all of it is the launch's to give
     columns = compiled.metadata.tmem_size or 0
     return KernelReport(
-        op, "Triton", kernel.__name__, capability, described, **resources, tensor_columns=columns
+        op, "Triton", name, capability, described, **resources, tensor_columns=columns
     )
 
 
-def _described(kernel: Any, types: dict[str, str], constants: dict[str, Any]) -> str:
+def _described(launch: Launch) -> str:
     """The types of the tensors, then constants and options, one space apart."""
-    tensors = [types[name] for name in kernel.arg_names if types.get(name, "").startswith("*")]
-    kinds = [kind.removeprefix("*") for kind in dict.fromkeys(tensors)]
-    return " ".join(["/".join(kinds), *(f"{key}={value}" for key, value in constants.items())])
+    from triton.backends.nvidia.compiler import CUDAOptions
+
+    kinds = [kind[1:] for kind in launch.types.values() if kind.startswith("*")]
+    names = launch.kernel.arg_names
+    words = [f"{names[place[0]]}={value}" for place, value in launch.constants.items()]
+    for name in ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion"):
+        value = launch.options[name]
+        if name.startswith("num_") or value != getattr(CUDAOptions, name):
+            words.append(f"{name}={value}")
+    return " ".join(["/".join(dict.fromkeys(kinds)), *words])
 
 
 def _resources(cubin: Path) -> dict[str, dict[str, Any]]:

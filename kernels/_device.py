@@ -1,0 +1,57 @@
+"""The device that kernels are launched on, by which their tiles are chosen."""
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Device:
+    """A GPU.
+
+    Attributes:
+        capability: 90 for sm_90.
+        multiprocessors: how many it has.
+    """
+
+    capability: int
+    multiprocessors: int
+
+
+_assumed: ContextVar[Device] = ContextVar("assumed")
+
+
+@contextmanager
+def assume(device: Device) -> Iterator[None]:
+    """What `device_of` gives for the meta device, where launches are recorded without a GPU."""
+    token = _assumed.set(device)
+    try:
+        yield
+    finally:
+        _assumed.reset(token)
+
+
+def device_of(device: torch.device) -> Device | None:
+    """The GPU that a device is; None for the CPU, which Triton's interpreter runs on."""
+    if device.type == "cuda":
+        return _cuda(device)
+    return _assumed.get() if device.type == "meta" else None
+
+
+@functools.cache
+def _cuda(device: torch.device) -> Device:
+    major, minor = torch.cuda.get_device_capability(device)
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    return Device(10 * major + minor, multiprocessors)
+
+
+def nearest(table: dict[int, T], capability: int) -> T:
+    """What a table has for a compute capability, or for the nearest lower one; else the lowest."""
+    return table[max((c for c in table if c <= capability), default=min(table))]
