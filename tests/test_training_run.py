@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 import math
 import os
 import subprocess
@@ -15,12 +16,14 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
-from titok_fast.images import read_pixels
+from titok_fast.images import read_image, read_pixels
+from titok_fast.metrics import codebook_usage, psnr
 from titok_fast.models import ARTransformer, IBQTokenizer, MaskGIT, MaskGITVQGAN, TiTok
 from titok_fast.models.titok import DiagonalGaussian
 from titok_fast.tokens import TokenFile
 from titok_fast.training.adversary import Adversary, AdversaryOptions, PatchDiscriminator
 from titok_fast.training.data import digits, key, rows_of_step
+from titok_fast.training.evaluation import EVALUATIONS_FILE, Evaluator
 from titok_fast.training.generator import RECIPES, GeneratorTask, Losses, config_for
 from titok_fast.training.loop import Optimization
 from titok_fast.training.losses import next_token_loss
@@ -103,6 +106,10 @@ class StopsInItsFifth(Stops, GeneratorTask):
     last = 5
 
 
+class StopsInItsTenth(Stops, GeneratorTask):
+    last = 10
+
+
 class StopsInItsFourth(Stops, TokenizerTask):
     last = 4
 
@@ -154,6 +161,96 @@ def test_a_run_that_was_stopped_gives_the_same_bits(kind, tmp_path):
     assert all(torch.equal(stored[name], tensor) for name, tensor in whole.items())
     again = run(GeneratorTask(generator(kind), token_file()), optimization, options, tmp_path)
     assert torch.equal(next(again.parameters()), next(model.parameters()))
+
+
+def evaluations(folder):
+    return [json.loads(line) for line in (folder / EVALUATIONS_FILE).read_text().splitlines()]
+
+
+def held_out_of(kind, network=None):
+    """Tokens of eleven images that `token_file` has not."""
+    file = token_file(count=51)
+    file = dataclasses.replace(
+        file, tokens=file.tokens[40:], image_ids=file.image_ids[40:], labels=file.labels[40:]
+    )
+    return GeneratorTask(network or generator(kind), file)
+
+
+def test_held_out_examples_change_no_bit(kind, tmp_path):
+    """Of a run, and of one that was stopped; its evaluations are those of one that was not."""
+    optimization = Optimization(6, 1e-2)
+    options = Options(8, micro_batch_size=4, save_every=3, evaluate_every=2)
+    plain = run(GeneratorTask(generator(kind), token_file()), optimization, options, log=quiet)
+    whole, stopped, lines = tmp_path / "whole", tmp_path / "stopped", []
+    model = run(
+        *(GeneratorTask(generator(kind), token_file()), optimization, options, whole),
+        held_out=held_out_of(kind),
+        log=lines.append,
+    )
+    with pytest.raises(Stopped):
+        run(
+            *(StopsInItsTenth(generator(kind), token_file()), optimization, options, stopped),
+            held_out=held_out_of(kind),
+            log=quiet,
+        )
+    assert [line["step"] for line in evaluations(stopped)] == [2, 4]  # of a state after 3
+    with open(stopped / EVALUATIONS_FILE, "a") as file:
+        file.write('{"step": 6, "lo')  # as a killed process leaves it
+    again = run(
+        *(GeneratorTask(generator(kind), token_file()), optimization, options, stopped),
+        held_out=held_out_of(kind),
+        log=quiet,
+    )
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+        assert torch.equal(again.state_dict()[name], tensor), name
+    assert [line["step"] for line in evaluations(whole)] == [2, 4, 6]
+    assert evaluations(whole) == evaluations(stopped)
+    assert [line.split(",")[0] for line in lines if "held out" in line] == [
+        f"step {line['step']:5d}/6  held out: loss {line['loss']:.5g}"
+        for line in evaluations(whole)
+    ]
+
+
+def test_the_held_out_loss_is_that_of_the_average(kind, tmp_path):
+    """Without dropout, over all examples; of a finished run, too, whose weights stay."""
+    held_out = held_out_of(kind)
+    task, options = GeneratorTask(generator(kind), token_file()), Options(8, micro_batch_size=4)
+    model = run(task, Optimization(3, 1e-2), options, tmp_path, log=quiet)
+    assert not (tmp_path / EVALUATIONS_FILE).exists()
+    for _ in range(2):
+        task = GeneratorTask(generator(kind), token_file())
+        again = run(task, Optimization(3, 1e-2), options, tmp_path, held_out=held_out, log=quiet)
+        assert torch.equal(next(again.parameters()), next(model.parameters()))
+    (line,) = evaluations(tmp_path)
+    expected = 0.0
+    for number, rows in enumerate(torch.arange(11).split(4)):
+        draws = torch.Generator().manual_seed(key("held out", "draws", number))
+        with torch.no_grad():
+            loss = held_out.loss(model, held_out.batch(rows, draws), draws)
+        expected += float(loss) * len(rows) / 11
+    assert line["loss"] == pytest.approx(expected, rel=1e-6) and line["step"] == 3
+    if kind is ARTransformer:
+        tokens, labels = held_out.batch(torch.arange(11), draws)
+        loss = next_token_loss(model.logits(tokens[:, :-1], labels), tokens)
+        assert line["loss"] == pytest.approx(float(loss), rel=1e-5)
+
+
+def test_an_evaluation_leaves_the_modes_of_a_model_as_they_were(kind):
+    task = held_out_of(kind)
+    task.model.get_submodule(next(n for n, m in task.model.named_modules() if n)).eval()
+    before = [module.training for module in task.model.modules()]
+    seen = []
+
+    class Watched(GeneratorTask):
+        def evaluate(self, network, batch, generator):
+            seen.extend(module.training for module in network.modules())
+            return super().evaluate(network, batch, generator)
+
+    task.__class__ = Watched
+    Evaluator(task, Options(8), 1, None, 0, quiet)(task.model, 1)
+    assert seen and not any(seen)
+    assert [module.training for module in task.model.modules()] == before and True in before
 
 
 def test_a_state_of_another_run_is_refused(tmp_path):
@@ -472,6 +569,55 @@ def test_a_broken_picture_is_named_once_and_replaced(pictures):
         task.batch(torch.tensor([0]), torch.Generator())
 
 
+@pytest.mark.parametrize("stage", ["proxies", "pixels", "vae"])
+def test_what_is_measured_of_held_out_images(stage, vqgan, pictures):
+    """Of centre crops, some more at a time than others."""
+    proxy = vqgan if stage == "proxies" else None
+    model = titok(is_legacy=proxy is not None, quantize_mode="vae" if stage == "vae" else "vq")
+    with torch.no_grad():
+        model.decoder.ffn[-1 if proxy else 0].weight.mul_(30)  # not all proxies alike
+    task = TokenizerTask(model, pictures[:8], proxy, augment=False)
+    lines = []
+    for size in (3, 8):
+        Evaluator(task, Options(8, size), 1, None, 2, lines.append)(model, 1)
+    values = [dict(part.split() for part in line.split(": ")[1].split(", ")) for line in lines]
+    images = torch.stack([read_image(path, 16) for path in pictures[:8]])
+    model.eval()
+    with torch.no_grad():
+        torch.manual_seed(key("held out", "dropout", 0))
+        output, result = model(images)
+        expected = {}
+        if proxy is not None:
+            codes = vqgan.encode(images)
+            expected["loss"] = F.cross_entropy(output.flatten(2), codes) + result["quantizer_loss"]
+            expected["accuracy"] = (output.argmax(1).flatten(1) == codes).double().mean()
+        else:
+            expected["loss"] = F.mse_loss(output, images)
+            expected["loss"] += (
+                1e-6 * result["posterior"].kl().sum(1).mean()
+                if stage == "vae"
+                else result["quantizer_loss"]
+            )
+            expected["psnr"] = psnr(output.clamp(0, 1), images).mean()
+        if stage != "vae":
+            expected["usage"] = codebook_usage(model.encode(images), 32)
+    assert values[1].keys() == expected.keys()
+    for name, value in expected.items():
+        assert float(values[1][name]) == pytest.approx(float(value), rel=1e-4), name
+        if stage != "vae":  # whose draws are those of a batch
+            assert float(values[0][name]) == pytest.approx(float(value), rel=1e-4), name
+
+
+def test_a_blank_image_leaves_the_mean_finite(tmp_path):
+    Image.new("RGB", (16, 16)).save(tmp_path / "black.png")
+    model = titok(is_legacy=False)
+    nn.init.zeros_(model.decoder.conv_out.weight)
+    nn.init.constant_(model.decoder.conv_out.bias, -1.0)
+    task = TokenizerTask(model, [str(tmp_path / "black.png")], augment=False)
+    images = task.batch(torch.tensor([0]), torch.Generator())
+    assert task.evaluate(model.eval(), images, torch.Generator())["psnr"] == 100
+
+
 def test_workers_change_nothing(vqgan, pictures):
     weights = [
         run(
@@ -654,6 +800,30 @@ def test_an_adversary_of_two_processes_is_one(tmp_path):
         torch.testing.assert_close(moments[0][i]["exp_avg"], moment["exp_avg"])
 
 
+def _evaluate(rank, folder, files):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
+    )
+    torch.manual_seed(0)
+    task = TokenizerTask(IBQTokenizer.from_config(IBQ), files, augment=False)
+    Evaluator(task, Options(8, 2), 1, folder, 0, quiet)(task.model, 1)
+    assert task.model.quantize.process_group is torch.distributed.group.WORLD
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def test_an_evaluation_of_two_processes_is_that_of_one(pictures, tmp_path):
+    """Of three batches, with an entropy that no other process waits for."""
+    torch.multiprocessing.spawn(_evaluate, args=(tmp_path, pictures[:5]), nprocs=2)
+    torch.manual_seed(0)
+    task = TokenizerTask(IBQTokenizer.from_config(IBQ), pictures[:5], augment=False)
+    Evaluator(task, Options(8, 2), 1, tmp_path, 0, quiet)(task.model, 1)
+    shared, alone = evaluations(tmp_path)
+    assert shared == pytest.approx(alone, rel=1e-5) and shared.keys() >= {"loss", "psnr", "usage"}
+    assert shared["usage"] == alone["usage"]
+
+
 def test_the_second_stage_begins_where_the_first_ended(vqgan, pictures):
     """Its pixels are the VQGAN's of the likeliest proxies where one is all but sure."""
     torch.manual_seed(0)
@@ -751,8 +921,11 @@ def test_the_command(titok_fast, digit_tokens, tmp_path):
     model = MaskGIT.from_pretrained(out)
     assert (model.num_tokens, model.num_classes) == (16, 10)
 
-    again = titok_fast(*train, "--steps", 4, "-o", out)
-    assert again.returncode == 0 and "taken up after step 4 of 4" in again.out
+    held_out = ("--held-out", digit_tokens, "--evaluate-every", 3)  # no setting of the run
+    again = titok_fast(*train, "--steps", 4, *held_out, "-o", out)
+    assert again.returncode == 0 and "taken up after step 4 of 4" in again.out, again.err
+    (line,) = evaluations(out)
+    assert line["step"] == 4 and f"held out: loss {line['loss']:.5g}" in again.out
     other = titok_fast(*train, "--steps", 5, "-o", out)
     assert other.returncode == 2 and "(--steps 4 now 5)" in other.err
     assert other.err.count("\n") == 1
@@ -780,8 +953,11 @@ def test_the_command_trains_tokenizers(titok_fast, vqgan, pictures, tmp_path):
     titok().save_pretrained(tmp_path / "init")
     vqgan.save_pretrained(tmp_path / "vqgan")
     source = ("--init", tmp_path / "init", "--proxy", tmp_path / "vqgan")
-    result = titok_fast("train", folder, *source, *options, "-o", tmp_path / "out")
+    held_out = ("--held-out", *pictures[:1], "--held-out", folder, "--evaluate-every", 1)
+    result = titok_fast("train", folder, *source, *options, *held_out, "-o", tmp_path / "out")
     assert result.returncode == 0, result.err
+    assert [line["step"] for line in evaluations(tmp_path / "out")] == [1, 2]
+    assert result.out.count("held out: loss ") == 2 and ", accuracy " in result.out
     trained = TiTok.from_pretrained(tmp_path / "out")
     codes = trained.proxy_logits(trained.encode(torch.rand(1, 3, 16, 16))).argmax(1).flatten(1)
     assert vqgan.decode(codes).shape == (1, 3, 16, 16)
@@ -860,6 +1036,18 @@ def test_the_command_trains_the_second_stage(titok_fast, pictures, tmp_path):
         (("--model", "titok-ll-32-vae", "--quantizer-weight", 2), "--quantizer-weight: got 2.0"),
         (("--model", "ibq-1024", "--kl-weight", 2), "--kl-weight: got 2.0, but this IBQTokenizer"),
         (("--init", "maskgit-digits", "--proxy", "x"), "--proxy: got 'x', which only a TiTok"),
+        (
+            ("--init", "maskgit-digits", "--evaluate-every", 5),
+            "--evaluate-every: got 5, allowed with --held-out",
+        ),
+        (
+            ("--init", "titok-digits", "--held-out", "nowhere"),
+            "--held-out: 'nowhere' is not a file, a folder",
+        ),
+        (
+            ("--init", "maskgit-digits", "--held-out", "a.npz", "--held-out", "b.npz"),
+            "--held-out: got 2, allowed is one token file",
+        ),
     ],
 )
 def test_the_command_refuses(titok_fast, digit_tokens, tmp_path, options, message):
@@ -889,6 +1077,19 @@ def test_other_labels_are_another_run(titok_fast, digit_tokens, tmp_path):
     assert result.returncode == 2 and "left by a run with other settings (data " in result.err
 
 
+def test_held_out_tokens_of_another_kind_are_refused(titok_fast, digit_tokens, tmp_path):
+    train = ("train", digit_tokens, "--model", "maskgit-digits", "-o", tmp_path / "out")
+    file, path = TokenFile.load(digit_tokens), tmp_path / "other.npz"
+    for name, value in (
+        ("fingerprint", "1" * 16),
+        ("class_names", [str(i) for i in range(11)]),
+    ):
+        dataclasses.replace(file, **{name: value}).save(path)
+        result = titok_fast(*train, "--held-out", path)
+        assert result.returncode == 2 and f"has another {name} than" in result.err, result.err
+        assert not (tmp_path / "out").exists()
+
+
 def test_the_command_never_replaces_a_model(titok_fast, digit_tokens, tmp_path):
     generator(MaskGIT).save_pretrained(tmp_path)
     result = titok_fast("train", digit_tokens, "--model", "maskgit-digits", "-o", tmp_path)
@@ -915,7 +1116,8 @@ def test_the_command_under_torchrun(digit_tokens, tmp_path):
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
         *("--no-python", sys.executable, "-c", code, "train", str(digit_tokens)),
-        *("--model", "maskgit-digits", "--steps", "2", "--batch-size", "8", "-o"),
+        *("--model", "maskgit-digits", "--steps", "2", "--batch-size", "8"),
+        *("--held-out", str(digit_tokens), "-o"),
         str(tmp_path / "out"),
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -923,5 +1125,6 @@ def test_the_command_under_torchrun(digit_tokens, tmp_path):
         command, capture_output=True, text=True, env=environment, cwd=Path.cwd()
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.count("wrote ") == 1 and result.stdout.count("step     2/2") == 1
+    assert result.stdout.count("wrote ") == 1 and result.stdout.count("step     2/2  loss ") == 1
+    assert result.stdout.count("held out: loss ") == len(evaluations(tmp_path / "out")) == 1
     assert MaskGIT.from_pretrained(tmp_path / "out").num_tokens == 16

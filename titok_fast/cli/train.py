@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
@@ -44,11 +45,13 @@ from titok_fast.training.tokenizer import (
 )
 
 Trained: TypeAlias = Generator | Tokenizer
+Data: TypeAlias = TokenFile | list[ImageFile]
 KINDS: tuple[type[Trained], ...] = (MaskGIT, ARTransformer, TiTok, IBQTokenizer)
 RECIPES: dict[Any, tuple[Optimization, Options]] = {**generator.RECIPES, **tokenizer.RECIPES}
 LOSSES: dict[Any, Any] = {MaskGIT: generator.Losses(), **tokenizer.LOSSES}
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
 SETTINGS_FILE = "training.json"
+NOT_OF_THE_RESULT = ("betas", "save_every", "evaluate_every", "log_every")  # nor of the settings
 THE_MODELS = "the model's"
 VQGAN = next(iter(MaskGITVQGAN.releases))
 
@@ -132,6 +135,13 @@ def train(
         ),
     ] = None,
     compiled: Annotated[bool, typer.Option("--compile", help="torch.compile its blocks.")] = False,
+    held_out: Annotated[
+        list[str] | None,
+        option("What the average of the weights is measured by: PATHS not trained on.", "none"),
+    ] = None,
+    evaluate_every: Annotated[
+        int | None, option("Steps between two of its evaluations.", "as --save-every")
+    ] = None,
     save_every: Annotated[int, option("Steps between two states on disk.")] = 1000,
     log_every: Annotated[int, option("Steps between two lines of the log.")] = 50,
 ) -> None:
@@ -144,28 +154,19 @@ def train(
     check_seed(seed)
     kind, weights, config = _source(model, init)
     name = kind.__name__
-    optimization, options = RECIPES[kind]
-    betas = []
-    for i, beta in enumerate((beta1, beta2)):
-        betas.append(optimization.betas[i] if beta is None else beta)
-        if not DECAY.fits(betas[i]):
-            raise ValueError(f"--beta{i + 1}: got {beta}, allowed is {DECAY.allowed}")
-    optimization = with_options(
-        optimization,
-        name,
+    optimization = _optimization(
+        kind,
         steps=steps,
         learning_rate=learning_rate,
         warmup_steps=warmup_steps,
         final_fraction=final_fraction,
-        betas=tuple(betas),
+        beta1=beta1,
+        beta2=beta2,
         weight_decay=weight_decay,
         clip_norm=clip_norm,
     )
-    if warmup_steps is None:
-        warmup = min(optimization.warmup_steps, optimization.steps // 10)
-        optimization = replace(optimization, warmup_steps=warmup)
     options = with_options(
-        options,
+        RECIPES[kind][1],
         name,
         batch_size=batch_size,
         micro_batch_size=micro_batch_size,
@@ -173,6 +174,7 @@ def train(
         dtype=DTYPES[dtype],
         seed=seed,
         save_every=save_every,
+        evaluate_every=evaluate_every,
         log_every=log_every,
     )
     adversary = _adversary(
@@ -181,7 +183,10 @@ def train(
         lecam_weight=lecam_weight,
         discriminator_learning_rate=discriminator_learning_rate,
     )
-    data: Any = find_images(paths) if kind in TOKENIZERS else _token_file(paths)
+    data: Any = _data(kind, paths, "PATHS")
+    other: Any = _held_out(kind, held_out, data)
+    if other is None and evaluate_every is not None:
+        raise ValueError(f"--evaluate-every: got {evaluate_every}, allowed with --held-out")
     if config is None and model is not None:
         config = config_for(model, data) if isinstance(data, TokenFile) else config_of(model)
     elif kind is IBQTokenizer:
@@ -218,12 +223,12 @@ def train(
         for part in (optimization, options, losses)
         if part is not None
         for name, value in asdict(part).items()
-        if name not in ("betas", "save_every", "log_every")
+        if name not in NOT_OF_THE_RESULT
     }
     # None without a discriminator, so that a run with one is another.
     fields |= asdict(adversary) if adversary else dict.fromkeys(asdict(AdversaryOptions()))
     fields |= {"model": model, "init": init, "proxy": proxy, "second_stage": second_stage}
-    fields |= {"beta1": betas[0], "beta2": betas[1]}
+    fields |= dict(zip(("beta1", "beta2"), optimization.betas, strict=True))
     settings: dict[str, Setting] = {
         "data": _mark(data),
         **{flag(name): value if name != "dtype" else dtype for name, value in fields.items()},
@@ -238,20 +243,21 @@ def train(
             network = kind.from_pretrained(weights, config=config, dtype=torch.float32)
         helper = None if adversary is None else Adversary(adversary).to(place)
     task: Task
+    evaluated: Task | None = None
     if isinstance(network, MaskGIT | ARTransformer):
-        task = GeneratorTask(network.to(place), data, losses or generator.Losses())
+        of_tokens = partial(GeneratorTask, network.to(place), losses=losses or generator.Losses())
+        task = of_tokens(data)
+        if other is not None:
+            evaluated = of_tokens(other)
     else:
         vqgan = MaskGITVQGAN.from_pretrained(proxy or VQGAN) if of_proxies else None
         if second_stage and vqgan is not None and isinstance(network, TiTok):
             network, vqgan = tokenizer.second_stage(network, vqgan), None
-        task = TokenizerTask(
-            network.to(place),
-            [file.path for file in data],
-            vqgan and vqgan.to(place),
-            losses=losses,
-            adversary=helper,
-            log=say,
-        )
+        vqgan = vqgan and vqgan.to(place)
+        of_images = partial(TokenizerTask, network.to(place), vqgan=vqgan, losses=losses, log=say)
+        task = of_images(paths=[file.path for file in data], adversary=helper)
+        if other is not None:
+            evaluated = of_images(paths=[file.path for file in other], augment=False)
         workers = default_workers(workers, place)
     if compiled:
         compile(task.model)
@@ -259,7 +265,7 @@ def train(
         write_settings(output / SETTINGS_FILE, settings)
         size = sum(parameter.numel() for parameter in task.model.parameters()) / 1e6
         say(f"{name}, {size:,.1f} million parameters, {task.count:,} images")
-    run(task, optimization, options, output, workers=workers or 0, log=say)
+    run(task, optimization, options, output, held_out=evaluated, workers=workers or 0, log=say)
     if processes > 1:
         dist.destroy_process_group()
     if rank == 0:
@@ -279,6 +285,23 @@ def _source(model: str | None, init: str | None) -> tuple[type[Trained], Path | 
             f"--model: {model!r} is not one of {', '.join(names)}; --init takes one with weights"
         )
     return next(kind for kind in KINDS if model in kind.releases), None, None
+
+
+def _optimization(
+    kind: type[Trained], beta1: float | None, beta2: float | None, **given: float | None
+) -> Optimization:
+    """How the model's parameters move: its recipe with the options that are given."""
+    recipe = RECIPES[kind][0]
+    betas = []
+    for i, beta in enumerate((beta1, beta2)):
+        betas.append(recipe.betas[i] if beta is None else beta)
+        if not DECAY.fits(betas[i]):
+            raise ValueError(f"--beta{i + 1}: got {beta}, allowed is {DECAY.allowed}")
+    optimization = with_options(recipe, kind.__name__, betas=tuple(betas), **given)
+    if given["warmup_steps"] is not None:
+        return optimization
+    warmup = min(optimization.warmup_steps, optimization.steps // 10)
+    return replace(optimization, warmup_steps=warmup)
 
 
 def _losses(kind: type[Trained], allowed: Sequence[str] | None, **given: float | str | None) -> Any:
@@ -313,13 +336,30 @@ def _adversary(**given: float | None) -> AdversaryOptions | None:
     return None
 
 
-def _token_file(paths: Sequence[str]) -> TokenFile:
+def _data(kind: type[Trained], paths: Sequence[str], name: str) -> Data:
+    """What an argument names: a token file for a generator, images for a tokenizer."""
+    if kind in TOKENIZERS:
+        return find_images(paths, name=name)
     if len(paths) > 1:
-        raise ValueError(f"PATHS: got {len(paths)}, allowed is one token file for a generator")
+        raise ValueError(f"{name}: got {len(paths)}, allowed is one token file for a generator")
     return TokenFile.load(paths[0])
 
 
-def _mark(data: TokenFile | list[ImageFile]) -> str:
+def _held_out(kind: type[Trained], paths: Sequence[str] | None, data: Data) -> Data | None:
+    """The held-out examples; raises ValueError for tokens of another kind than those of `data`."""
+    if not paths:
+        return None
+    other = _data(kind, paths, "--held-out")
+    if isinstance(data, TokenFile):
+        for name in ("fingerprint", "image_size", "class_names"):
+            if getattr(other, name) != getattr(data, name):
+                raise ValueError(
+                    f"--held-out: {paths[0]} has another {name} than what is trained on"
+                )
+    return other
+
+
+def _mark(data: Data) -> str:
     """A name for what is trained on."""
     if not isinstance(data, TokenFile):
         texts = [file.path for file in data]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -130,6 +132,36 @@ def key(*parts: int | str) -> int:
     """A seed in [0, 2**63) that differs for every other sequence of parts."""
     text = " ".join(map(str, parts))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+class Ahead:
+    """What a function gives for each number, in turn, computed ahead in threads.
+
+    Args:
+        function: of a number from 0.
+        count: of the numbers.
+        workers: number of threads; with 0 it computes when asked.
+    """
+
+    def __init__(self, function: Callable[[int], Any], count: int, workers: int) -> None:
+        self._function, self._count, self._workers = function, count, workers
+        self._pool = ThreadPoolExecutor(workers) if workers else None
+        self._pending: dict[int, Future[Any]] = {}
+
+    def __enter__(self) -> Ahead:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def __getitem__(self, number: int) -> Any:
+        if self._pool is None:
+            return self._function(number)
+        for later in range(number, min(self._count, number + 1 + 2 * self._workers)):
+            if later not in self._pending:
+                self._pending[later] = self._pool.submit(self._function, later)
+        return self._pending.pop(number).result()
 
 
 def shuffled(count: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,8 @@ from titok_fast._distributed import rank_and_size
 from titok_fast._files import remove_temporaries, replacing
 from titok_fast.models.checks import COUNT, DECAY, WHOLE, check_fields, one_of, or_none
 from titok_fast.models.pretrained import CONFIG_FILE, WEIGHTS_FILE, PretrainedModel
-from titok_fast.training.data import key, rows_of_step
+from titok_fast.training.data import Ahead, key, rows_of_step
+from titok_fast.training.evaluation import Evaluator, forget
 from titok_fast.training.loop import Optimization, fit
 
 STATE_FILE = "state.pt"
@@ -67,6 +67,22 @@ class Task(ABC):
             generator: source of what is random, on the model's device; dropout goes by torch's own.
         """
 
+    def evaluate(
+        self, network: nn.Module, batch: Any, generator: torch.Generator
+    ) -> Mapping[str, Tensor]:
+        """What is measured of a batch of held-out examples, without gradients: by default the loss.
+
+        Args:
+            network: called in place of the model, in evaluation mode.
+            batch: what `batch` made.
+            generator: as for `loss`, with a seed that is that batch's in every evaluation.
+
+        Returns:
+            By name scalars, means over the batch, of which the mean over all examples is given; or
+            bool tensors, of which the share that is true of any batch is given.
+        """
+        return {"loss": self.loss(network, batch, generator)}
+
 
 @dataclass(frozen=True)
 class Options:
@@ -81,6 +97,7 @@ class Options:
             float32.
         seed: of the order of the examples and of all that is random.
         save_every: steps between two states on disk.
+        evaluate_every: steps between two evaluations of held-out examples; None takes `save_every`.
         log_every: steps between two lines, 0 for none.
 
     Raises:
@@ -93,12 +110,14 @@ class Options:
     dtype: torch.dtype | None = None
     seed: int = 0
     save_every: int = 1000
+    evaluate_every: int | None = None
     log_every: int = 50
 
     def __post_init__(self) -> None:
         check_fields(
             self, batch_size=COUNT, micro_batch_size=or_none(COUNT), average_decay=DECAY,
-            dtype=one_of(None, torch.bfloat16), seed=WHOLE, save_every=COUNT, log_every=WHOLE,
+            dtype=one_of(None, torch.bfloat16), seed=WHOLE, save_every=COUNT,
+            evaluate_every=or_none(COUNT), log_every=WHOLE,
         )  # fmt: skip
 
     def part_size(self, processes: int) -> int:
@@ -127,6 +146,7 @@ def run(
     options: Options,
     folder: Path | None = None,
     *,
+    held_out: Task | None = None,
     workers: int = 0,
     log: Callable[[str], None] = print,
 ) -> PretrainedModel:
@@ -143,6 +163,10 @@ def run(
         options: of the run.
         folder: of the state and of the model as `save_pretrained` writes it, both anew with every
             state; of several processes, one that all see. None writes nothing.
+        held_out: the same model and loss on examples that are not trained on, of which `evaluate`
+            measures the average of the weights: a line of the log, and in the folder a line of
+            `evaluations.jsonl`. The run has the same bits with it and without. None measures
+            nothing.
         workers: threads that make batches ready ahead of their use; 0 for none.
         log: takes each line; its loss is that of the first process.
 
@@ -191,9 +215,12 @@ def run(
         return loss + total
 
     state = None if folder is None else folder / STATE_FILE
-    keeper = _Keeper(task, state, options, optimization.steps, writes=rank == 0, log=log)
+    evaluator = None
+    if held_out is not None:
+        evaluator = Evaluator(held_out, options, optimization.steps, folder, workers, log)
+    keeper = _Keeper(task, state, options, optimization.steps, evaluator, writes=rank == 0, log=log)
     devices = [device] if device.type == "cuda" else []
-    ahead = _Ahead(batch, optimization.steps * count, workers)
+    ahead = Ahead(batch, optimization.steps * count, workers)
     with ahead as batches, torch.random.fork_rng(devices=devices):
         fit(
             model.parameters(),
@@ -209,36 +236,6 @@ def run(
     return keeper.average.eval()
 
 
-class _Ahead:
-    """What a function gives for each number, in turn, computed ahead in threads.
-
-    Args:
-        function: of a number from 0.
-        count: of the numbers.
-        workers: number of threads; with 0 it computes when asked.
-    """
-
-    def __init__(self, function: Callable[[int], Any], count: int, workers: int) -> None:
-        self._function, self._count, self._workers = function, count, workers
-        self._pool = ThreadPoolExecutor(workers) if workers else None
-        self._pending: dict[int, Future[Any]] = {}
-
-    def __enter__(self) -> _Ahead:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
-
-    def __getitem__(self, number: int) -> Any:
-        if self._pool is None:
-            return self._function(number)
-        for later in range(number, min(self._count, number + 1 + 2 * self._workers)):
-            if later not in self._pending:
-                self._pending[later] = self._pool.submit(self._function, later)
-        return self._pending.pop(number).result()
-
-
 class _Keeper:
     """Averages the weights, and writes the state of a run every so many steps and at its end.
 
@@ -247,6 +244,7 @@ class _Keeper:
         path: of the state; None writes none.
         options: of the run.
         steps: of the whole run.
+        evaluator: takes the average every so many steps and at the end; None for none.
         writes: whether this process is the one that writes.
         log: takes a line.
 
@@ -260,12 +258,14 @@ class _Keeper:
         path: Path | None,
         options: Options,
         steps: int,
+        evaluator: Evaluator | None,
         *,
         writes: bool,
         log: Callable[[str], None],
     ) -> None:
         self._task, self._path, self._options = task, path, options
         self._steps, self._writes, self._log = steps, writes, log
+        self._evaluator = evaluator
         self.average = task.model
         if options.average_decay:
             self.average = copy.deepcopy(task.model).requires_grad_(False)
@@ -278,6 +278,12 @@ class _Keeper:
             dist.all_gather_object(of_all, steps)
             if len(set(of_all)) > 1:
                 raise ValueError(f"folder: {self._path} is not one that all processes see")
+        # A run that is finished may have been without held-out examples.
+        again = self._evaluator is not None and steps >= self._steps
+        if self._path is not None and self._writes:
+            forget(self._path.parent, steps - again)
+        if self._evaluator is not None and again:
+            self._evaluator(self.average, steps)
         return steps
 
     def _load(self, path: Path, optimizer: torch.optim.Optimizer) -> int:
@@ -314,7 +320,13 @@ class _Keeper:
                 torch._foreach_lerp_(
                     list(average.parameters()), list(model.parameters()), 1 - decay
                 )
-        if steps % self._options.save_every and steps < self._steps:
+        options, last = self._options, steps == self._steps
+        # Before the state, so that no state is without the evaluations up to it.
+        if self._evaluator is not None and (
+            last or steps % (options.evaluate_every or options.save_every) == 0
+        ):
+            self._evaluator(average, steps)
+        if steps % options.save_every and not last:
             return
         if self._path is not None and self._writes:
             state = {

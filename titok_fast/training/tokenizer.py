@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from titok_fast._distributed import rank_and_size
-from titok_fast.images import read_pixels, to_float
+from titok_fast.images import Crop, read_pixels, to_float
+from titok_fast.metrics import psnr
 from titok_fast.models import IBQTokenizer, MaskGITVQGAN, TiTok, Tokenizer
 from titok_fast.models.checks import NUMBER, check_fields, found_at, one_of
 from titok_fast.training.adversary import Adversary
@@ -63,6 +65,8 @@ class Losses:
         )
 
 
+LARGEST_PSNR = 100.0  # of an image, in dB, so that a blank one leaves the mean finite
+
 # IBQ's, doubled, are the absolute error of pixels in its range [-1, 1], and a weight of one.
 LOSSES: Mapping[type[Tokenizer], Losses] = {
     TiTok: Losses(),
@@ -71,7 +75,11 @@ LOSSES: Mapping[type[Tokenizer], Losses] = {
 
 
 class TokenizerTask(Task):
-    """Image files for `titok_fast.training.run.run`: random crops, half of them mirrored.
+    """Image files for `titok_fast.training.run.run`.
+
+    Held out, it measures beside the loss, without an adversary's part in it: of a first-stage TiTok
+    the `accuracy` of proxy codes, of another model `psnr` in dB, the mean over images, each at most
+    100; and of one with a codebook `usage`, the share of its codes that these images take.
 
     Args:
         model: put into training mode. Of a first-stage TiTok (`finetune_decoder` false) the loss is
@@ -82,6 +90,7 @@ class TokenizerTask(Task):
         adversary: that joins in a loss of pixels; on the model's device.
         perceptual: of reconstructions and images [B, 3, S, S] in [0, 1] a scalar that is added to a
             loss of pixels, weighted already.
+        augment: whether crops are random, half of them mirrored; otherwise they are the centre.
         log: takes the name of a file that cannot be read.
 
     Attributes:
@@ -104,6 +113,7 @@ class TokenizerTask(Task):
         losses: Losses | None = None,
         adversary: Adversary | None = None,
         perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
+        augment: bool = True,
         log: Callable[[str], None] = print,
     ) -> None:
         of_proxies = predicts_proxies(model.config)
@@ -127,52 +137,98 @@ class TokenizerTask(Task):
         if isinstance(model, IBQTokenizer) and rank_and_size()[1] > 1:
             model.quantize.process_group = dist.group.WORLD  # of the batch's entropy
         self._vqgan = None if vqgan is None else vqgan.eval().requires_grad_(False)
-        self._log, self._unreadable = log, set[int]()
+        self._augment, self._log, self._unreadable = augment, log, set[int]()
 
     def batch(self, rows: Tensor, generator: torch.Generator) -> Tensor:
         """[B, 3, S, S] uint8."""
+        if not self._augment:
+            return torch.stack([self._read(int(row), None) for row in rows])
+        images = []
         draws = torch.rand(len(rows), 3, generator=generator).tolist()
-        images = [self._read(int(row), *drawn) for row, drawn in zip(rows, draws, strict=True)]
+        for row, (across, down, mirrored) in zip(rows, draws, strict=True):
+            image = self._read(int(row), (across, down))
+            images.append(image.flip(2) if mirrored < 0.5 else image)
         return torch.stack(images)
 
-    def _read(self, row: int, across: float, down: float, mirrored: float) -> Tensor:
+    def _read(self, row: int, crop: Crop) -> Tensor:
         for other in range(self.count):
             place = (row + other) % self.count
             try:
-                pixels = read_pixels(
+                return read_pixels(
                     self._paths[place],
                     self.model.image_size,
                     interpolation=self.model.interpolation,
-                    crop=(across, down),
+                    crop=crop,
                 )
             except OSError as error:
                 if place not in self._unreadable:
                     self._unreadable.add(place)
                     self._log(f"skipped {error}")
-                continue
-            return pixels.flip(2) if mirrored < 0.5 else pixels
         raise OSError(f"none of {self.count} images could be read")
 
     def loss(self, network: nn.Module, batch: Tensor, generator: torch.Generator) -> Tensor:
         images = to_float(batch.to(generator.device, non_blocking=True))
         output = network(images)
-        losses, weight = self._losses, self._losses.quantizer_weight
+        loss = self._loss(output, self._target(images))
+        if self._adversary is not None:
+            loss = loss + self._adversary.loss(output[0], images)
+        return loss
+
+    def evaluate(
+        self, network: nn.Module, batch: Tensor, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        images = to_float(batch.to(generator.device, non_blocking=True))
+        with _of_this_process(network):
+            output = network(images)
+        target = self._target(images)
+        measures = {"loss": self._loss(output, target)}
+        if self._vqgan is None:
+            quality = psnr(output[0].float().clamp(0, 1), images)
+            measures["psnr"] = quality.clamp(max=LARGEST_PSNR).mean()
+        else:
+            measures["accuracy"] = (output[0].argmax(1).flatten(1) == target).double().mean()
+        if self.model.codebook_size is not None:
+            used = torch.zeros(self.model.codebook_size, dtype=torch.bool, device=images.device)
+            used[output[1]["min_encoding_indices"].flatten()] = True
+            measures["usage"] = used
+        return measures
+
+    def _target(self, images: Tensor) -> Tensor:
+        """What the model is to give: proxy codes [B, G G], or the images."""
+        if self._vqgan is None:
+            return images
+        with torch.autocast(images.device.type, enabled=False):
+            return self._vqgan.encode(images)
+
+    def _loss(self, output: tuple[Tensor, dict[str, Any]], target: Tensor) -> Tensor:
+        """Without an adversary's part."""
+        result, losses = output[1], self._losses
+        weight = losses.quantizer_weight
         if self._vqgan is not None:
-            with torch.autocast(images.device.type, enabled=False):
-                codes = self._vqgan.encode(images)
-            return proxy_code_loss(output, codes, quantizer_weight=weight)
-        result: dict[str, Any] = output[1]
+            return proxy_code_loss(output, target, quantizer_weight=weight)
         if "posterior" in result:
             weight = losses.kl_weight
             result = {"quantizer_loss": result["posterior"].kl().sum(1).mean()}
         loss = tokenizer_loss(
-            (output[0], result), images, pixel_loss=losses.pixel_loss, quantizer_weight=weight
+            (output[0], result), target, pixel_loss=losses.pixel_loss, quantizer_weight=weight
         )
         if self._perceptual is not None:
-            loss = loss + self._perceptual(output[0], images)
-        if self._adversary is not None:
-            loss = loss + self._adversary.loss(output[0], images)
+            loss = loss + self._perceptual(output[0], target)
         return loss
+
+
+@contextmanager
+def _of_this_process(network: nn.Module) -> Iterator[None]:
+    """Within it IBQ's entropy is that of this process's batch: others may have none."""
+    if not isinstance(network, IBQTokenizer):
+        yield
+        return
+    group = network.quantize.process_group
+    network.quantize.process_group = None
+    try:
+        yield
+    finally:
+        network.quantize.process_group = group
 
 
 def _check_stride(vqgan: MaskGITVQGAN, config: Mapping[str, Any]) -> None:

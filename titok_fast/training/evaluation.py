@@ -1,0 +1,138 @@
+"""What a run measures of held-out examples."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from titok_fast._distributed import rank_and_size
+from titok_fast._files import remove_temporaries, replacing
+from titok_fast.training.data import Ahead, key
+
+if TYPE_CHECKING:
+    from titok_fast.training.run import Options, Task
+
+EVALUATIONS_FILE = "evaluations.jsonl"
+BATCH_SIZE = 32  # at most; it is not that of a process, so that their number changes nothing
+
+
+class Evaluator:
+    """Measures a model by held-out examples, of which each process takes its share of batches.
+
+    Batches and what is random in them are the same each time, and the same for any number of
+    processes.
+
+    Args:
+        task: of the held-out examples.
+        options: of the run.
+        steps: of the whole run.
+        folder: of the file with a line for each evaluation; None writes none.
+        workers: threads that make batches ready ahead of their use; 0 for none.
+        log: takes a line for each evaluation.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        options: Options,
+        steps: int,
+        folder: Path | None,
+        workers: int,
+        log: Callable[[str], None],
+    ) -> None:
+        self._task, self._options, self._steps = task, options, steps
+        self._folder, self._workers, self._log = folder, workers, log
+
+    def __call__(self, model: nn.Module, steps: int) -> None:
+        """Measures a model after so many steps; all processes have to call it."""
+        with _evaluating(model), torch.no_grad():
+            measured = self._measure(model)
+        rank, _ = rank_and_size()
+        if rank:
+            return
+        texts = [f"{name} {value:.5g}" for name, value in measured.items()]
+        self._log(f"step {steps:5d}/{self._steps}  held out: {', '.join(texts)}")
+        if self._folder is not None:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with open(self._folder / EVALUATIONS_FILE, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": steps, **measured}) + "\n")
+
+    def _measure(self, model: nn.Module) -> dict[str, float]:
+        rank, processes = rank_and_size()
+        device, dtype = next(model.parameters()).device, self._options.dtype
+        size = min(BATCH_SIZE, self._options.micro_batch_size or BATCH_SIZE)
+        batches = torch.arange(self._task.count).split(size)
+        mine = range(rank, len(batches), processes)
+        generator = torch.Generator(device)
+
+        def batch(number: int) -> Any:
+            draws = torch.Generator().manual_seed(key("held out", "batch", mine[number]))
+            return self._task.batch(batches[mine[number]], draws)
+
+        sums: dict[str, Tensor] = {}
+        with Ahead(batch, len(mine), self._workers) as ahead:
+            for i, number in enumerate(mine):
+                examples = ahead[i]
+                torch.manual_seed(key("held out", "dropout", number))
+                generator.manual_seed(key("held out", "draws", number))
+                with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                    measures = self._task.evaluate(model, examples, generator)
+                _add(sums, measures, len(batches[number]))
+        of_all: list[dict[str, Tensor]] = [sums]
+        if processes > 1:
+            of_all = [{}] * processes
+            dist.all_gather_object(of_all, sums)
+        totals: dict[str, Tensor] = {}
+        for part in of_all:
+            _add(totals, part)
+        return {name: _result(total, self._task.count) for name, total in totals.items()}
+
+
+def _add(sums: dict[str, Tensor], values: Mapping[str, Tensor], weight: int = 1) -> None:
+    for name, value in values.items():
+        flags = value.dtype is torch.bool
+        value = value.cpu() if flags else weight * value.double().cpu()
+        sums[name] = sums[name] + value if name in sums else value  # of flags the sum is "or"
+
+
+def _result(total: Tensor, count: int) -> float:
+    return float(total.double().mean()) if total.dtype is torch.bool else float(total) / count
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Within it all of the model is in evaluation mode; then each part is as it was."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def forget(folder: Path, steps: int) -> None:
+    """Removes the evaluations after so many steps, which a run that goes on from there repeats."""
+    path = folder / EVALUATIONS_FILE
+    remove_temporaries(folder, path.name)
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        with replacing(path) as temporary:
+            kept = [line for line in lines if _step(line) <= steps]
+            temporary.write_text("".join(kept), encoding="utf-8")
+
+
+def _step(line: str) -> float:
+    """The step of an evaluation; of a line that was cut off as it was written, infinite."""
+    try:
+        return int(json.loads(line)["step"])
+    except ValueError:
+        return math.inf
