@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -15,13 +16,19 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from titok_fast.images import read_image, read_pixels
 from titok_fast.metrics import codebook_usage, psnr
 from titok_fast.models import ARTransformer, IBQTokenizer, MaskGIT, MaskGITVQGAN, TiTok
 from titok_fast.models.titok import DiagonalGaussian
 from titok_fast.tokens import TokenFile
-from titok_fast.training.adversary import Adversary, AdversaryOptions, PatchDiscriminator
+from titok_fast.training.adversary import (
+    Adversary,
+    AdversaryOptions,
+    PatchDiscriminator,
+    adaptive_weight,
+)
 from titok_fast.training.data import digits, key, rows_of_step
 from titok_fast.training.evaluation import EVALUATIONS_FILE, Evaluator
 from titok_fast.training.generator import RECIPES, GeneratorTask, Losses, config_for
@@ -29,7 +36,7 @@ from titok_fast.training.loop import Optimization
 from titok_fast.training.losses import next_token_loss
 from titok_fast.training.run import STATE_FILE, Options, Task, run
 from titok_fast.training.tokenizer import Losses as TokenizerLosses
-from titok_fast.training.tokenizer import TokenizerTask, config_of, second_stage
+from titok_fast.training.tokenizer import TokenizerTask, config_of, last_layer, second_stage
 
 AR = {
     "vocab_size": 24, "block_size": 9, "class_num": 3, "n_layer": 2, "n_head": 2, "n_embd": 32,
@@ -706,6 +713,128 @@ def test_what_an_adversary_adds():
     assert late.loss(fake, real).item() != 0
 
 
+@pytest.mark.parametrize("mode", ["eager", "compiled", "checkpoint", "reentrant checkpoint"])
+def test_an_adaptive_weight_is_a_quotient_of_gradients(mode, pictures):
+    """Of the weight of the last convolution, from its input and the gradients of its output."""
+    model, judge = titok(is_legacy=False), adversary(adversarial_adaptive=True)
+    for block in model.decoder.transformer:
+        if mode == "compiled":
+            block.compile(backend="aot_eager")
+        elif mode != "eager":
+            block.forward = functools.partial(
+                checkpoint, block.forward, use_reentrant=mode == "reentrant checkpoint"
+            )
+    task = TokenizerTask(
+        model,
+        pictures[:8],
+        adversary=judge,
+        perceptual=lambda made, given: (made - given).abs().mean(),
+    )
+    draws, inputs = torch.Generator().manual_seed(0), []
+    pixels = task.batch(torch.arange(4), draws)
+    images = pixels.float() / 255
+    hook = model.decoder.conv_out.register_forward_hook(lambda _, args, out: inputs.append(args[0]))
+    made, result = model(images)
+    hook.remove()
+    leaf, weight = made.detach().requires_grad_(), model.decoder.conv_out.weight
+    verdict = judge.discriminator(leaf).mean()
+    (of_verdict,) = torch.autograd.grad(verdict, leaf)
+    of_pixels = (2 * (leaf - images) + (leaf - images).sign()) / images.numel()
+    norms = [
+        nn.grad.conv2d_weight(inputs[0], weight.shape, gradient.detach(), padding=1).norm()
+        for gradient in (of_pixels, of_verdict)
+    ]
+    factor = norms[0] / (norms[1] + 1e-4)
+    plain = F.mse_loss(made, images) + (made - images).abs().mean() + result["quantizer_loss"]
+    loss = task.loss(model, pixels, draws)
+    torch.testing.assert_close(loss, plain - 0.5 * factor * verdict)
+    loss.backward()
+    direct = torch.autograd.grad(
+        plain - 0.5 * factor.item() * judge.discriminator(made).mean(), weight
+    )
+    torch.testing.assert_close(weight.grad, direct[0])
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_an_adaptive_weight_is_limited():
+    weight = torch.ones(3, requires_grad=True)
+    made = weight * torch.tensor([1.0, 2.0, 2.0])
+    assert adaptive_weight(made.sum(), -2 * made.sum(), weight).item() == pytest.approx(
+        3 / (6 + 1e-4), rel=1e-6
+    )
+    assert adaptive_weight(made.sum(), 0 * made.sum(), weight).item() == 1e4
+    assert adaptive_weight(0 * made.sum(), made.sum(), weight).item() == 0
+    with pytest.raises(ValueError, match="other, last_layer: got None"):
+        adversary(adversarial_adaptive=True).loss(*torch.rand(2, 2, 3, 16, 16))
+
+
+def test_the_last_layer_of_each_kind(vqgan):
+    torch.manual_seed(0)
+    first = titok(vit_dec_patch_size=16, vit_enc_patch_size=16, num_latent_tokens=4)
+    proxy = MaskGITVQGAN.from_config("maskgit-vqgan-imagenet-f16-256")
+    for model in (
+        titok(is_legacy=False),
+        second_stage(first, proxy),
+        IBQTokenizer.from_config(IBQ),
+    ):
+        images = torch.rand(1, 3, 16, 16)
+        before, _ = model(images)
+        with torch.no_grad():
+            last_layer(model).mul_(0)
+        after, _ = model(images)
+        assert before.std() > 0 and torch.allclose(after.std((2, 3)), torch.zeros(1, 3), atol=1e-5)
+
+
+def test_an_adaptive_weight_needs_a_last_layer_that_moves(pictures):
+    model = titok(is_legacy=False)
+    model.decoder.conv_out.requires_grad_(False)
+    with pytest.raises(ValueError, match="adversary: got an adaptive weight"):
+        TokenizerTask(model, pictures, adversary=adversary(adversarial_adaptive=True))
+
+
+def _adaptive(rank, folder, files):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
+    )
+    torch.save(_adapted(files).state_dict(), folder / f"{rank}.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def adaptive_task(files):
+    judge = adversary(adversarial_adaptive=True, lecam_weight=0.0)
+    return TokenizerTask(titok(is_legacy=False), files, adversary=judge, augment=False, log=quiet)
+
+
+def _adapted(files):
+    optimization = Optimization(3, 1e-3, warmup_steps=0)
+    return run(adaptive_task(files), optimization, Options(4, average_decay=0.0), log=quiet)
+
+
+def test_an_adaptive_weight_of_two_processes_is_that_of_one(pictures, tmp_path):
+    torch.multiprocessing.spawn(_adaptive, args=(tmp_path, pictures[:8]), nprocs=2)
+    alone = _adapted(pictures[:8]).state_dict()
+    torch.manual_seed(0)
+    start = titok(is_legacy=False).state_dict()
+    states = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    moved = max((alone[name] - start[name]).abs().max() for name in alone)
+    for name, tensor in alone.items():
+        assert torch.equal(states[0][name], states[1][name]), name
+        assert (states[0][name] - tensor).abs().max() < 0.02 * moved, name
+
+
+def test_each_part_of_a_step_has_its_adaptive_weight(pictures):
+    lines, draws = [], torch.Generator()
+    options = Options(4, micro_batch_size=2, average_decay=0.0, log_every=1)
+    run(adaptive_task(pictures[:8]), Optimization(1, 1e-3), options, log=lines.append)
+    task, losses = adaptive_task(pictures[:8]), []
+    for rows in (*rows_of_step(8, 4, 0, 0).split(2), rows_of_step(8, 4, 0, 0)):
+        losses.append(task.loss(task.model, task.batch(rows, draws), draws).item())
+    assert float(lines[0].split()[3]) == pytest.approx(sum(losses[:2]) / 2, abs=1e-5)
+    assert abs(losses[2] - sum(losses[:2]) / 2) > 1e-4  # of the whole it is another
+
+
 def test_parts_of_a_step_teach_a_discriminator_as_the_whole():
     torch.manual_seed(0)
     real, fake = torch.rand(2, 4, 3, 16, 16)
@@ -986,6 +1115,30 @@ def test_the_command_trains_the_second_stage(titok_fast, pictures, tmp_path):
     assert other.returncode == 2 and "--kl-weight: got 3.0, but this TiTok has no" in other.err
 
 
+def test_the_command_takes_ibqs_adaptive_weight(titok_fast, pictures, tmp_path):
+    """It is on where nothing is said; of TiTok it is off."""
+    IBQTokenizer.from_config(IBQ).save_pretrained(tmp_path / "ibq")
+    titok(is_legacy=False).save_pretrained(tmp_path / "titok")
+    options = ("--adversarial-weight", 0.1, "--adversarial-start", 0, "--steps", 1)
+    states = {}
+    for name, given in (
+        ("ibq", ()),
+        ("ibq", ("--adversarial-adaptive",)),
+        ("ibq", ("--no-adversarial-adaptive",)),
+        ("titok", ()),
+        ("titok", ("--no-adversarial-adaptive",)),
+    ):
+        out = tmp_path / f"{name}{given}"
+        source = ("--init", tmp_path / name, "--batch-size", 2, *options, *given, "-o", out)
+        result = titok_fast("train", pictures[0], *source)
+        assert result.returncode == 0, result.err
+        settings = json.loads((out / "training.json").read_text())
+        states[name, given] = settings["--adversarial-adaptive"], (out / STATE_FILE).read_bytes()
+    given = list(states)
+    assert [states[each][0] for each in given] == [True, True, False, False, False]
+    assert states[given[0]] == states[given[1]] != states[given[2]]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -1020,6 +1173,10 @@ def test_the_command_trains_the_second_stage(titok_fast, pictures, tmp_path):
         (
             ("--init", "maskgit-digits", "--adversarial-weight", 0.1),
             "--adversarial-weight: allowed for a tokenizer that predicts pixels",
+        ),
+        (
+            ("--model", "titok-digits", "--adversarial-adaptive"),
+            "--adversarial-adaptive: got True, allowed with --adversarial-weight",
         ),
         (
             ("--model", "titok-digits", "--lecam-weight", 0.1),

@@ -118,6 +118,14 @@ def train(
         float | None,
         option("Of a discriminator's verdict on pixels (tokenizers).", "none learns"),
     ] = None,
+    adversarial_adaptive: Annotated[
+        bool | None,
+        typer.Option(
+            "--adversarial-adaptive/--no-adversarial-adaptive",
+            help="Multiply it by the quotient of gradients at the last layer, as VQGANs do.",
+            show_default="of IBQ adaptive",
+        ),
+    ] = None,
     adversarial_start: Annotated[int | None, option("Step at which it begins.", "20,000")] = None,
     lecam_weight: Annotated[float | None, option("Of its regularisation.", "0.001")] = None,
     discriminator_learning_rate: Annotated[float | None, option("Its own.", "1e-4")] = None,
@@ -178,6 +186,8 @@ def train(
         log_every=log_every,
     )
     adversary = _adversary(
+        kind,
+        adversarial_adaptive=adversarial_adaptive,
         adversarial_weight=adversarial_weight,
         adversarial_start=adversarial_start,
         lecam_weight=lecam_weight,
@@ -326,10 +336,11 @@ def _losses(kind: type[Trained], allowed: Sequence[str] | None, **given: float |
     return None if default is None else with_options(default, kind.__name__, **given)
 
 
-def _adversary(**given: float | None) -> AdversaryOptions | None:
+def _adversary(kind: Any, **given: float | None) -> AdversaryOptions | None:
     """How a discriminator learns; None where --adversarial-weight is not given."""
     if given["adversarial_weight"] is not None:
-        return with_options(AdversaryOptions(), "a discriminator", **given)
+        default = tokenizer.ADVERSARIES.get(kind, AdversaryOptions())
+        return with_options(default, "a discriminator", **given)
     for name, value in given.items():
         if value is not None:
             raise ValueError(f"{flag(name)}: got {value}, allowed with --adversarial-weight")

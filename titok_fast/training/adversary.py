@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titok_fast._distributed import rank_and_size
-from titok_fast.models.checks import NUMBER, POSITIVE, WHOLE, check_fields
+from titok_fast.models.checks import FLAG, NUMBER, POSITIVE, WHOLE, check_fields
 from titok_fast.training.run import Helper
 
 LECAM_DECAY = 0.999
 CLIP_NORM = 1.0
+LARGEST_ADAPTIVE = 1e4
 
 
 class PatchDiscriminator(nn.Module):
@@ -68,6 +69,7 @@ class AdversaryOptions:
 
     Attributes:
         adversarial_weight: of its verdict in the loss of the tokenizer.
+        adversarial_adaptive: whether that weight is multiplied by `adaptive_weight`.
         adversarial_start: step at which it begins.
         lecam_weight: of LeCam's regularisation (arXiv 2104.03310), which keeps it from being sure.
         discriminator_learning_rate: of its AdamW, constant.
@@ -77,15 +79,44 @@ class AdversaryOptions:
     """
 
     adversarial_weight: float = 0.01
+    adversarial_adaptive: bool = False
     adversarial_start: int = 20_000
     lecam_weight: float = 0.001
     discriminator_learning_rate: float = 1e-4
 
     def __post_init__(self) -> None:
         check_fields(
-            self, adversarial_weight=NUMBER, adversarial_start=WHOLE, lecam_weight=NUMBER,
-            discriminator_learning_rate=POSITIVE,
+            self, adversarial_weight=NUMBER, adversarial_adaptive=FLAG, adversarial_start=WHOLE,
+            lecam_weight=NUMBER, discriminator_learning_rate=POSITIVE,
         )  # fmt: skip
+
+
+def adaptive_weight(loss: Tensor, adversarial: Tensor, last_layer: Tensor) -> Tensor:
+    """How much larger the gradient of one loss is than that of another, where images are made.
+
+    Args:
+        loss: scalar, of reconstructions; what else is in it has no gradient there.
+        adversarial: scalar, of the same reconstructions.
+        last_layer: the decoder's last weight.
+
+    Returns:
+        A scalar in [0, 1e4] without a gradient, the quotient of the norms of both gradients, each
+        the mean over all processes.
+
+    Source: arXiv 2012.09841, equation 7, with 1e-4 and the limit of its code.
+    """
+    both = torch.stack(
+        [
+            torch.autograd.grad(each, last_layer, retain_graph=True)[0].flatten().float()
+            for each in (loss, adversarial)
+        ]
+    )
+    _, processes = rank_and_size()
+    if processes > 1:
+        dist.all_reduce(both)
+    norms = torch.linalg.vector_norm(both / processes, dim=1)
+    quotient: Tensor = norms[0] / (norms[1] + 1e-4)
+    return quotient.clamp(0, LARGEST_ADAPTIVE)
 
 
 class Adversary(Helper):
@@ -117,16 +148,31 @@ class Adversary(Helper):
             weight_decay=1e-4,
         )
 
-    def loss(self, reconstructions: Tensor, images: Tensor) -> Tensor:
+    def loss(
+        self,
+        reconstructions: Tensor,
+        images: Tensor,
+        *,
+        other: Tensor | None = None,
+        last_layer: Tensor | None = None,
+    ) -> Tensor:
         """What the tokenizer minimises; adds what the discriminator learns to its gradients.
 
         Args:
             reconstructions: [B, 3, H, W], floating.
             images: the same of the images, in [0, 1].
+            other: scalar, the tokenizer's loss without this one; with `adversarial_adaptive`.
+            last_layer: the weight that gave the reconstructions; with `adversarial_adaptive`.
 
         Returns:
             A scalar, zero before the first step of the discriminator.
+
+        Raises:
+            ValueError: without `other` or `last_layer` where they are needed.
         """
+        adaptive = self.options.adversarial_adaptive
+        if adaptive and (other is None or last_layer is None):
+            raise ValueError("other, last_layer: got None, which an adaptive weight needs")
         if self._done < self.options.adversarial_start:
             return reconstructions.new_zeros(())
         with torch.autocast(images.device.type, enabled=False):
@@ -143,7 +189,10 @@ class Adversary(Helper):
             verdict: Tensor = self.discriminator(made).mean()
             for parameter in self._moved:
                 parameter.requires_grad_(True)
-        return -self.options.adversarial_weight * verdict
+        loss = -self.options.adversarial_weight * verdict
+        if other is None or last_layer is None or not adaptive:
+            return loss
+        return adaptive_weight(other, -verdict, last_layer) * loss
 
     def step(self) -> None:
         """Moves the discriminator by the mean gradient of the batches since the last step.

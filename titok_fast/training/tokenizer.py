@@ -17,7 +17,7 @@ from titok_fast.images import Crop, read_pixels, to_float
 from titok_fast.metrics import psnr
 from titok_fast.models import IBQTokenizer, MaskGITVQGAN, TiTok, Tokenizer
 from titok_fast.models.checks import NUMBER, check_fields, found_at, one_of
-from titok_fast.training.adversary import Adversary
+from titok_fast.training.adversary import Adversary, AdversaryOptions
 from titok_fast.training.loop import Optimization
 from titok_fast.training.losses import PIXEL_LOSSES, proxy_code_loss, tokenizer_loss
 from titok_fast.training.run import Options, Task
@@ -74,6 +74,13 @@ LOSSES: Mapping[type[Tokenizer], Losses] = {
 }
 
 
+# IBQ's code has VQGAN's adaptive weight, 1d-tokenizer's a fixed one.
+ADVERSARIES: Mapping[type[Tokenizer], AdversaryOptions] = {
+    TiTok: AdversaryOptions(),
+    IBQTokenizer: AdversaryOptions(adversarial_adaptive=True),
+}
+
+
 class TokenizerTask(Task):
     """Image files for `titok_fast.training.run.run`.
 
@@ -98,8 +105,8 @@ class TokenizerTask(Task):
         count: number of files.
 
     Raises:
-        ValueError: without files, or with a `vqgan` or an `adversary` that the model has no use for
-            or lacks.
+        ValueError: without files, with a `vqgan` or an `adversary` that the model has no use for or
+            lacks, or with an adaptive `adversary` and a frozen last layer.
     """
 
     model: Tokenizer
@@ -124,6 +131,10 @@ class TokenizerTask(Task):
         for name, given in (("adversary", adversary), ("perceptual", perceptual)):
             if of_proxies and given is not None:
                 raise ValueError(f"{name}: allowed with a model that predicts pixels")
+        adaptive = adversary is not None and adversary.options.adversarial_adaptive
+        if adaptive and not last_layer(model).requires_grad:
+            raise ValueError("adversary: got an adaptive weight, allowed is a fixed one where the "
+                             "decoder's last layer is frozen")  # fmt: skip
         if of_proxies and isinstance(model, TiTok) and model.quantize_mode == "vae":
             raise ValueError("model: got a legacy one with continuous latents, allowed are codes")
         if vqgan is not None:
@@ -171,7 +182,9 @@ class TokenizerTask(Task):
         output = network(images)
         loss = self._loss(output, self._target(images))
         if self._adversary is not None:
-            loss = loss + self._adversary.loss(output[0], images)
+            loss = loss + self._adversary.loss(
+                output[0], images, other=loss, last_layer=last_layer(self.model)
+            )
         return loss
 
     def evaluate(
@@ -229,6 +242,15 @@ def _of_this_process(network: nn.Module) -> Iterator[None]:
         yield
     finally:
         network.quantize.process_group = group
+
+
+def last_layer(model: Tokenizer) -> Tensor:
+    """The weight that gives the pixels, of a model that predicts them."""
+    decoder: Any = model.decoder
+    if isinstance(model, TiTok) and model.finetune_decoder:
+        decoder = model.pixel_decoder
+    weight: Tensor = decoder.conv_out.weight
+    return weight
 
 
 def _check_stride(vqgan: MaskGITVQGAN, config: Mapping[str, Any]) -> None:
