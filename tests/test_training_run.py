@@ -18,11 +18,11 @@ from PIL import Image
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from titok_fast.images import read_image, read_pixels
+from titok_fast.images import read_image, read_pixels, to_uint8
 from titok_fast.metrics import codebook_usage, psnr
 from titok_fast.models import ARTransformer, IBQTokenizer, MaskGIT, MaskGITVQGAN, TiTok
 from titok_fast.models.titok import DiagonalGaussian
-from titok_fast.tokens import TokenFile
+from titok_fast.tokens import TokenFile, fingerprint
 from titok_fast.training.adversary import (
     Adversary,
     AdversaryOptions,
@@ -30,7 +30,7 @@ from titok_fast.training.adversary import (
     adaptive_weight,
 )
 from titok_fast.training.data import digits, key, rows_of_step
-from titok_fast.training.evaluation import EVALUATIONS_FILE, Evaluator
+from titok_fast.training.evaluation import EVALUATIONS_FILE, SAMPLES_FOLDER, Evaluator
 from titok_fast.training.generator import RECIPES, GeneratorTask, Losses, config_for
 from titok_fast.training.loop import Optimization
 from titok_fast.training.losses import next_token_loss
@@ -615,6 +615,71 @@ def test_what_is_measured_of_held_out_images(stage, vqgan, pictures):
             assert float(values[0][name]) == pytest.approx(float(value), rel=1e-4), name
 
 
+def sheet(folder, steps):
+    """The images of a sheet, rows of [3, 16, 16] uint8."""
+    picture = np.asarray(Image.open(folder / SAMPLES_FOLDER / f"step-{steps:08d}.png"))
+    assert picture.shape[2] == 3 and {edge % 18 for edge in picture.shape[:2]} == {16}
+    pixels = torch.from_numpy(picture.copy()).permute(2, 0, 1)
+    columns = range(0, pixels.shape[2], 18)
+    rows = [pixels[:, y : y + 16] for y in range(0, pixels.shape[1], 18)]
+    return [torch.stack([row[:, :, x : x + 16] for x in columns]) for row in rows]
+
+
+@pytest.mark.parametrize("stage", ["proxies", "pixels", "vae", "ibq"])
+def test_reconstructions_are_shown(stage, vqgan, pictures, tmp_path):
+    """The first eight images above what the average of the weights makes of their tokens."""
+    torch.manual_seed(0)
+    if stage == "ibq":
+        model = IBQTokenizer.from_config(IBQ)
+    else:
+        mode = "vae" if stage == "vae" else "vq"
+        model = titok(is_legacy=stage == "proxies", quantize_mode=mode)
+    proxy = vqgan if stage == "proxies" else None
+    files = [pictures[0], *pictures[:8]]
+    task = TokenizerTask(model, pictures[:8], proxy)
+    average = run(
+        *(task, Optimization(2, 1e-3), Options(4), tmp_path),
+        held_out=TokenizerTask(model, files, proxy, augment=False),
+        log=quiet,
+    )
+    images = torch.stack(
+        [read_image(path, 16, interpolation=model.interpolation) for path in files[:8]]
+    )
+    tokens = average.encode(images)
+    if proxy is None:
+        expected = average.decode(tokens)
+    else:
+        expected = vqgan.decode(average.proxy_logits(tokens).argmax(1).flatten(1))
+    above, below = sheet(tmp_path, 2)
+    assert torch.equal(above, to_uint8(images))
+    assert (below.int() - to_uint8(expected).int()).abs().max() <= 1
+    assert below.float().std() > 0 and not torch.equal(above, below)
+
+
+def test_what_a_generator_makes_is_shown(kind, tmp_path):
+    """Sixteen images of classes in turn, decoded; tokens of another tokenizer are refused."""
+    torch.manual_seed(0)
+    ibq = kind is ARTransformer  # whose tokens are the rows of a square
+    if ibq:
+        tokenizer = IBQTokenizer.from_config(IBQ | {"n_embed": 24})
+        network = ARTransformer.from_config(AR | {"block_size": 16})
+    else:
+        tokenizer, config = titok(is_legacy=False, codebook_size=24), copy.deepcopy(MASKGIT)
+        config["model"]["generator"]["image_seq_len"] = 8
+        network = MaskGIT.from_config(config)
+    file = token_file(length=network.num_tokens)
+    held_out = GeneratorTask(network, file, tokenizer=tokenizer.eval())
+    task, options = GeneratorTask(network, file), Options(8, evaluate_every=1)
+    average = run(task, Optimization(2, 1e-3), options, tmp_path, held_out=held_out, log=quiet)
+    tokens = average.generate(torch.arange(16) % 3, seed=0)
+    images = tokenizer.decode(tokens.view(16, 4, 4) if ibq else tokens)
+    shown = torch.cat(sheet(tmp_path, 2))
+    assert (shown.int() - to_uint8(images).int()).abs().max() <= 1
+    assert (tmp_path / SAMPLES_FOLDER / "step-00000001.png").exists()
+    with pytest.raises(ValueError, match="generator: got one of 9 tokens of 24 codes, allowed is"):
+        GeneratorTask(generator(kind), token_file(), tokenizer=titok(is_legacy=False))
+
+
 def test_a_blank_image_leaves_the_mean_finite(tmp_path):
     Image.new("RGB", (16, 16)).save(tmp_path / "black.png")
     model = titok(is_legacy=False)
@@ -1028,7 +1093,7 @@ def digit_tokens(tmp_path_factory):
         tokenizer.encode(images[:64]).numpy(),
         [f"{i}.png" for i in range(64)],
         "titok-digits",
-        "0" * 16,
+        fingerprint(tokenizer),
         32,
         tokenizer.codebook_size,
         labels=labels[:64].numpy(),
@@ -1051,7 +1116,8 @@ def test_the_command(titok_fast, digit_tokens, tmp_path):
     assert (model.num_tokens, model.num_classes) == (16, 10)
 
     held_out = ("--held-out", digit_tokens, "--evaluate-every", 3)  # no setting of the run
-    again = titok_fast(*train, "--steps", 4, *held_out, "-o", out)
+    again = titok_fast(*train, "--steps", 4, *held_out, "--samples-with", "titok-digits", "-o", out)
+    assert Image.open(out / "samples" / "step-00000004.png").size == (8 * 34 - 2, 2 * 34 - 2)
     assert again.returncode == 0 and "taken up after step 4 of 4" in again.out, again.err
     (line,) = evaluations(out)
     assert line["step"] == 4 and f"held out: loss {line['loss']:.5g}" in again.out
@@ -1120,23 +1186,15 @@ def test_the_command_takes_ibqs_adaptive_weight(titok_fast, pictures, tmp_path):
     IBQTokenizer.from_config(IBQ).save_pretrained(tmp_path / "ibq")
     titok(is_legacy=False).save_pretrained(tmp_path / "titok")
     options = ("--adversarial-weight", 0.1, "--adversarial-start", 0, "--steps", 1)
-    states = {}
-    for name, given in (
-        ("ibq", ()),
-        ("ibq", ("--adversarial-adaptive",)),
-        ("ibq", ("--no-adversarial-adaptive",)),
-        ("titok", ()),
-        ("titok", ("--no-adversarial-adaptive",)),
-    ):
+    adaptive, states = [], []
+    for name, given in (("ibq", ()), ("ibq", ("--no-adversarial-adaptive",)), ("titok", ())):
         out = tmp_path / f"{name}{given}"
         source = ("--init", tmp_path / name, "--batch-size", 2, *options, *given, "-o", out)
         result = titok_fast("train", pictures[0], *source)
         assert result.returncode == 0, result.err
-        settings = json.loads((out / "training.json").read_text())
-        states[name, given] = settings["--adversarial-adaptive"], (out / STATE_FILE).read_bytes()
-    given = list(states)
-    assert [states[each][0] for each in given] == [True, True, False, False, False]
-    assert states[given[0]] == states[given[1]] != states[given[2]]
+        adaptive.append(json.loads((out / "training.json").read_text())["--adversarial-adaptive"])
+        states.append((out / STATE_FILE).read_bytes())
+    assert adaptive == [True, False, False] and states[0] != states[1]
 
 
 @pytest.mark.parametrize(
@@ -1198,6 +1256,14 @@ def test_the_command_takes_ibqs_adaptive_weight(titok_fast, pictures, tmp_path):
             "--evaluate-every: got 5, allowed with --held-out",
         ),
         (
+            ("--init", "maskgit-digits", "--samples-with", "titok-digits"),
+            "--samples-with: got titok-digits, allowed with --held-out",
+        ),
+        (
+            ("--init", "titok-digits", "--held-out", "pyproject.toml", "--samples-with", "x"),
+            "--samples-with: got 'x', allowed for a generator",
+        ),
+        (
             ("--init", "titok-digits", "--held-out", "nowhere"),
             "--held-out: 'nowhere' is not a file, a folder",
         ),
@@ -1235,6 +1301,7 @@ def test_other_labels_are_another_run(titok_fast, digit_tokens, tmp_path):
 
 
 def test_held_out_tokens_of_another_kind_are_refused(titok_fast, digit_tokens, tmp_path):
+    titok(is_legacy=False).save_pretrained(tmp_path / "titok")
     train = ("train", digit_tokens, "--model", "maskgit-digits", "-o", tmp_path / "out")
     file, path = TokenFile.load(digit_tokens), tmp_path / "other.npz"
     for name, value in (
@@ -1244,7 +1311,9 @@ def test_held_out_tokens_of_another_kind_are_refused(titok_fast, digit_tokens, t
         dataclasses.replace(file, **{name: value}).save(path)
         result = titok_fast(*train, "--held-out", path)
         assert result.returncode == 2 and f"has another {name} than" in result.err, result.err
-        assert not (tmp_path / "out").exists()
+    result = titok_fast(*train, "--held-out", digit_tokens, "--samples-with", tmp_path / "titok")
+    assert result.returncode == 2 and "allowed is titok-digits (weights " in result.err
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_command_never_replaces_a_model(titok_fast, digit_tokens, tmp_path):

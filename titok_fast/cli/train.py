@@ -27,11 +27,24 @@ from titok_fast.cli.common import (
 )
 from titok_fast.images import ImageFile, find_images
 from titok_fast.models import ARTransformer, IBQTokenizer, MaskGIT, MaskGITVQGAN, TiTok, compile
-from titok_fast.models.auto import TOKENIZERS, Tokenizer, model_class, releases
+from titok_fast.models.auto import (
+    TOKENIZERS,
+    Tokenizer,
+    load_tokenizer,
+    model_class,
+    releases,
+)
 from titok_fast.models.checks import DECAY
 from titok_fast.models.generate import Generator
 from titok_fast.models.pretrained import CONFIG_FILE, WEIGHTS_FILE, locate
-from titok_fast.tokens import Setting, TokenFile, check_settings, raw_bytes, write_settings
+from titok_fast.tokens import (
+    Setting,
+    TokenFile,
+    check_settings,
+    fingerprint,
+    raw_bytes,
+    write_settings,
+)
 from titok_fast.training import generator, tokenizer
 from titok_fast.training.adversary import Adversary, AdversaryOptions
 from titok_fast.training.generator import GeneratorTask, config_for
@@ -150,6 +163,10 @@ def train(
     evaluate_every: Annotated[
         int | None, option("Steps between two of its evaluations.", "as --save-every")
     ] = None,
+    samples_with: Annotated[
+        str | None,
+        option("Decodes what a generator makes at an evaluation: as --init.", "none"),
+    ] = None,
     save_every: Annotated[int, option("Steps between two states on disk.")] = 1000,
     log_every: Annotated[int, option("Steps between two lines of the log.")] = 50,
 ) -> None:
@@ -195,8 +212,10 @@ def train(
     )
     data: Any = _data(kind, paths, "PATHS")
     other: Any = _held_out(kind, held_out, data)
-    if other is None and evaluate_every is not None:
-        raise ValueError(f"--evaluate-every: got {evaluate_every}, allowed with --held-out")
+    for field, given in (("evaluate_every", evaluate_every), ("samples_with", samples_with)):
+        if other is None and given is not None:
+            raise ValueError(f"{flag(field)}: got {given}, allowed with --held-out")
+    decoder = _decoder(samples_with, data)
     if config is None and model is not None:
         config = config_for(model, data) if isinstance(data, TokenFile) else config_of(model)
     elif kind is IBQTokenizer:
@@ -258,7 +277,7 @@ def train(
         of_tokens = partial(GeneratorTask, network.to(place), losses=losses or generator.Losses())
         task = of_tokens(data)
         if other is not None:
-            evaluated = of_tokens(other)
+            evaluated = of_tokens(other, tokenizer=decoder and decoder.to(place))
     else:
         vqgan = MaskGITVQGAN.from_pretrained(proxy or VQGAN) if of_proxies else None
         if second_stage and vqgan is not None and isinstance(network, TiTok):
@@ -368,6 +387,22 @@ def _held_out(kind: type[Trained], paths: Sequence[str] | None, data: Data) -> D
                     f"--held-out: {paths[0]} has another {name} than what is trained on"
                 )
     return other
+
+
+def _decoder(name: str | None, data: Data) -> Tokenizer | None:
+    """The tokenizer of --samples-with, by which the tokens have to be."""
+    if name is None:
+        return None
+    if not isinstance(data, TokenFile):
+        raise ValueError(f"--samples-with: got {name!r}, allowed for a generator")
+    model = load_tokenizer(name)
+    mark = fingerprint(model)
+    if mark != data.fingerprint:
+        raise ValueError(
+            f"--samples-with: got {name} (weights {mark}), allowed is {data.model} (weights "
+            f"{data.fingerprint}), of the tokens"
+        )
+    return model
 
 
 def _mark(data: Data) -> str:

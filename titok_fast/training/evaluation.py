@@ -1,4 +1,4 @@
-"""What a run measures of held-out examples."""
+"""What a run measures and shows of held-out examples."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ from torch import Tensor, nn
 
 from titok_fast._distributed import rank_and_size
 from titok_fast._files import remove_temporaries, replacing
+from titok_fast.images import grid, write_png
 from titok_fast.training.data import Ahead, key
 
 if TYPE_CHECKING:
     from titok_fast.training.run import Options, Task
 
 EVALUATIONS_FILE = "evaluations.jsonl"
+SAMPLES_FOLDER = "samples"
 BATCH_SIZE = 32  # at most; it is not that of a process, so that their number changes nothing
 
 
@@ -34,7 +36,8 @@ class Evaluator:
         task: of the held-out examples.
         options: of the run.
         steps: of the whole run.
-        folder: of the file with a line for each evaluation; None writes none.
+        folder: of the file with a line for each evaluation, and of a folder of pictures; None
+            writes none.
         workers: threads that make batches ready ahead of their use; 0 for none.
         log: takes a line for each evaluation.
     """
@@ -53,17 +56,21 @@ class Evaluator:
 
     def __call__(self, model: nn.Module, steps: int) -> None:
         """Measures a model after so many steps; all processes have to call it."""
+        rank, _ = rank_and_size()
         with _evaluating(model), torch.no_grad():
             measured = self._measure(model)
-        rank, _ = rank_and_size()
-        if rank:
-            return
-        texts = [f"{name} {value:.5g}" for name, value in measured.items()]
-        self._log(f"step {steps:5d}/{self._steps}  held out: {', '.join(texts)}")
-        if self._folder is not None:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            with open(self._folder / EVALUATIONS_FILE, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": steps, **measured}) + "\n")
+            if rank:
+                return
+            texts = [f"{name} {value:.5g}" for name, value in measured.items()]
+            self._log(f"step {steps:5d}/{self._steps}  held out: {', '.join(texts)}")
+            if self._folder is None:
+                return
+            rows = self._task.samples(model)
+            if rows:
+                write_png(self._folder / SAMPLES_FOLDER / f"step-{steps:08d}.png", grid(rows))
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with open(self._folder / EVALUATIONS_FILE, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": steps, **measured}) + "\n")
 
     def _measure(self, model: nn.Module) -> dict[str, float]:
         rank, processes = rank_and_size()
@@ -123,6 +130,7 @@ def forget(folder: Path, steps: int) -> None:
     """Removes the evaluations after so many steps, which a run that goes on from there repeats."""
     path = folder / EVALUATIONS_FILE
     remove_temporaries(folder, path.name)
+    remove_temporaries(folder / SAMPLES_FOLDER, "*.png")
     if path.exists():
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         with replacing(path) as temporary:

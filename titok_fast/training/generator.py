@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,14 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from titok_fast.models import ARTransformer, MaskGIT
+from titok_fast.models import ARTransformer, MaskGIT, Tokenizer
 from titok_fast.models.checks import SHARE, check_fields
-from titok_fast.models.generate import Generator
+from titok_fast.models.generate import Generator, arranged, image_size
 from titok_fast.tokens import TokenFile
 from titok_fast.training.data import mask_tokens
 from titok_fast.training.loop import Optimization
 from titok_fast.training.losses import masked_token_loss, next_token_loss
 from titok_fast.training.run import Options, Task
+
+SHOWN = 16  # images of a sheet, in rows of eight
 
 
 @dataclass(frozen=True)
@@ -71,22 +73,32 @@ class GeneratorTask(Task):
         file: its tokens, a grid row by row. An image without a class trains what guidance needs; if
             none has one, and the model has one class, all are of that.
         losses: what is minimised.
+        tokenizer: decodes its samples, of classes spread over all; on the model's device. None
+            gives none.
 
     Attributes:
         model: the same.
         count: number of images.
 
     Raises:
-        ValueError: for a file without images or with latents, or tokens or labels that are not the
-            model's.
+        ValueError: for a file without images or with latents, tokens or labels that are not the
+            model's, or a tokenizer of other tokens.
     """
 
     model: Generator
 
-    def __init__(self, model: Generator, file: TokenFile, losses: Losses = Losses()) -> None:
+    def __init__(
+        self,
+        model: Generator,
+        file: TokenFile,
+        losses: Losses = Losses(),
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
         _check_fits(model, file)
+        if tokenizer is not None:
+            image_size(tokenizer, model)
         self.model, self.count = model.train(), len(file.tokens)
-        self._losses = losses
+        self._losses, self._tokenizer = losses, tokenizer
         self._tokens = torch.from_numpy(file.tokens.reshape(self.count, -1).astype(np.int32))
         labels = torch.full([self.count], 0 if model.num_classes == 1 else -1)
         if file.labels is not None:
@@ -103,6 +115,16 @@ class GeneratorTask(Task):
         if isinstance(self.model, ARTransformer):
             return next_token_loss(network(tokens[:, :-1], labels), tokens)
         return masked_loss(self.model, network, tokens, labels, generator, self._losses)
+
+    def samples(self, network: nn.Module) -> Sequence[Tensor]:
+        if self._tokenizer is None:
+            return ()
+        model: Any = network
+        classes = model.num_classes
+        labels = torch.arange(SHOWN) % classes * max(1, classes // SHOWN)
+        tokens = model.generate(labels.to(next(model.parameters()).device), seed=0)
+        images = self._tokenizer.decode(arranged(self._tokenizer, tokens))
+        return [images[:8], images[8:]]
 
 
 def masked_loss(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +82,14 @@ class Task(ABC):
             bool tensors, of which the share that is true of any batch is given.
         """
         return {"loss": self.loss(network, batch, generator)}
+
+    def samples(self, network: nn.Module) -> Sequence[Iterable[Tensor]]:
+        """Rows of pictures [3, H, W] in [0, 1] to look at after an evaluation: by default none.
+
+        Args:
+            network: called in place of the model, in evaluation mode, by one process alone.
+        """
+        return ()
 
 
 @dataclass(frozen=True)
@@ -165,8 +173,8 @@ def run(
             state; of several processes, one that all see. None writes nothing.
         held_out: the same model and loss on examples that are not trained on, of which `evaluate`
             measures the average of the weights: a line of the log, and in the folder a line of
-            `evaluations.jsonl`. The run has the same bits with it and without. None measures
-            nothing.
+            `evaluations.jsonl` and a sheet of its `samples`, if it has any. The run has the same
+            bits with it and without. None measures nothing.
         workers: threads that make batches ready ahead of their use; 0 for none.
         log: takes each line; its loss is that of the first process.
 

@@ -65,6 +65,7 @@ class Losses:
         )
 
 
+SHOWN = 8  # images of a sheet
 LARGEST_PSNR = 100.0  # of an image, in dB, so that a blank one leaves the mean finite
 
 # IBQ's, doubled, are the absolute error of pixels in its range [-1, 1], and a weight of one.
@@ -86,7 +87,8 @@ class TokenizerTask(Task):
 
     Held out, it measures beside the loss, without an adversary's part in it: of a first-stage TiTok
     the `accuracy` of proxy codes, of another model `psnr` in dB, the mean over images, each at most
-    100; and of one with a codebook `usage`, the share of its codes that these images take.
+    100; and of one with a codebook `usage`, the share of its codes that these images take. Its
+    samples are the first eight images above their reconstructions, in the first stage by `vqgan`.
 
     Args:
         model: put into training mode. Of a first-stage TiTok (`finetune_decoder` false) the loss is
@@ -205,6 +207,16 @@ class TokenizerTask(Task):
             used[output[1]["min_encoding_indices"].flatten()] = True
             measures["usage"] = used
         return measures
+
+    def samples(self, network: nn.Module) -> list[Tensor]:
+        model: Any = network
+        pixels = self.batch(torch.arange(min(SHOWN, self.count)), torch.Generator())
+        images = to_float(pixels.to(next(model.parameters()).device))
+        tokens = model.encode(images)
+        if self._vqgan is None:
+            return [images, model.decode(tokens)]
+        proxies = model.proxy_logits(tokens).argmax(1).flatten(1)
+        return [images, self._vqgan.decode(proxies)]
 
     def _target(self, images: Tensor) -> Tensor:
         """What the model is to give: proxy codes [B, G G], or the images."""
