@@ -1229,6 +1229,26 @@ def test_the_command_takes_ibqs_adaptive_weight(titok_fast, pictures, tmp_path):
             "--second-stage: allowed with --init of a",
         ),
         (
+            ("--init", "maskgit-digits", "--perceptual", "lpips"),
+            "--perceptual: allowed for a tokenizer that predicts pixels",
+        ),
+        (
+            ("--model", "titok-l-32", "--perceptual", "lpips"),
+            "--perceptual: allowed for a tokenizer that predicts pixels",
+        ),
+        (
+            ("--model", "titok-digits", "--perceptual", "vgg"),
+            "--perceptual: 'vgg' is not one of lpips, convnext_s",
+        ),
+        (
+            ("--model", "titok-digits", "--perceptual", "lpips", "--perceptual-weight", -1),
+            "--perceptual-weight: got -1.0, allowed is a finite number from 0",
+        ),
+        (
+            ("--model", "titok-digits", "--perceptual-weight", 2),
+            "--perceptual-weight: got 2.0, allowed with --perceptual",
+        ),
+        (
             ("--init", "maskgit-digits", "--adversarial-weight", 0.1),
             "--adversarial-weight: allowed for a tokenizer that predicts pixels",
         ),

@@ -34,7 +34,7 @@ from titok_fast.models.auto import (
     model_class,
     releases,
 )
-from titok_fast.models.checks import DECAY
+from titok_fast.models.checks import DECAY, check_number
 from titok_fast.models.generate import Generator
 from titok_fast.models.pretrained import CONFIG_FILE, WEIGHTS_FILE, locate
 from titok_fast.tokens import (
@@ -49,6 +49,8 @@ from titok_fast.training import generator, tokenizer
 from titok_fast.training.adversary import Adversary, AdversaryOptions
 from titok_fast.training.generator import GeneratorTask, config_for
 from titok_fast.training.loop import Optimization
+from titok_fast.training.perceptual import KINDS as PERCEPTUAL_KINDS
+from titok_fast.training.perceptual import Perceptual
 from titok_fast.training.run import STATE_FILE, Options, Task, run
 from titok_fast.training.tokenizer import (
     TokenizerTask,
@@ -121,6 +123,12 @@ def train(
         float | None, option("Of the quantizer's losses (tokenizers).", "1, of IBQ 0.5")
     ] = None,
     kl_weight: Annotated[float | None, option("Of a VAE's divergence (TiTok).", "1e-6")] = None,
+    perceptual: Annotated[
+        str | None, option("Added to the error of pixels: lpips or convnext_s.", "none")
+    ] = None,
+    perceptual_weight: Annotated[
+        float | None, option("Of it.", "lpips 1, convnext_s 0.1, of IBQ half")
+    ] = None,
     proxy: Annotated[
         str | None, option("Of TiTok's first stage: the VQGAN, as --init takes it.", VQGAN)
     ] = None,
@@ -228,8 +236,11 @@ def train(
     if adversary and adversary.adversarial_start >= optimization.steps:
         raise ValueError(f"--adversarial-start: got {adversary.adversarial_start}, allowed is less "
                          f"than the {optimization.steps} --steps")  # fmt: skip
-    if adversary and (kind not in TOKENIZERS or (of_proxies and not second_stage)):
-        raise ValueError("--adversarial-weight: allowed for a tokenizer that predicts pixels")
+    of_pixels = kind in TOKENIZERS and (second_stage or not of_proxies)
+    for field, asked in (("adversarial_weight", adversary), ("perceptual", perceptual)):
+        if asked and not of_pixels:
+            raise ValueError(f"{flag(field)}: allowed for a tokenizer that predicts pixels")
+    perceptual_weight = _perceptual_weight(kind, perceptual, perceptual_weight)
     allowed = None
     if kind in TOKENIZERS:
         allowed = tokenizer.PIXEL_OPTIONS if second_stage else loss_options(config)
@@ -257,6 +268,7 @@ def train(
     # None without a discriminator, so that a run with one is another.
     fields |= asdict(adversary) if adversary else dict.fromkeys(asdict(AdversaryOptions()))
     fields |= {"model": model, "init": init, "proxy": proxy, "second_stage": second_stage}
+    fields |= {"perceptual": perceptual, "perceptual_weight": perceptual_weight}
     fields |= dict(zip(("beta1", "beta2"), optimization.betas, strict=True))
     settings: dict[str, Setting] = {
         "data": _mark(data),
@@ -283,7 +295,17 @@ def train(
         if second_stage and vqgan is not None and isinstance(network, TiTok):
             network, vqgan = tokenizer.second_stage(network, vqgan), None
         vqgan = vqgan and vqgan.to(place)
-        of_images = partial(TokenizerTask, network.to(place), vqgan=vqgan, losses=losses, log=say)
+        distance = None
+        if perceptual is not None and perceptual_weight is not None:
+            distance = Perceptual(perceptual, perceptual_weight).to(place)
+        of_images = partial(
+            TokenizerTask,
+            network.to(place),
+            vqgan=vqgan,
+            losses=losses,
+            perceptual=distance,
+            log=say,
+        )
         task = of_images(paths=[file.path for file in data], adversary=helper)
         if other is not None:
             evaluated = of_images(paths=[file.path for file in other], augment=False)
@@ -364,6 +386,21 @@ def _adversary(kind: Any, **given: float | None) -> AdversaryOptions | None:
         if value is not None:
             raise ValueError(f"{flag(name)}: got {value}, allowed with --adversarial-weight")
     return None
+
+
+def _perceptual_weight(kind: Any, name: str | None, given: float | None) -> float | None:
+    """That of --perceptual, by default its own for the model; None without it."""
+    if name is None:
+        if given is not None:
+            raise ValueError(f"--perceptual-weight: got {given}, allowed with --perceptual")
+        return None
+    if name not in PERCEPTUAL_KINDS:
+        raise ValueError(f"--perceptual: {name!r} is not one of {', '.join(PERCEPTUAL_KINDS)}")
+    if given is None:
+        return tokenizer.PERCEPTUAL_WEIGHTS[kind][name]
+    with flags():
+        check_number("perceptual_weight", given)
+    return given
 
 
 def _data(kind: type[Trained], paths: Sequence[str], name: str) -> Data:

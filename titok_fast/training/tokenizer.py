@@ -75,6 +75,12 @@ LOSSES: Mapping[type[Tokenizer], Losses] = {
 }
 
 
+# As in the official recipes; IBQ's half, as its other losses.
+PERCEPTUAL_WEIGHTS: Mapping[type[Tokenizer], Mapping[str, float]] = {
+    TiTok: {"lpips": 1.0, "convnext_s": 0.1},
+    IBQTokenizer: {"lpips": 0.5, "convnext_s": 0.05},
+}
+
 # IBQ's code has VQGAN's adaptive weight, 1d-tokenizer's a fixed one.
 ADVERSARIES: Mapping[type[Tokenizer], AdversaryOptions] = {
     TiTok: AdversaryOptions(),
@@ -98,7 +104,7 @@ class TokenizerTask(Task):
         losses: what is minimised; None takes those of `LOSSES`.
         adversary: that joins in a loss of pixels; on the model's device.
         perceptual: of reconstructions and images [B, 3, S, S] in [0, 1] a scalar that is added to a
-            loss of pixels, weighted already.
+            loss of pixels, weighted already, such as a `Perceptual` on the model's device.
         augment: whether crops are random, half of them mirrored; otherwise they are the centre.
         log: takes the name of a file that cannot be read.
 

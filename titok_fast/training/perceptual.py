@@ -1,0 +1,103 @@
+"""How far apart images are to a frozen network, as a part of a tokenizer's loss."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+IMAGENET_SIZE = 224
+
+
+def _lpips() -> Any:
+    from lpips import LPIPS
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torchvision, about how lpips calls it
+        return LPIPS(net="vgg", verbose=False)
+
+
+def _lpips_distance(network: nn.Module, a: Tensor, b: Tensor) -> Tensor:
+    distances: Tensor = network(a, b, normalize=True)  # [B, 1, 1, 1]; it takes [0, 1] to [-1, 1]
+    return distances.mean()
+
+
+def _convnext_s() -> Any:
+    from torchvision.models import convnext_small
+
+    return convnext_small(weights="IMAGENET1K_V1")
+
+
+def _logits_distance(network: nn.Module, a: Tensor, b: Tensor) -> Tensor:
+    mean, std = (a.new_tensor(row).view(3, 1, 1) for row in (IMAGENET_MEAN, IMAGENET_STD))
+
+    def logits(images: Tensor) -> Tensor:
+        images = F.interpolate(images, size=IMAGENET_SIZE, mode="bilinear", antialias=True)
+        out: Tensor = network((images - mean) / std)  # [B, 1000]
+        return out
+
+    return F.mse_loss(logits(a), logits(b))
+
+
+class _Kind(NamedTuple):
+    load: Callable[[], Any]
+    distance: Callable[[nn.Module, Tensor, Tensor], Tensor]
+
+
+KINDS: Mapping[str, _Kind] = {
+    "lpips": _Kind(_lpips, _lpips_distance),
+    "convnext_s": _Kind(_convnext_s, _logits_distance),
+}
+
+
+class Perceptual(nn.Module):
+    """A weighted distance of images to a network that stays as it is, in float32.
+
+    Args:
+        kind: "lpips", of the features of a VGG, or "convnext_s", the mean squared error of the
+            logits of a ConvNeXt-S, which is given images of 224 x 224 pixels.
+        weight: of the distance.
+
+    Raises:
+        OSError: when the weights of the network are missing and cannot be downloaded.
+        RuntimeError: when lpips or torchvision is missing.
+        ValueError: for another kind.
+
+    Source: LPIPS (arXiv 1801.03924), as IBQ and VQGANs are trained with; ConvNeXt-S, as the second
+    stage of TiTok in 1d-tokenizer.
+    """
+
+    def __init__(self, kind: str, weight: float = 1.0) -> None:
+        super().__init__()
+        if kind not in KINDS:
+            raise ValueError(f"perceptual: {kind!r} is not one of {', '.join(KINDS)}")
+        load, self._distance = KINDS[kind]
+        self._weight = weight
+        try:
+            self._network = load().eval().requires_grad_(False)
+        except ImportError as error:
+            raise RuntimeError(
+                f"perceptual: {kind} needs {error.name}, run pip install 'titok_fast[perceptual]'"
+            ) from None
+        except OSError as error:
+            raise OSError(f"perceptual: cannot get the weights of {kind} ({error})") from error
+
+    def forward(self, reconstructions: Tensor, images: Tensor) -> Tensor:
+        """The weighted distance, differentiable.
+
+        Args:
+            reconstructions: [B, 3, H, W], floating, not clamped.
+            images: the same of the images, in [0, 1].
+
+        Returns:
+            A scalar, float32.
+        """
+        with torch.autocast(images.device.type, enabled=False):
+            distance = self._distance(self._network, reconstructions.float(), images.float())
+        return self._weight * distance
