@@ -66,7 +66,7 @@ RECIPES: dict[Any, tuple[Optimization, Options]] = {**generator.RECIPES, **token
 LOSSES: dict[Any, Any] = {MaskGIT: generator.Losses(), **tokenizer.LOSSES}
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
 SETTINGS_FILE = "training.json"
-NOT_OF_THE_RESULT = ("betas", "save_every", "evaluate_every", "log_every")  # nor of the settings
+NO_SETTINGS = ("betas", "save_every", "evaluate_every", "log_every")
 THE_MODELS = "the model's"
 VQGAN = next(iter(MaskGITVQGAN.releases))
 
@@ -219,10 +219,9 @@ def train(
         discriminator_learning_rate=discriminator_learning_rate,
     )
     data: Any = _data(kind, paths, "PATHS")
-    other: Any = _held_out(kind, held_out, data)
-    for field, given in (("evaluate_every", evaluate_every), ("samples_with", samples_with)):
-        if other is None and given is not None:
-            raise ValueError(f"{flag(field)}: got {given}, allowed with --held-out")
+    other: Any = _held_out(
+        kind, held_out, data, evaluate_every=evaluate_every, samples_with=samples_with
+    )
     decoder = _decoder(samples_with, data)
     if config is None and model is not None:
         config = config_for(model, data) if isinstance(data, TokenFile) else config_of(model)
@@ -258,23 +257,20 @@ def train(
     rank, processes = rank_and_size()
     with flags():
         options.part_size(processes)
-    fields = {
-        name: value
-        for part in (optimization, options, losses)
-        if part is not None
-        for name, value in asdict(part).items()
-        if name not in NOT_OF_THE_RESULT
-    }
-    # None without a discriminator, so that a run with one is another.
-    fields |= asdict(adversary) if adversary else dict.fromkeys(asdict(AdversaryOptions()))
-    fields |= {"model": model, "init": init, "proxy": proxy, "second_stage": second_stage}
-    fields |= {"perceptual": perceptual, "perceptual_weight": perceptual_weight}
-    fields |= dict(zip(("beta1", "beta2"), optimization.betas, strict=True))
-    settings: dict[str, Setting] = {
-        "data": _mark(data),
-        **{flag(name): value if name != "dtype" else dtype for name, value in fields.items()},
-        "processes": processes,
-    }
+    settings = _settings(
+        data,
+        processes,
+        (optimization, options, losses, adversary),
+        model=model,
+        init=init,
+        proxy=proxy,
+        second_stage=second_stage,
+        perceptual=perceptual,
+        perceptual_weight=perceptual_weight,
+        beta1=optimization.betas[0],
+        beta2=optimization.betas[1],
+        dtype=dtype,
+    )
     _check_output(output, settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -291,17 +287,14 @@ def train(
         if other is not None:
             evaluated = of_tokens(other, tokenizer=decoder and decoder.to(place))
     else:
-        vqgan = MaskGITVQGAN.from_pretrained(proxy or VQGAN) if of_proxies else None
-        if second_stage and vqgan is not None and isinstance(network, TiTok):
-            network, vqgan = tokenizer.second_stage(network, vqgan), None
-        vqgan = vqgan and vqgan.to(place)
+        network, vqgan = _staged(network, proxy or VQGAN, second_stage)
         distance = None
         if perceptual is not None and perceptual_weight is not None:
             distance = Perceptual(perceptual, perceptual_weight).to(place)
         of_images = partial(
             TokenizerTask,
             network.to(place),
-            vqgan=vqgan,
+            vqgan=vqgan and vqgan.to(place),
             losses=losses,
             perceptual=distance,
             log=say,
@@ -412,9 +405,21 @@ def _data(kind: type[Trained], paths: Sequence[str], name: str) -> Data:
     return TokenFile.load(paths[0])
 
 
-def _held_out(kind: type[Trained], paths: Sequence[str] | None, data: Data) -> Data | None:
-    """The held-out examples; raises ValueError for tokens of another kind than those of `data`."""
+def _held_out(
+    kind: type[Trained], paths: Sequence[str] | None, data: Data, **given: int | str | None
+) -> Data | None:
+    """The held-out examples; raises ValueError for tokens of another kind than those of `data`.
+
+    Args:
+        kind: of the model.
+        paths: of --held-out.
+        data: what is trained on.
+        **given: options that have no use without them, by name; None where they are not given.
+    """
     if not paths:
+        for name, value in given.items():
+            if value is not None:
+                raise ValueError(f"{flag(name)}: got {value}, allowed with --held-out")
         return None
     other = _data(kind, paths, "--held-out")
     if isinstance(data, TokenFile):
@@ -440,6 +445,36 @@ def _decoder(name: str | None, data: Data) -> Tokenizer | None:
             f"{data.fingerprint}), of the tokens"
         )
     return model
+
+
+def _staged(
+    network: Tokenizer, proxy: str, second_stage: bool
+) -> tuple[Tokenizer, MaskGITVQGAN | None]:
+    """The tokenizer as its stage begins, and the VQGAN that gives the first one's proxy codes."""
+    if not (isinstance(network, TiTok) and predicts_proxies(network.config)):
+        return network, None
+    vqgan = MaskGITVQGAN.from_pretrained(proxy)
+    return (tokenizer.second_stage(network, vqgan), None) if second_stage else (network, vqgan)
+
+
+def _settings(
+    data: Data, processes: int, parts: Sequence[Any], **others: Setting
+) -> dict[str, Setting]:
+    """All that the weights depend on, of which a run that is taken up may change nothing.
+
+    Args:
+        data: what is trained on.
+        processes: their number.
+        parts: dataclasses of options; None where the model has none.
+        **others: options by name.
+    """
+    # None without a discriminator, so that a run with one is another.
+    fields: dict[str, Any] = dict.fromkeys(asdict(AdversaryOptions()))
+    for part in parts:
+        fields |= {} if part is None else asdict(part)
+    fields = {name: value for name, value in (fields | others).items() if name not in NO_SETTINGS}
+    flagged = {flag(name): value for name, value in fields.items()}
+    return {"data": _mark(data), **flagged, "processes": processes}
 
 
 def _mark(data: Data) -> str:

@@ -142,5 +142,5 @@ def _step(line: str) -> float:
     """The step of an evaluation; of a line that was cut off as it was written, infinite."""
     try:
         return int(json.loads(line)["step"])
-    except ValueError:
+    except (KeyError, TypeError, ValueError):
         return math.inf

@@ -92,6 +92,7 @@ class GeneratorTask(Task):
         model: Generator,
         file: TokenFile,
         losses: Losses = Losses(),
+        *,
         tokenizer: Tokenizer | None = None,
     ) -> None:
         _check_fits(model, file)
