@@ -135,6 +135,9 @@ def test_losses():
     assert loss.item() == pytest.approx(0.45)
     loss = tokenizer_loss((reconstructions, quantizer), images, pixel_loss="l1")
     assert loss.item() == pytest.approx(2.5)
+    quantizer["entropy_loss"] = torch.tensor(10.0)
+    loss = tokenizer_loss((reconstructions, quantizer), images, entropy_weight=0.2)
+    assert loss.item() == pytest.approx(4.25)
 
 
 def test_learning_rate():

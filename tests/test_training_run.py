@@ -627,7 +627,7 @@ def sheet(folder, steps):
 
 @pytest.mark.parametrize("stage", ["proxies", "pixels", "vae", "ibq"])
 def test_reconstructions_are_shown(stage, vqgan, pictures, tmp_path):
-    """The first eight images above what the average of the weights makes of their tokens."""
+    """Eight of the images above what the average of the weights makes of their tokens."""
     torch.manual_seed(0)
     if stage == "ibq":
         model = IBQTokenizer.from_config(IBQ)
@@ -635,7 +635,7 @@ def test_reconstructions_are_shown(stage, vqgan, pictures, tmp_path):
         mode = "vae" if stage == "vae" else "vq"
         model = titok(is_legacy=stage == "proxies", quantize_mode=mode)
     proxy = vqgan if stage == "proxies" else None
-    files = [pictures[0], *pictures[:8]]
+    files = [path for path in pictures[:8] for _ in range(2)]
     task = TokenizerTask(model, pictures[:8], proxy)
     average = run(
         *(task, Optimization(2, 1e-3), Options(4), tmp_path),
@@ -643,7 +643,7 @@ def test_reconstructions_are_shown(stage, vqgan, pictures, tmp_path):
         log=quiet,
     )
     images = torch.stack(
-        [read_image(path, 16, interpolation=model.interpolation) for path in files[:8]]
+        [read_image(path, 16, interpolation=model.interpolation) for path in pictures[:8]]
     )
     tokens = average.encode(images)
     if proxy is None:
@@ -1055,7 +1055,7 @@ IBQ = {
 
 
 def test_ibq_learns_pixels(pictures):
-    """Its loss is the absolute error in [-1, 1], halved, and the quantizer's four, halved."""
+    """Its loss is half the official one, of pixels in [-1, 1] and with 0.05 of the entropies."""
     torch.manual_seed(0)
     model = IBQTokenizer.from_config(IBQ)
     task = TokenizerTask(model, pictures[:8])
@@ -1064,8 +1064,9 @@ def test_ibq_learns_pixels(pictures):
     images = pixels.float() / 255
     made, result = model(images)
     _, (quant_loss, _, _, entropy_loss), _ = model.quantize(model.latents(images))
-    torch.testing.assert_close(result["quantizer_loss"], quant_loss + entropy_loss)
-    expected = (2 * made - 2 * images).abs().mean() + quant_loss + entropy_loss
+    torch.testing.assert_close(result["quantizer_loss"], quant_loss)
+    torch.testing.assert_close(result["entropy_loss"], entropy_loss)
+    expected = (2 * made - 2 * images).abs().mean() + quant_loss + 0.05 * entropy_loss
     torch.testing.assert_close(2 * task.loss(model, pixels, draws), expected)
     model.eval()
     tokens = model.encode(images)
@@ -1181,20 +1182,26 @@ def test_the_command_trains_the_second_stage(titok_fast, pictures, tmp_path):
     assert other.returncode == 2 and "--kl-weight: got 3.0, but this TiTok has no" in other.err
 
 
-def test_the_command_takes_ibqs_adaptive_weight(titok_fast, pictures, tmp_path):
-    """It is on where nothing is said; of TiTok it is off."""
+def test_the_command_takes_weights_of_ibq(titok_fast, pictures, tmp_path):
     IBQTokenizer.from_config(IBQ).save_pretrained(tmp_path / "ibq")
-    titok(is_legacy=False).save_pretrained(tmp_path / "titok")
     options = ("--adversarial-weight", 0.1, "--adversarial-start", 0, "--steps", 1)
-    adaptive, states = [], []
-    for name, given in (("ibq", ()), ("ibq", ("--no-adversarial-adaptive",)), ("titok", ())):
-        out = tmp_path / f"{name}{given}"
-        source = ("--init", tmp_path / name, "--batch-size", 2, *options, *given, "-o", out)
+    weights = set()
+    for given in ((), ("--adversarial-adaptive",), ("--entropy-weight", 1)):
+        out = tmp_path / f"out{given}"
+        source = ("--init", tmp_path / "ibq", "--batch-size", 2, *options, *given, "-o", out)
         result = titok_fast("train", pictures[0], *source)
         assert result.returncode == 0, result.err
-        adaptive.append(json.loads((out / "training.json").read_text())["--adversarial-adaptive"])
-        states.append((out / STATE_FILE).read_bytes())
-    assert adaptive == [True, False, False] and states[0] != states[1]
+        settings = json.loads((out / "training.json").read_text())
+        assert settings["--adversarial-adaptive"] == ("--adversarial-adaptive" in given)
+        assert settings["--entropy-weight"] == (1 if "--entropy-weight" in given else 0.025)
+        weights.add((out / "model.safetensors").read_bytes())
+    assert len(weights) == 3
+    titok(is_legacy=False).save_pretrained(tmp_path / "titok")
+    source = ("--init", tmp_path / "titok", "--entropy-weight", 1, "-o", tmp_path / "other")
+    result = titok_fast("train", pictures[0], *source)
+    assert (
+        result.returncode == 2 and "--entropy-weight: got 1.0, but this TiTok has no" in result.err
+    )
 
 
 @pytest.mark.parametrize(

@@ -120,8 +120,9 @@ def train(
     ] = None,
     pixel_loss: Annotated[str | None, option("l1 or l2 (tokenizers).", "l2, of IBQ l1")] = None,
     quantizer_weight: Annotated[
-        float | None, option("Of the quantizer's losses (tokenizers).", "1, of IBQ 0.5")
+        float | None, option("Of the quantizer's loss (tokenizers).", "1, of IBQ 0.5")
     ] = None,
+    entropy_weight: Annotated[float | None, option("Of that of entropies (IBQ).", "0.025")] = None,
     kl_weight: Annotated[float | None, option("Of a VAE's divergence (TiTok).", "1e-6")] = None,
     perceptual: Annotated[
         str | None, option("Added to the error of pixels: lpips or convnext_s.", "none")
@@ -144,7 +145,7 @@ def train(
         typer.Option(
             "--adversarial-adaptive/--no-adversarial-adaptive",
             help="Multiply it by the quotient of gradients at the last layer, as VQGANs do.",
-            show_default="of IBQ adaptive",
+            show_default="off",
         ),
     ] = None,
     adversarial_start: Annotated[int | None, option("Step at which it begins.", "20,000")] = None,
@@ -211,7 +212,6 @@ def train(
         log_every=log_every,
     )
     adversary = _adversary(
-        kind,
         adversarial_adaptive=adversarial_adaptive,
         adversarial_weight=adversarial_weight,
         adversarial_start=adversarial_start,
@@ -251,6 +251,7 @@ def train(
         unmasked_weight=unmasked_weight,
         pixel_loss=pixel_loss,
         quantizer_weight=quantizer_weight,
+        entropy_weight=entropy_weight,
         kl_weight=kl_weight,
     )
     place = _place(device)
@@ -370,11 +371,10 @@ def _losses(kind: type[Trained], allowed: Sequence[str] | None, **given: float |
     return None if default is None else with_options(default, kind.__name__, **given)
 
 
-def _adversary(kind: Any, **given: float | None) -> AdversaryOptions | None:
+def _adversary(**given: float | None) -> AdversaryOptions | None:
     """How a discriminator learns; None where --adversarial-weight is not given."""
     if given["adversarial_weight"] is not None:
-        default = tokenizer.ADVERSARIES.get(kind, AdversaryOptions())
-        return with_options(default, "a discriminator", **given)
+        return with_options(AdversaryOptions(), "a discriminator", **given)
     for name, value in given.items():
         if value is not None:
             raise ValueError(f"{flag(name)}: got {value}, allowed with --adversarial-weight")

@@ -343,9 +343,9 @@ class IBQTokenizer(PretrainedModel):
             images: as for `latents`.
 
         Returns:
-            Pixels [B, 3, H, W], not clamped; and a dictionary with the scalar `quantizer_loss`, the
-            quantizer's loss and, with `use_entropy_loss`, its entropy loss, and
-            `min_encoding_indices` [B, H / stride, W / stride] int64.
+            Pixels [B, 3, H, W], not clamped; and a dictionary with the scalar `quantizer_loss`,
+            with `use_entropy_loss` also `entropy_loss`, and `min_encoding_indices`
+            [B, H / stride, W / stride] int64.
 
         Raises:
             TypeError, ValueError: as `latents`.
@@ -353,12 +353,13 @@ class IBQTokenizer(PretrainedModel):
         z = self.latents(images)
         with torch.autocast(z.device.type, enabled=False):
             quantized, losses, (_, _, indices) = self.quantize(z.to(self.quant_conv.weight.dtype))
-        # With entropies: quantizer, row entropy, batch entropy, and the loss of the two.
-        loss = losses[0] + losses[3] if isinstance(losses, tuple) else losses
         z = self.post_quant_conv(quantized.to(self.post_quant_conv.weight.dtype))
         pixels = (image_by_image(self.decoder, z) + 1) / 2
         grid = indices.view(len(images), *quantized.shape[2:])
-        return pixels, {"quantizer_loss": loss, "min_encoding_indices": grid}
+        result = {"quantizer_loss": losses, "min_encoding_indices": grid}
+        if isinstance(losses, tuple):  # with the entropies of rows and of the batch
+            result["quantizer_loss"], _, _, result["entropy_loss"] = losses
+        return pixels, result
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:

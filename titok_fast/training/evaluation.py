@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from titok_fast._distributed import rank_and_size
 from titok_fast._files import remove_temporaries, replacing
 from titok_fast.images import grid, write_png
+from titok_fast.models.pretrained import evaluating
 from titok_fast.training.data import Ahead, key
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class Evaluator:
     def __call__(self, model: nn.Module, steps: int) -> None:
         """Measures a model after so many steps; all processes have to call it."""
         rank, _ = rank_and_size()
-        with _evaluating(model), torch.no_grad():
+        with evaluating(model), torch.no_grad():
             measured = self._measure(model)
             if rank:
                 return
@@ -112,18 +112,6 @@ def _add(sums: dict[str, Tensor], values: Mapping[str, Tensor], weight: int = 1)
 
 def _result(total: Tensor, count: int) -> float:
     return float(total.double().mean()) if total.dtype is torch.bool else float(total) / count
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Within it all of the model is in evaluation mode; then each part is as it was."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def forget(folder: Path, steps: int) -> None:

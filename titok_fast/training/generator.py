@@ -45,8 +45,9 @@ class Losses:
         check_fields(self, label_dropout=SHARE, label_smoothing=SHARE, unmasked_weight=SHARE)
 
 
-# MaskGIT: configs/training/generator/maskgit.yaml of 1d-tokenizer. ARTransformer: ours, 1e-4 for
-# each 256 images of a batch, and 300 epochs of ImageNet.
+# MaskGIT: configs/training/generator/maskgit.yaml of 1d-tokenizer. ARTransformer:
+# configs/IBQ/gpu/imagenet_conditional_llama_B.yaml of SEED-Voken, 300 epochs of ImageNet; its rate
+# falls along a line, and it takes no average.
 RECIPES: Mapping[type[Generator], tuple[Optimization, Options]] = {
     MaskGIT: (
         Optimization(
@@ -57,7 +58,7 @@ RECIPES: Mapping[type[Generator], tuple[Optimization, Options]] = {
     ),
     ARTransformer: (
         Optimization(
-            steps=500_000, learning_rate=3e-4, warmup_steps=10_000, final_fraction=0.05,
+            steps=500_000, learning_rate=3e-4, warmup_steps=10_000, final_fraction=0.1,
             betas=(0.9, 0.95), weight_decay=0.05,
         ),
         Options(batch_size=768, average_decay=0.9999),

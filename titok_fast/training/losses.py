@@ -20,25 +20,31 @@ def tokenizer_loss(
     *,
     pixel_loss: str = "l2",
     quantizer_weight: float = 1.0,
+    entropy_weight: float = 0.05,
 ) -> Tensor:
     """The mean error over all pixels plus the quantizer's losses.
 
     Args:
         output: what `TiTok.forward` of a model that predicts pixels from tokens, or
             `IBQTokenizer.forward`, returns: reconstructions [B, 3, S, S], not clamped, and a
-            mapping with the scalar `quantizer_loss`.
+            mapping with the scalar `quantizer_loss` and perhaps `entropy_loss`.
         images: [B, 3, S, S] in [0, 1], floating.
         pixel_loss: "l1" or "l2".
-        quantizer_weight: weight of the quantizer's losses.
+        quantizer_weight: of the quantizer's loss.
+        entropy_weight: of its loss of entropies.
 
     Returns:
         A scalar, differentiable in both parts of the output.
 
-    Source: arXiv 1711.00937, equation 3; arXiv 2406.07550 trains with the same two parts.
+    Source: arXiv 1711.00937, equation 3; arXiv 2406.07550 trains with the same two parts, and
+    arXiv 2412.02692 with entropies too.
     """
     reconstructions, quantizer = output
     loss = PIXEL_LOSSES[pixel_loss](reconstructions, images)
-    return loss + quantizer_weight * quantizer["quantizer_loss"]
+    loss = loss + quantizer_weight * quantizer["quantizer_loss"]
+    if "entropy_loss" in quantizer:
+        loss = loss + entropy_weight * quantizer["entropy_loss"]
+    return loss
 
 
 def proxy_code_loss(

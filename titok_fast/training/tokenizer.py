@@ -17,13 +17,14 @@ from titok_fast.images import Crop, read_pixels, to_float
 from titok_fast.metrics import psnr
 from titok_fast.models import IBQTokenizer, MaskGITVQGAN, TiTok, Tokenizer
 from titok_fast.models.checks import NUMBER, check_fields, found_at, one_of
-from titok_fast.training.adversary import Adversary, AdversaryOptions
+from titok_fast.training.adversary import Adversary
 from titok_fast.training.loop import Optimization
 from titok_fast.training.losses import PIXEL_LOSSES, proxy_code_loss, tokenizer_loss
 from titok_fast.training.run import Options, Task
 
 # TiTok: configs/training/TiTok/stage1/titok_b64.yaml of 1d-tokenizer, whose 32 images of a GPU are
-# 256 of eight. IBQ: ours, with the Adam that VQGANs have.
+# 256 of eight. IBQ: configs/IBQ/gpu/imagenet_ibqgan_16384.yaml of SEED-Voken, 330 epochs of
+# ImageNet; its rate begins without a warm-up and falls to a tenth twice.
 RECIPES: Mapping[type[Tokenizer], tuple[Optimization, Options]] = {
     TiTok: (
         Optimization(
@@ -34,7 +35,7 @@ RECIPES: Mapping[type[Tokenizer], tuple[Optimization, Options]] = {
     ),
     IBQTokenizer: (
         Optimization(
-            steps=1_000_000, learning_rate=1e-4, warmup_steps=10_000, final_fraction=0.1,
+            steps=1_650_000, learning_rate=1e-4, warmup_steps=10_000, final_fraction=0.01,
             betas=(0.5, 0.9), weight_decay=0.0,
         ),
         Options(batch_size=256),
@@ -48,7 +49,8 @@ class Losses:
 
     Attributes:
         pixel_loss: "l1" or "l2", the mean absolute or squared error of pixels in [0, 1].
-        quantizer_weight: of all losses of the quantizer.
+        quantizer_weight: of the quantizer's loss.
+        entropy_weight: of the loss of entropies that IBQ's quantizer has beside it.
         kl_weight: of the divergence of a VAE variant's latents from the normal distribution.
 
     Raises:
@@ -57,21 +59,24 @@ class Losses:
 
     pixel_loss: str = "l2"
     quantizer_weight: float = 1.0
+    entropy_weight: float = 0.05
     kl_weight: float = 1e-6
 
     def __post_init__(self) -> None:
         check_fields(
-            self, pixel_loss=one_of(*PIXEL_LOSSES), quantizer_weight=NUMBER, kl_weight=NUMBER
-        )
+            self, pixel_loss=one_of(*PIXEL_LOSSES), quantizer_weight=NUMBER, entropy_weight=NUMBER,
+            kl_weight=NUMBER,
+        )  # fmt: skip
 
 
 SHOWN = 8  # images of a sheet
 LARGEST_PSNR = 100.0  # of an image, in dB, so that a blank one leaves the mean finite
 
-# IBQ's, doubled, are the absolute error of pixels in its range [-1, 1], and a weight of one.
+# IBQ's, doubled, are the official ones: the absolute error of pixels in its range [-1, 1], the
+# quantizer's loss, and 0.05 of that of entropies.
 LOSSES: Mapping[type[Tokenizer], Losses] = {
     TiTok: Losses(),
-    IBQTokenizer: Losses(pixel_loss="l1", quantizer_weight=0.5),
+    IBQTokenizer: Losses(pixel_loss="l1", quantizer_weight=0.5, entropy_weight=0.025),
 }
 
 
@@ -81,12 +86,6 @@ PERCEPTUAL_WEIGHTS: Mapping[type[Tokenizer], Mapping[str, float]] = {
     IBQTokenizer: {"lpips": 0.5, "convnext_s": 0.05},
 }
 
-# IBQ's code has VQGAN's adaptive weight, 1d-tokenizer's a fixed one.
-ADVERSARIES: Mapping[type[Tokenizer], AdversaryOptions] = {
-    TiTok: AdversaryOptions(),
-    IBQTokenizer: AdversaryOptions(adversarial_adaptive=True),
-}
-
 
 class TokenizerTask(Task):
     """Image files for `titok_fast.training.run.run`.
@@ -94,7 +93,8 @@ class TokenizerTask(Task):
     Held out, it measures beside the loss, without an adversary's part in it: of a first-stage TiTok
     the `accuracy` of proxy codes, of another model `psnr` in dB, the mean over images, each at most
     100; and of one with a codebook `usage`, the share of its codes that these images take. Its
-    samples are the first eight images above their reconstructions, in the first stage by `vqgan`.
+    samples are eight images, spread over all, above their reconstructions, in the first stage by
+    `vqgan`.
 
     Args:
         model: put into training mode. Of a first-stage TiTok (`finetune_decoder` false) the loss is
@@ -216,7 +216,8 @@ class TokenizerTask(Task):
 
     def samples(self, network: nn.Module) -> list[Tensor]:
         model: Any = network
-        pixels = self.batch(torch.arange(min(SHOWN, self.count)), torch.Generator())
+        rows = torch.linspace(0, self.count - 1, min(SHOWN, self.count)).long()
+        pixels = self.batch(rows, torch.Generator())
         images = to_float(pixels.to(next(model.parameters()).device))
         tokens = model.encode(images)
         if self._vqgan is None:
@@ -241,7 +242,11 @@ class TokenizerTask(Task):
             weight = losses.kl_weight
             result = {"quantizer_loss": result["posterior"].kl().sum(1).mean()}
         loss = tokenizer_loss(
-            (output[0], result), target, pixel_loss=losses.pixel_loss, quantizer_weight=weight
+            (output[0], result),
+            target,
+            pixel_loss=losses.pixel_loss,
+            quantizer_weight=weight,
+            entropy_weight=losses.entropy_weight,
         )
         if self._perceptual is not None:
             loss = loss + self._perceptual(output[0], target)
@@ -298,8 +303,9 @@ def loss_options(config: Mapping[str, Any]) -> tuple[str, ...]:
     """The fields of `Losses` that a tokenizer's loss has."""
     if predicts_proxies(config):
         return ("quantizer_weight",)
-    vae = _vq_model(config).get("quantize_mode") == "vae"
-    return ("pixel_loss", "kl_weight") if vae else PIXEL_OPTIONS
+    if _vq_model(config).get("quantize_mode") == "vae":
+        return "pixel_loss", "kl_weight"
+    return (*PIXEL_OPTIONS, "entropy_weight") if config.get("use_entropy_loss") else PIXEL_OPTIONS
 
 
 def config_of(name: str) -> dict[str, Any]:
