@@ -25,28 +25,55 @@ if wanted:
 print(json.dumps([dataclasses.asdict(r) | {"faults": r.faults} for r in kernel_report(found)]))
 """
 
-_FORMS = """
-import collections, json, sys
+_LAUNCHED = """
+import collections, json, sys, weakref
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from titok_fast.ops import inspect
 
+class Memory(TorchDispatchMode):
+    held, most, storages = 0, 0, set()
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (list, tuple)) else [out]:
+            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+            if storage is not None and storage._cdata not in self.storages:
+                self.storages.add(storage._cdata)
+                self.held += storage.nbytes()
+                self.most = max(self.most, self.held)
+                weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
+        return out
+    def free(self, storage, size):
+        self.storages.remove(storage)
+        self.held -= size
+
+def launch(main):
+    with memory:
+        exec(source, vars(module))
+
 op, capability, source = json.loads(sys.argv[1])
-module = inspect.kernels(op)
-module.launch_examples = lambda main: exec(source, vars(module))
+memory, module = Memory(), inspect.kernels(op)
+module.launch_examples = launch
 launches = inspect.triton_launches(op, capability)
-print(json.dumps(collections.Counter(launch.kernel.__name__ for launch in launches)))
+forms = collections.Counter(launch.kernel.__name__ for launch in launches)
+print(json.dumps([forms, memory.most]))
 """
 
 
-def forms(op: str, capability: int, source: str) -> dict[str, int]:
-    """How many things the launches that `source` makes compile, for each kernel.
+def launched(op: str, capability: int, source: str) -> tuple[dict[str, int], int]:
+    """What launches need that are made on the meta device.
 
     Args:
-        op: in whose module of kernels it is executed.
+        op: in whose module of kernels `source` is executed.
         capability: of the GPU that the meta device stands for.
-        source: of Python.
+        source: Python that makes them.
+
+    Returns:
+        How many things they compile, for each kernel; and the most bytes that tensors have at a
+        time, those of `source` among them.
     """
-    found: dict[str, int] = json.loads(_without_interpreter(_FORMS, op, capability, source))
-    return found
+    forms, most = json.loads(_without_interpreter(_LAUNCHED, op, capability, source))
+    return forms, most
 
 
 def _without_interpreter(code: str, *arguments: object) -> str:

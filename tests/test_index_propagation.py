@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.kernels import assert_kernels_compile
+from tests.kernels import assert_kernels_compile, launched
 from titok_fast import index_propagation, nearest_code
 from titok_fast.ops import inspect
 from titok_fast.ops.index_propagation import propagate
@@ -819,6 +819,23 @@ def test_gpu_graph_capture():
     graph.replay()
     for actual, expected in zip(captured, step(), strict=True):
         assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize(("n", "megabytes"), [(1024, 60), (16384, 110)])
+def test_memory_on_a_gpu(n, megabytes):
+    """Of a training step over 262,144 codes in bfloat16, beyond inputs and gradients."""
+    _, most = launched("index_propagation", 90, f"""
+z = torch.empty({n}, 256, dtype=torch.bfloat16, device="meta")
+codebook = torch.empty(262144, 256, dtype=torch.bfloat16, device="meta")
+indices, mean_code, statistics, probability, *_ = launch_index_propagation_fwd(
+    z, codebook, 0.01, True, True
+)
+gradients = launch_index_propagation_bwd(
+    z, z, codebook, indices, mean_code, statistics, statistics.new_empty([]), probability, 0.01,
+    True,
+)
+""")  # fmt: skip
+    assert most - 2 * 2 * 256 * (n + 262144) < megabytes * 1e6
 
 
 def test_kernels_compile_for_every_architecture():

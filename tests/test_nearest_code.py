@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from tests.kernels import assert_kernels_compile, forms
+from tests.kernels import assert_kernels_compile, launched
 from titok_fast import nearest_code
 from titok_fast.ops import inspect
 from titok_fast.ops.nearest_code import rescored_codes
@@ -192,11 +192,11 @@ def test_triton_rows_go_in_chunks(metric, monkeypatch):
 def test_triton_compiles_little_for_a_new_n(capability):
     source = """
 codes = torch.empty(5000, {d}, dtype=torch.float32, device="meta")
-for n in (*range(1, 300), *range(300, 70_000, 997)):
+for n in (*range(1, 34), 63, 64, 65, 127, 128, 129, 255, 257, *range(300, 70_000, 1997)):
     launch_nearest_code(codes.new_empty(n, {d}), codes, "l2")
 """
     for d in (12, 256):
-        found = forms("nearest_code", capability, source.format(d=d))
+        found, _ = launched("nearest_code", capability, source.format(d=d))
         assert found.pop("nearest_code_direct_kernel", 1) == 1
         assert found.pop("nearest_code_prepare_kernel") == 1
         assert found.pop("nearest_code_coarse_kernel") <= 3  # tiles of 64, 128 and 256 rows
