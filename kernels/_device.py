@@ -5,11 +5,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 
-T = TypeVar("T")
+CAPABILITIES = (80, 90, 100, 120)  # for which there are tiles
 
 
 @dataclass(frozen=True)
@@ -17,7 +16,7 @@ class Device:
     """A GPU.
 
     Attributes:
-        capability: 90 for sm_90.
+        capability: 90 for sm_90; of `CAPABILITIES`, the nearest lower one, or the lowest.
         multiprocessors: how many it has.
     """
 
@@ -48,10 +47,6 @@ def device_of(device: torch.device) -> Device | None:
 @functools.cache
 def _cuda(device: torch.device) -> Device:
     major, minor = torch.cuda.get_device_capability(device)
+    lower = [c for c in CAPABILITIES if c <= 10 * major + minor]
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    return Device(10 * major + minor, multiprocessors)
-
-
-def nearest(table: dict[int, T], capability: int) -> T:
-    """What a table has for a compute capability, or for the nearest lower one; else the lowest."""
-    return table[max((c for c in table if c <= capability), default=min(table))]
+    return Device(max(lower, default=min(CAPABILITIES)), multiprocessors)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from titok_fast.kernels._device import device_of, nearest
+from titok_fast.kernels._device import device_of
 from torch import Tensor
 
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -623,9 +623,9 @@ _HALF_WIDE_MMA = replace(
     long_key=Tile(64, 0, 32, warps=8, stages=2, last=False),
 )
 _FLOAT = Config(
-    fwd={16: Tile(16, 0, 16, warps=2, last=False), 32: Tile(32, 0, 32, warps=4, last=False)},
+    fwd={16: Tile(16, 0, 16, warps=4, last=False), 32: Tile(32, 0, 32, warps=4, last=False)},
     bwd={16: Tile(16, 0, 16, warps=4, last=False)},
-    long_fwd=Tile(64, 0, 32, warps=4, last=False),
+    long_fwd=Tile(64, 0, 32, warps=8, last=False),
     long_query=Tile(32, 0, 16, warps=4, last=False),
     long_key=Tile(32, 0, 16, warps=8, last=False),
 )
@@ -655,11 +655,11 @@ _MMA = {
 _WGMMA = {
     (False, False): _HALF_WGMMA,
     (False, True): _HALF_WIDE,
-    (True, False): _FLOAT,
+    (True, False): replace(_FLOAT, long_fwd=Tile(64, 0, 32, warps=4, last=False)),
     (True, True): _FLOAT_WIDE,
 }
-# By compute capability, the nearest lower one where it is not listed; by (float32, D > 64).
-CONFIGS = {80: _MMA, 90: _WGMMA, 100: _WGMMA, 120: _MMA}
+# By compute capability; by (float32, D > 64).
+CONFIGS = {80: _MMA, 90: _WGMMA, 100: _WGMMA | {(True, False): _FLOAT}, 120: _MMA}
 
 
 def _capability(device: torch.device) -> int:
@@ -689,7 +689,7 @@ def _options(tile: Tile, length: int, d: int, dtype: torch.dtype) -> dict[str, A
 
 
 def _config(capability: int, d: int, dtype: torch.dtype, dropout: bool) -> Config:
-    config = nearest(CONFIGS, capability)[dtype == torch.float32, d > 64]
+    config = CONFIGS[capability][dtype == torch.float32, d > 64]
     return config.with_dropout or config if dropout else config
 
 

@@ -139,7 +139,8 @@ def _options(batch: int, size: int, dtype: torch.dtype, aligned: bool, up: bool)
     elif many and not aligned:
         depth //= 2
     # A register limit keeps the compiler from trading spills for occupancy.
-    limit = {"maxnreg": 255 if up else 128} if many else {}
+    heavy = many or (dtype == torch.float32 and batch > 2 and wide)
+    limit = {"maxnreg": 255 if up else 128} if heavy else {}
     return {
         "ALIGNED": aligned,
         "ROWS": max(2, triton.next_power_of_2(batch)),
@@ -205,15 +206,12 @@ def launch_examples(main: bool = False) -> None:
     """
     kinds = [(torch.bfloat16, 2, 1024)]
     if not main:
+        kinds += [(torch.float16, 2, 1024)]
         kinds += [
-            (torch.bfloat16, 2, 16384),
-            (torch.bfloat16, 16, 1024),
-            (torch.bfloat16, 16, 16384),
-            (torch.float16, 2, 1024),
-            (torch.float32, 2, 1024),
-            (torch.float32, 2, 16384),
-            (torch.float32, 16, 1024),
-            (torch.float32, 16, 16384),
+            (dtype, batch, size)
+            for dtype in (torch.bfloat16, torch.float32)
+            for batch in (2, 4, 8, 16)
+            for size in (1024, 16384)
         ]
     for dtype, batch, size in kinds:
         for width in (1024,) if main else (1024, 1020):  # with 1020 rows are not aligned

@@ -6,14 +6,13 @@ fp16; `coarse` keeps the two largest sub-block maxima of each (row, block of cod
 evaluates in float64 what the error bound cannot exclude. Derivation: docs/ops/nearest_code.md.
 """
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from titok_fast.kernels._device import Device, device_of, nearest
+from titok_fast.kernels._device import device_of
 from torch import Tensor
 
 L2 = tl.constexpr(0)
@@ -93,7 +92,7 @@ _BLACKWELL = _HOPPER | {
     16: Tile(64, 64, 16, 4, 2, 4, num_warps=4, num_stages=3, programs=4),
     32: Tile(64, 64, 32, 4, 2, 4, num_warps=4, num_stages=2, programs=4),
 }
-# By compute capability; a capability that is not listed takes the nearest lower one.
+# By compute capability.
 CONFIGS = {
     80: Config(_AMPERE, direct=1 << 24, direct_row=1 << 17),
     90: Config(_HOPPER, direct=1 << 24, direct_row=1 << 17),
@@ -490,8 +489,8 @@ def _exact_scores(
     else:  # eight threads to a score, so that loads are wide
         totals = tl.zeros([code.shape[0], code.shape[1], 8], tl.float64)
         squares = tl.zeros([code.shape[0], code.shape[1], 8], tl.float64)
-        # Unrolled whole, cosine's two sums spill.
-        unroll: tl.constexpr = min(UNROLL, max(1, D // 16)) if METRIC == COSINE else UNROLL
+        # With more loads under way, or unrolled whole, cosine's two sums spill.
+        unroll: tl.constexpr = min(UNROLL, 4, max(1, D // 16)) if METRIC == COSINE else UNROLL
         for start in tl.range(0, D, 8, loop_unroll_factor=unroll):
             columns = start + tl.arange(0, 8)[None, None, :]
             a = _widen(tl.load(row[:, :, None] + columns, mask=columns < D, other=0.0))
@@ -752,11 +751,6 @@ def nearest_code_direct_kernel(
         tl.store(rescored + row, tl.zeros([1], tl.int32) + k)
 
 
-@functools.cache
-def _config(device: Device | None) -> Config:
-    return _INTERPRETER if device is None else nearest(CONFIGS, device.capability)
-
-
 def _tile(d: int, tiles: dict[int, Tile]) -> tuple[Tile, int]:
     """The tile for `d` and the padded D of copies."""
     tile = next((tile for largest, tile in tiles.items() if d <= largest), None)
@@ -856,8 +850,8 @@ def launch_nearest_code(
         return indices, distances
 
     gpu = device_of(device)
-    config = config or _config(gpu)
-    slots = gpu.multiprocessors if gpu else 1
+    config = config or (CONFIGS[gpu.capability] if gpu else _INTERPRETER)
+    multiprocessors = gpu.multiprocessors if gpu else 1
     kind = _METRICS[metric]
     z_stride, codebook_stride = z.stride(0), codebook.stride(0)
     if k * d <= config.direct_row and n * k * d <= config.direct:
@@ -897,7 +891,7 @@ def launch_nearest_code(
     for first in range(0, n, chunk):
         end = min(first + chunk, n)
         row_tiles = triton.cdiv(end - first, tile_rows)
-        steps = _steps(row_tiles, spans, slots * tile.programs)
+        steps = _steps(row_tiles, spans, multiprocessors * tile.programs)
         nearest_code_coarse_kernel[(row_tiles * triton.cdiv(spans, steps),)](
             z_half, code_half, z_scale, span_scale, column, table, first, end, k, row_tiles,
             spans, steps, z_half.stride(0) // 16, code_half.stride(0) // 16,
@@ -931,6 +925,8 @@ def launch_examples(main: bool = False) -> None:
             (64, torch.float32, "l2"),
             (64, torch.bfloat16, "cosine"),
             (128, torch.float32, "l2"),
+            (128, torch.float32, "cosine"),
+            (256, torch.float32, "cosine"),
             (128, torch.bfloat16, "l2"),
             (512, torch.float16, "dot"),
             (768, torch.float32, "l2"),

@@ -133,6 +133,7 @@ def test_what_cannot_launch():
     assert "65,536 registers" in report(threads=512, registers=255).faults[0]
     assert "a block has 232,448" in report(shared_bytes=(227 << 10) + 1).faults[0]
     assert set(MULTIPROCESSORS) == set(inspect.CAPABILITIES)
+    assert inspect.kernels("_device").CAPABILITIES == inspect.CAPABILITIES
 
 
 @pytest.mark.parametrize(

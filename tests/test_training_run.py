@@ -6,6 +6,7 @@ import functools
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -231,7 +232,7 @@ def test_the_held_out_loss_is_that_of_the_average(kind, tmp_path):
         assert torch.equal(next(again.parameters()), next(model.parameters()))
     (line,) = evaluations(tmp_path)
     expected = 0.0
-    for number, rows in enumerate(torch.arange(11).split(4)):
+    for number, rows in enumerate(torch.arange(11).split(8)):
         draws = torch.Generator().manual_seed(key("held out", "draws", number))
         with torch.no_grad():
             loss = held_out.loss(model, held_out.batch(rows, draws), draws)
@@ -1103,7 +1104,15 @@ def digit_tokens(tmp_path_factory):
     return path
 
 
-def test_the_command(titok_fast, digit_tokens, tmp_path):
+@pytest.fixture
+def other_tokens(digit_tokens, tmp_path):
+    """The same images in another order."""
+    file, path = TokenFile.load(digit_tokens), tmp_path / "reversed.npz"
+    dataclasses.replace(file, tokens=file.tokens[::-1].copy(), labels=file.labels[::-1]).save(path)
+    return path
+
+
+def test_the_command(titok_fast, digit_tokens, other_tokens, tmp_path):
     """A network is trained, taken up, gone on from, and generates."""
     out = tmp_path / "mine"
     train = ("train", digit_tokens, "--model", "maskgit-digits", "--batch-size", 16)
@@ -1116,12 +1125,16 @@ def test_the_command(titok_fast, digit_tokens, tmp_path):
     model = MaskGIT.from_pretrained(out)
     assert (model.num_tokens, model.num_classes) == (16, 10)
 
-    held_out = ("--held-out", digit_tokens, "--evaluate-every", 3)  # no setting of the run
+    held_out = ("--held-out", other_tokens, "--evaluate-every", 3)  # no setting of the run
     again = titok_fast(*train, "--steps", 4, *held_out, "--samples-with", "titok-digits", "-o", out)
     assert Image.open(out / "samples" / "step-00000004.png").size == (8 * 34 - 2, 2 * 34 - 2)
     assert again.returncode == 0 and "taken up after step 4 of 4" in again.out, again.err
+    assert "64 images, 64 held out" in again.out
     (line,) = evaluations(out)
-    assert line["step"] == 4 and f"held out: loss {line['loss']:.5g}" in again.out
+    assert (line["step"], line["images"]) == (
+        4,
+        64,
+    ) and f"held out: loss {line['loss']:.5g}" in again.out
     other = titok_fast(*train, "--steps", 5, "-o", out)
     assert other.returncode == 2 and "(--steps 4 now 5)" in other.err
     assert other.err.count("\n") == 1
@@ -1149,7 +1162,11 @@ def test_the_command_trains_tokenizers(titok_fast, vqgan, pictures, tmp_path):
     titok().save_pretrained(tmp_path / "init")
     vqgan.save_pretrained(tmp_path / "vqgan")
     source = ("--init", tmp_path / "init", "--proxy", tmp_path / "vqgan")
-    held_out = ("--held-out", *pictures[:1], "--held-out", folder, "--evaluate-every", 1)
+    others = tmp_path / "others"
+    others.mkdir()
+    for name in ("a.png", "b.png", "c.png"):
+        shutil.copy(pictures[0], others / name)
+    held_out = ("--held-out", others / "a.png", "--held-out", others, "--evaluate-every", 1)
     result = titok_fast("train", folder, *source, *options, *held_out, "-o", tmp_path / "out")
     assert result.returncode == 0, result.err
     assert [line["step"] for line in evaluations(tmp_path / "out")] == [1, 2]
@@ -1327,7 +1344,58 @@ def test_other_labels_are_another_run(titok_fast, digit_tokens, tmp_path):
     assert result.returncode == 2 and "left by a run with other settings (data " in result.err
 
 
-def test_held_out_tokens_of_another_kind_are_refused(titok_fast, digit_tokens, tmp_path):
+def test_held_out_images_are_not_those_of_the_training(titok_fast, pictures, tmp_path):
+    train = ("train", *pictures[:3], "--model", "titok-digits", "-o", tmp_path / "out")
+    result = titok_fast(*train, "--held-out", pictures[2], "--held-out", pictures[3])
+    assert result.returncode == 2 and not (tmp_path / "out").exists()
+    assert "--held-out: got 1 images that are trained on, such as " in result.err
+    (tmp_path / "broken.png").write_text("no image")
+    result = titok_fast(*train, "--held-out", tmp_path / "broken.png")
+    assert result.returncode == 2 and "broken.png" in result.err and "step" not in result.out
+
+
+class Breaks(Evaluator):
+    """Fails to write what it measured."""
+
+    def __call__(self, model, steps):
+        raise OSError("no space left")
+
+
+def test_an_evaluation_that_fails_loses_no_step(monkeypatch, tmp_path):
+    """The state is that of its step, and what takes it up measures first."""
+    held_out, options = held_out_of(MaskGIT), Options(8, save_every=10, evaluate_every=2)
+
+    def trained(folder):
+        task = GeneratorTask(generator(MaskGIT), token_file())
+        optimization = Optimization(3, 1e-3)
+        return run(task, optimization, options, folder, held_out=held_out, log=quiet)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("titok_fast.training.run.Evaluator", Breaks)
+        for _ in range(2):
+            with pytest.raises(OSError, match="no space left"):
+                trained(tmp_path / "broken")
+            state = torch.load(tmp_path / "broken" / STATE_FILE, weights_only=True)
+            assert state["steps"] == 2
+    again, whole = trained(tmp_path / "broken"), trained(tmp_path / "whole")
+    assert evaluations(tmp_path / "broken") == evaluations(tmp_path / "whole")
+    assert [line["step"] for line in evaluations(tmp_path / "whole")] == [2, 3]
+    for ours, theirs in zip(again.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_spoilt_weights_are_not_kept(tmp_path):
+    """Those that a step spoilt whose loss and gradient were finite."""
+    task, options = GeneratorTask(generator(MaskGIT), token_file()), Options(8, save_every=1)
+    optimization = Optimization(3, 1e30, warmup_steps=0)
+    with pytest.raises(FloatingPointError, match="held out: got a loss of nan at step 1"):
+        run(task, optimization, options, tmp_path, held_out=held_out_of(MaskGIT), log=quiet)
+    assert not list(tmp_path.iterdir())
+
+
+def test_held_out_tokens_of_another_kind_are_refused(
+    titok_fast, digit_tokens, other_tokens, tmp_path
+):
     titok(is_legacy=False).save_pretrained(tmp_path / "titok")
     train = ("train", digit_tokens, "--model", "maskgit-digits", "-o", tmp_path / "out")
     file, path = TokenFile.load(digit_tokens), tmp_path / "other.npz"
@@ -1338,8 +1406,18 @@ def test_held_out_tokens_of_another_kind_are_refused(titok_fast, digit_tokens, t
         dataclasses.replace(file, **{name: value}).save(path)
         result = titok_fast(*train, "--held-out", path)
         assert result.returncode == 2 and f"has another {name} than" in result.err, result.err
-    result = titok_fast(*train, "--held-out", digit_tokens, "--samples-with", tmp_path / "titok")
+    for name, tokens in (("empty", file.tokens[:0]), ("same", file.tokens)):
+        rows = slice(len(tokens))
+        labels, image_ids = file.labels[rows], file.image_ids[rows]
+        dataclasses.replace(file, tokens=tokens, labels=labels, image_ids=image_ids).save(path)
+        result = titok_fast(*train, "--held-out", path)
+        reason = "has no image" if name == "empty" else "is what is trained on, allowed is another"
+        assert result.returncode == 2 and f"--held-out: {path} {reason}" in result.err
+    result = titok_fast(*train, "--held-out", other_tokens, "--samples-with", tmp_path / "titok")
     assert result.returncode == 2 and "allowed is titok-digits (weights " in result.err
+    titok().save_pretrained(tmp_path / "first")
+    result = titok_fast(*train, "--held-out", other_tokens, "--samples-with", tmp_path / "first")
+    assert result.returncode == 2 and "a first-stage model, which makes no pixels" in result.err
     assert not (tmp_path / "out").exists()
 
 
@@ -1363,14 +1441,14 @@ def test_the_command_keeps_a_model_whose_state_was_deleted(titok_fast, digit_tok
     assert (tmp_path / "model.safetensors").read_bytes() == before
 
 
-def test_the_command_under_torchrun(digit_tokens, tmp_path):
+def test_the_command_under_torchrun(digit_tokens, other_tokens, tmp_path):
     """Two processes, one log, one model."""
     code = "from titok_fast.cli import main; main()"
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
         *("--no-python", sys.executable, "-c", code, "train", str(digit_tokens)),
         *("--model", "maskgit-digits", "--steps", "2", "--batch-size", "8"),
-        *("--held-out", str(digit_tokens), "-o"),
+        *("--held-out", str(other_tokens), "-o"),
         str(tmp_path / "out"),
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}

@@ -262,6 +262,7 @@ def train(
         data,
         processes,
         (optimization, options, losses, adversary),
+        unused=[] if allowed is None else [each for each in asdict(losses) if each not in allowed],
         model=model,
         init=init,
         proxy=proxy,
@@ -309,7 +310,8 @@ def train(
     if rank == 0:
         write_settings(output / SETTINGS_FILE, settings)
         size = sum(parameter.numel() for parameter in task.model.parameters()) / 1e6
-        say(f"{name}, {size:,.1f} million parameters, {task.count:,} images")
+        apart = "" if evaluated is None else f", {evaluated.count:,} held out"
+        say(f"{name}, {size:,.1f} million parameters, {task.count:,} images{apart}")
     run(task, optimization, options, output, held_out=evaluated, workers=workers or 0, log=say)
     if processes > 1:
         dist.destroy_process_group()
@@ -421,14 +423,29 @@ def _held_out(
             if value is not None:
                 raise ValueError(f"{flag(name)}: got {value}, allowed with --held-out")
         return None
-    other = _data(kind, paths, "--held-out")
-    if isinstance(data, TokenFile):
+    try:
+        other = _data(kind, paths, "--held-out")
+    except (OSError, ValueError) as error:
+        raise ValueError("--held-out: " + str(error).removeprefix("--held-out: ")) from error
+    if isinstance(data, TokenFile) and isinstance(other, TokenFile):
+        if not len(other.tokens):
+            raise ValueError(f"--held-out: {paths[0]} has no image")
         for name in ("fingerprint", "image_size", "class_names"):
             if getattr(other, name) != getattr(data, name):
                 raise ValueError(
                     f"--held-out: {paths[0]} has another {name} than what is trained on"
                 )
+        if _mark(other) == _mark(data):
+            raise ValueError(f"--held-out: {paths[0]} is what is trained on, allowed is another")
+    elif shared := _real_paths(data) & _real_paths(other):
+        raise ValueError(
+            f"--held-out: got {len(shared):,} images that are trained on, such as {min(shared)!r}"
+        )
     return other
+
+
+def _real_paths(images: Data) -> set[str]:
+    return set() if isinstance(images, TokenFile) else {os.path.realpath(i.path) for i in images}
 
 
 def _decoder(name: str | None, data: Data) -> Tokenizer | None:
@@ -438,6 +455,8 @@ def _decoder(name: str | None, data: Data) -> Tokenizer | None:
     if not isinstance(data, TokenFile):
         raise ValueError(f"--samples-with: got {name!r}, allowed for a generator")
     model = load_tokenizer(name)
+    if predicts_proxies(model.config):
+        raise ValueError(f"--samples-with: got {name}, a first-stage model, which makes no pixels")
     mark = fingerprint(model)
     if mark != data.fingerprint:
         raise ValueError(
@@ -458,7 +477,7 @@ def _staged(
 
 
 def _settings(
-    data: Data, processes: int, parts: Sequence[Any], **others: Setting
+    data: Data, processes: int, parts: Sequence[Any], unused: Sequence[str], **others: Setting
 ) -> dict[str, Setting]:
     """All that the weights depend on, of which a run that is taken up may change nothing.
 
@@ -466,13 +485,16 @@ def _settings(
         data: what is trained on.
         processes: their number.
         parts: dataclasses of options; None where the model has none.
+        unused: their options that nothing depends on.
         **others: options by name.
     """
     # None without a discriminator, so that a run with one is another.
     fields: dict[str, Any] = dict.fromkeys(asdict(AdversaryOptions()))
     for part in parts:
         fields |= {} if part is None else asdict(part)
-    fields = {name: value for name, value in (fields | others).items() if name not in NO_SETTINGS}
+    for name in (*NO_SETTINGS, *unused):
+        fields.pop(name, None)
+    fields |= others
     flagged = {flag(name): value for name, value in fields.items()}
     return {"data": _mark(data), **flagged, "processes": processes}
 

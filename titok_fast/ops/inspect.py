@@ -352,7 +352,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Configuration:
-    """One thing that Triton compiles: the `index`-th of an op's `triton_launches`."""
+    """One thing that Triton compiles: the `index`-th of `triton_launches`."""
 
     op: str
     capability: int
@@ -395,8 +395,10 @@ class _Recorder:
 
 
 @functools.cache
-def triton_launches(op: str, capability: int, main: bool = False) -> tuple[Launch, ...]:
+def triton_launches(op: str, capability: int, main: bool) -> tuple[Launch, ...]:
     """What the `launch_examples` of an op's kernels compile, without compiling it.
+
+    Meanwhile no other thread may launch a kernel of Triton's: it would be recorded and not run.
 
     Args:
         op: from `TRITON_OPS`.
@@ -412,12 +414,12 @@ def triton_launches(op: str, capability: int, main: bool = False) -> tuple[Launc
     from triton import knobs
     from triton.runtime import driver
 
-    recorder = _Recorder(capability)
-    device = kernels("_device")
+    recorder, devices = _Recorder(capability), kernels("_device")
+    device = devices.Device(capability, 132)  # an H200's number, which changes grids, not code
     previous = driver.active if torch.cuda.is_available() else None
     driver.set_active(recorder)
     try:
-        with knobs.runtime.scope(), device.assume(device.Device(capability, 132)):
+        with knobs.runtime.scope(), devices.assume(device):
             knobs.runtime.jit_cache_hook = recorder.record
             module.launch_examples(main)
     finally:

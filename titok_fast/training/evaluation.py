@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 EVALUATIONS_FILE = "evaluations.jsonl"
 SAMPLES_FOLDER = "samples"
-BATCH_SIZE = 32  # at most; it is not that of a process, so that their number changes nothing
+BATCH_SIZE = 32  # at most, and that of a step; not a process's, whose number changes nothing
 
 
 class Evaluator:
@@ -59,6 +59,9 @@ class Evaluator:
         rank, _ = rank_and_size()
         with evaluating(model), torch.no_grad():
             measured = self._measure(model)
+            for name, value in measured.items():
+                if not math.isfinite(value):
+                    raise FloatingPointError(f"held out: got a {name} of {value} at step {steps}")
             if rank:
                 return
             texts = [f"{name} {value:.5g}" for name, value in measured.items()]
@@ -70,12 +73,13 @@ class Evaluator:
                 write_png(self._folder / SAMPLES_FOLDER / f"step-{steps:08d}.png", grid(rows))
         self._folder.mkdir(parents=True, exist_ok=True)
         with open(self._folder / EVALUATIONS_FILE, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": steps, **measured}) + "\n")
+            line = {"step": steps, "images": self._task.count, **measured}
+            file.write(json.dumps(line) + "\n")
 
     def _measure(self, model: nn.Module) -> dict[str, float]:
         rank, processes = rank_and_size()
         device, dtype = next(model.parameters()).device, self._options.dtype
-        size = min(BATCH_SIZE, self._options.micro_batch_size or BATCH_SIZE)
+        size = min(BATCH_SIZE, self._options.batch_size)
         batches = torch.arange(self._task.count).split(size)
         mine = range(rank, len(batches), processes)
         generator = torch.Generator(device)
@@ -114,16 +118,22 @@ def _result(total: Tensor, count: int) -> float:
     return float(total.double().mean()) if total.dtype is torch.bool else float(total) / count
 
 
-def forget(folder: Path, steps: int) -> None:
-    """Removes the evaluations after so many steps, which a run that goes on from there repeats."""
+def forget(folder: Path, steps: int) -> bool:
+    """Removes the evaluations after so many steps, which a run that goes on from there repeats.
+
+    Returns:
+        Whether there is one at that step.
+    """
     path = folder / EVALUATIONS_FILE
     remove_temporaries(folder, path.name)
     remove_temporaries(folder / SAMPLES_FOLDER, "*.png")
-    if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        with replacing(path) as temporary:
-            kept = [line for line in lines if _step(line) <= steps]
-            temporary.write_text("".join(kept), encoding="utf-8")
+    if not path.exists():
+        return False
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    kept = [line for line in lines if _step(line) <= steps]
+    with replacing(path) as temporary:
+        temporary.write_text("".join(kept), encoding="utf-8")
+    return any(_step(line) == steps for line in kept)
 
 
 def _step(line: str) -> float:

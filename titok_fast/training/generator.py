@@ -19,6 +19,7 @@ from titok_fast.training.data import mask_tokens
 from titok_fast.training.loop import Optimization
 from titok_fast.training.losses import masked_token_loss, next_token_loss
 from titok_fast.training.run import Options, Task
+from titok_fast.training.tokenizer import predicts_proxies
 
 SHOWN = 16  # images of a sheet, in rows of eight
 
@@ -83,7 +84,7 @@ class GeneratorTask(Task):
 
     Raises:
         ValueError: for a file without images or with latents, tokens or labels that are not the
-            model's, or a tokenizer of other tokens.
+            model's, or a tokenizer of other tokens or without pixels.
     """
 
     model: Generator
@@ -99,6 +100,8 @@ class GeneratorTask(Task):
         _check_fits(model, file)
         if tokenizer is not None:
             image_size(tokenizer, model)
+            if predicts_proxies(tokenizer.config):
+                raise ValueError("tokenizer: got one of the first stage, which makes no pixels")
         self.model, self.count = model.train(), len(file.tokens)
         self._losses, self._tokenizer = losses, tokenizer
         self._tokens = torch.from_numpy(file.tokens.reshape(self.count, -1).astype(np.int32))
@@ -123,7 +126,9 @@ class GeneratorTask(Task):
             return ()
         model: Any = network
         classes = model.num_classes
-        labels = torch.arange(SHOWN) % classes * max(1, classes // SHOWN)
+        labels = torch.arange(SHOWN) % classes
+        if classes > SHOWN:
+            labels = torch.linspace(0, classes - 1, SHOWN).long()
         tokens = model.generate(labels.to(next(model.parameters()).device), seed=0)
         images = self._tokenizer.decode(arranged(self._tokenizer, tokens))
         return [images[:8], images[8:]]

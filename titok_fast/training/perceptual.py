@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from titok_fast.models.checks import check_number
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 IMAGENET_SIZE = 224
@@ -67,7 +69,7 @@ class Perceptual(nn.Module):
     Raises:
         OSError: when the weights of the network are missing and cannot be downloaded.
         RuntimeError: when lpips or torchvision is missing.
-        ValueError: for another kind.
+        ValueError: for another kind, or a weight that is not a finite number.
 
     Source: LPIPS (arXiv 1801.03924), as IBQ and VQGANs are trained with; ConvNeXt-S, as the second
     stage of TiTok in 1d-tokenizer.
@@ -79,13 +81,14 @@ class Perceptual(nn.Module):
             raise ValueError(f"perceptual: {kind!r} is not one of {', '.join(KINDS)}")
         load, self._distance = KINDS[kind]
         self._weight = weight
+        check_number("weight", weight)
         try:
             self._network = load().eval().requires_grad_(False)
         except ImportError as error:
             raise RuntimeError(
                 f"perceptual: {kind} needs {error.name}, run pip install 'titok_fast[perceptual]'"
             ) from None
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # the latter of a file that is damaged
             raise OSError(f"perceptual: cannot get the weights of {kind} ({error})") from error
 
     def forward(self, reconstructions: Tensor, images: Tensor) -> Tensor:

@@ -184,7 +184,10 @@ def run(
     Raises:
         ValueError: for a batch that the processes cannot share, a state of another model, or a
             folder that not all processes see.
-        FloatingPointError: when a loss or a gradient is not finite; the state stays as it was kept.
+        FloatingPointError: when a loss or a gradient is not finite, or what is measured of held-out
+            examples; the state stays as it was kept.
+        OSError: when a held-out example cannot be read, or what is measured cannot be written; the
+            state is that of the step.
     """
     rank, processes = rank_and_size()
     part_size = options.part_size(processes)
@@ -225,6 +228,7 @@ def run(
     state = None if folder is None else folder / STATE_FILE
     evaluator = None
     if held_out is not None:
+        held_out.batch(torch.arange(1), torch.Generator())  # what cannot be read is told at once
         evaluator = Evaluator(held_out, options, optimization.steps, folder, workers, log)
     keeper = _Keeper(task, state, options, optimization.steps, evaluator, writes=rank == 0, log=log)
     devices = [device] if device.type == "cuda" else []
@@ -286,13 +290,18 @@ class _Keeper:
             dist.all_gather_object(of_all, steps)
             if len(set(of_all)) > 1:
                 raise ValueError(f"folder: {self._path} is not one that all processes see")
-        # A run that is finished may have been without held-out examples.
-        again = self._evaluator is not None and steps >= self._steps
-        if self._path is not None and self._writes:
-            forget(self._path.parent, steps - again)
-        if self._evaluator is not None and again:
+        measured = [self._writes and self._path is not None and forget(self._path.parent, steps)]
+        if processes > 1:
+            dist.broadcast_object_list(measured)
+        # An evaluation that failed, or a finished run that had no held-out examples.
+        if self._evaluator is not None and steps and self._due(steps) and not measured[0]:
             self._evaluator(self.average, steps)
         return steps
+
+    def _due(self, steps: int) -> bool:
+        """Whether an evaluation follows so many steps."""
+        every = self._options.evaluate_every or self._options.save_every
+        return steps % every == 0 or steps == self._steps
 
     def _load(self, path: Path, optimizer: torch.optim.Optimizer) -> int:
         """Brings all to where the file says; the steps done by then."""
@@ -328,23 +337,30 @@ class _Keeper:
                 torch._foreach_lerp_(
                     list(average.parameters()), list(model.parameters()), 1 - decay
                 )
-        options, last = self._options, steps == self._steps
-        # Before the state, so that no state is without the evaluations up to it.
-        if self._evaluator is not None and (
-            last or steps % (options.evaluate_every or options.save_every) == 0
-        ):
-            self._evaluator(average, steps)
-        if steps % options.save_every and not last:
+        failure: Exception | None = None
+        if self._evaluator is not None and self._due(steps):
+            try:
+                self._evaluator(average, steps)
+            except FloatingPointError:  # of spoilt weights
+                raise
+            except Exception as error:
+                failure = error
+        if failure or steps % self._options.save_every == 0 or steps == self._steps:
+            self._save(steps, optimizer)
+        if failure:
+            raise failure
+
+    def _save(self, steps: int, optimizer: torch.optim.Optimizer) -> None:
+        if self._path is None or not self._writes:
             return
-        if self._path is not None and self._writes:
-            state = {
-                "steps": steps,
-                "model": model.state_dict(),
-                "average": average.state_dict(),
-                "optimizer": optimizer.state_dict(),
-            }
-            if self._task.helper is not None:
-                state["helper"] = self._task.helper.state_dict()
-            average.save_pretrained(self._path.parent)
-            with replacing(self._path) as temporary:
-                torch.save(state, temporary)
+        state = {
+            "steps": steps,
+            "model": self._task.model.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": optimizer.state_dict(),
+        }
+        if self._task.helper is not None:
+            state["helper"] = self._task.helper.state_dict()
+        self.average.save_pretrained(self._path.parent)
+        with replacing(self._path) as temporary:
+            torch.save(state, temporary)

@@ -99,7 +99,8 @@ class TokenizerTask(Task):
     Args:
         model: put into training mode. Of a first-stage TiTok (`finetune_decoder` false) the loss is
             the proxy codes' cross-entropy, of any other model its pixels' error.
-        paths: of the files; one that cannot be read is named, and another takes its place.
+        paths: of the files; one that cannot be read is named, and another takes its place where
+            they are augmented.
         vqgan: gives the proxy codes, on the model's device; with a first-stage model and only then.
         losses: what is minimised; None takes those of `LOSSES`.
         adversary: that joins in a loss of pixels; on the model's device.
@@ -180,6 +181,8 @@ class TokenizerTask(Task):
                     crop=crop,
                 )
             except OSError as error:
+                if not self._augment:
+                    raise
                 if place not in self._unreadable:
                     self._unreadable.add(place)
                     self._log(f"skipped {error}")
