@@ -97,13 +97,16 @@ _AMPERE = {
     (128, 1): Config(Tile(128, 32, 8, 3), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
     (128, 2): Config(Tile(64, 32, 8, 2), Tile(32, 32, 4, 2, sharp=16), Tile(32, 32, 4, 2)),
     (256, 1): Config(Tile(64, 64, 8, 2), Tile(32, 32, 4, 2), Tile(32, 32, 4, 2)),
+    (_WIDE, 1): Config(
+        Tile(64, 32, 8, 3, 64, 256), Tile(64, 32, 8, 2, 64, 256), Tile(32, 64, 8, 2, 64, 256)
+    ),
     (_WIDE, 2): Config(
         Tile(64, 32, 8, 2, 64, 256), Tile(64, 32, 8, 2, 64, 256), Tile(32, 64, 8, 2, 64, 256)
     ),
 }
 # Sums live in tensor memory: each of the three products of two parts takes columns of its own.
 _BLACKWELL = {
-    (64, 1): Config(Tile(64, 64, 4, 2), Tile(128, 32, 8, 2), Tile(64, 128, 8, 2)),
+    (64, 1): Config(Tile(64, 64, 8, 2), Tile(128, 32, 8, 2), Tile(64, 128, 8, 2)),
     (64, 2): Config(Tile(128, 64, 8, 3), Tile(128, 32, 8, 2), Tile(32, 128, 8, 2)),
     (128, 1): Config(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(32, 128, 8, 2)),
     (128, 2): Config(Tile(128, 32, 8, 2), Tile(128, 32, 8, 2, 64, 64), Tile(32, 128, 8, 2, 64, 64)),
@@ -1478,8 +1481,9 @@ def _row_options(d: int, layout: _Layout, block: int, interpreted: bool) -> dict
 
 def _fwd_rows_options(d: int, layout: _Layout, block: int, interpreted: bool) -> dict[str, Any]:
     options = _row_options(d, layout, block, interpreted)
-    # Of 16 bits at D = 256 on sm_90 ptxas spills with 120 to 168 registers, and not with these.
-    return options | ({"maxnreg": 112} if layout.parts == 1 and layout.width == 256 else {})
+    if layout.parts == 1 and layout.width == 256:
+        options["maxnreg"] = 112 if d == 256 else 104  # with 120 to 168 ptxas spills on sm_90
+    return options
 
 
 def launch_index_propagation_fwd(
