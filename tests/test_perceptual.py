@@ -136,10 +136,11 @@ def test_weights_that_cannot_be_had_are_named(libraries, monkeypatch):
 
 def test_the_command(titok_fast, libraries, monkeypatch, tmp_path):
     """Each kind of model has its weight; it is a setting of the run, and in the held-out loss."""
-    Image.linear_gradient("L").convert("RGB").resize((32, 32)).save(tmp_path / "image.png")
+    for name in ("image.png", "other.png"):
+        Image.linear_gradient("L").convert("RGB").resize((32, 32)).save(tmp_path / name)
     IBQTokenizer.from_config(IBQ).save_pretrained(tmp_path / "ibq")
     train = ("train", tmp_path / "image.png", "--batch-size", 1, "--steps", 1, "--workers", 0)
-    train += ("--held-out", tmp_path / "image.png")
+    train += ("--held-out", tmp_path / "other.png")
 
     def loss(name, source, *options):
         result = titok_fast(*train, "--init", source, *options, "-o", tmp_path / name)
