@@ -609,7 +609,7 @@ def nearest_code_rescore_kernel(
     span_bound,  # [3, spans] float32
     indices,  # [N] int64
     distances,  # [N] float32
-    rescored,  # [N] int32, with COUNT
+    rescored,  # [N] int64, with COUNT
     first,
     n,
     k,
@@ -723,7 +723,7 @@ def nearest_code_direct_kernel(
     codebook,  # [K, D]
     indices,  # [N] int64
     distances,  # [N] float32
-    rescored,  # [N] int32, with COUNT
+    rescored,  # [N] int64, with COUNT
     k,
     z_stride,
     codebook_stride,
@@ -839,7 +839,7 @@ def launch_nearest_code(
         z: float32, float16 or bfloat16.
         codebook: likewise.
         metric: "l2", "cosine" or "dot".
-        rescored: [N] int32, filled with the number of codes that were scored in float64.
+        rescored: [N] int64, filled with the number of codes that were scored in float64.
         config: instead of the device's own, to try out tiles.
     """
     (n, d), k = z.shape, codebook.shape[0]

@@ -18,8 +18,7 @@ found = triton_configurations(capabilities, [op], main=not wanted)
 if wanted:
     def constants(configuration):
         launch = triton_launches(op, configuration.capability, False)[configuration.index]
-        names = launch.kernel.arg_names
-        return {names[place[0]]: value for place, value in launch.constants.items()}.items()
+        return launch.named_constants.items()
     fitting = [[f for f in found if each.items() <= constants(f)] for each in wanted]
     assert all(fitting), fitting
     found = [f for f in found if any(f in each for each in fitting)]

@@ -53,7 +53,7 @@ class ImageBatch(NamedTuple):
     errors: list[str]
 
 
-def find_images(arguments: Iterable[str], *, name: str = "PATHS") -> list[ImageFile]:
+def find_images(arguments: Iterable[str]) -> list[ImageFile]:
     """The images that command-line arguments name, in their order.
 
     Args:
@@ -65,7 +65,6 @@ def find_images(arguments: Iterable[str], *, name: str = "PATHS") -> list[ImageF
             - a pattern such as `photos/**/*.jpg`: the files and folders that match, sorted;
             - `@list.txt`: a file or folder a line. Files of a list need not exist here; they
               are errors when read.
-        name: of the arguments, in errors.
 
     Returns:
         At least one image for each argument.
@@ -84,13 +83,13 @@ def find_images(arguments: Iterable[str], *, name: str = "PATHS") -> list[ImageF
             names = sorted(glob.glob(argument, recursive=True))
             if not names:
                 raise FileNotFoundError(
-                    f"{name}: {argument!r} is not a file, a folder, a pattern with a match or @list"
+                    f"PATHS: {argument!r} is not a file, a folder, a pattern with a match or @list"
                 )
         before = len(found)
-        for path in names:
-            found += _below(path) if os.path.isdir(path) else [ImageFile(path, path)]
+        for name in names:
+            found += _below(name) if os.path.isdir(name) else [ImageFile(name, name)]
         if len(found) == before:
-            raise FileNotFoundError(f"{name}: {argument!r} holds no image")
+            raise FileNotFoundError(f"PATHS: {argument!r} holds no image")
     return found
 
 

@@ -218,7 +218,7 @@ def train(
         lecam_weight=lecam_weight,
         discriminator_learning_rate=discriminator_learning_rate,
     )
-    data: Any = _data(kind, paths, "PATHS")
+    data: Any = _data(kind, paths)
     other: Any = _held_out(
         kind, held_out, data, evaluate_every=evaluate_every, samples_with=samples_with
     )
@@ -377,17 +377,14 @@ def _adversary(**given: float | None) -> AdversaryOptions | None:
     """How a discriminator learns; None where --adversarial-weight is not given."""
     if given["adversarial_weight"] is not None:
         return with_options(AdversaryOptions(), "a discriminator", **given)
-    for name, value in given.items():
-        if value is not None:
-            raise ValueError(f"{flag(name)}: got {value}, allowed with --adversarial-weight")
+    _refuse("--adversarial-weight", **given)
     return None
 
 
 def _perceptual_weight(kind: Any, name: str | None, given: float | None) -> float | None:
     """That of --perceptual, by default its own for the model; None without it."""
     if name is None:
-        if given is not None:
-            raise ValueError(f"--perceptual-weight: got {given}, allowed with --perceptual")
+        _refuse("--perceptual", perceptual_weight=given)
         return None
     if name not in PERCEPTUAL_KINDS:
         raise ValueError(f"--perceptual: {name!r} is not one of {', '.join(PERCEPTUAL_KINDS)}")
@@ -398,17 +395,24 @@ def _perceptual_weight(kind: Any, name: str | None, given: float | None) -> floa
     return given
 
 
-def _data(kind: type[Trained], paths: Sequence[str], name: str) -> Data:
-    """What an argument names: a token file for a generator, images for a tokenizer."""
+def _refuse(without: str, **given: float | str | None) -> None:
+    """Raises ValueError for an option that is given, by name, and has no use without another."""
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(f"{flag(name)}: got {value}, allowed with {without}")
+
+
+def _data(kind: type[Trained], paths: Sequence[str]) -> Data:
+    """What paths name: a token file for a generator, images for a tokenizer."""
     if kind in TOKENIZERS:
-        return find_images(paths, name=name)
+        return find_images(paths)
     if len(paths) > 1:
-        raise ValueError(f"{name}: got {len(paths)}, allowed is one token file for a generator")
+        raise ValueError(f"PATHS: got {len(paths)}, allowed is one token file for a generator")
     return TokenFile.load(paths[0])
 
 
 def _held_out(
-    kind: type[Trained], paths: Sequence[str] | None, data: Data, **given: int | str | None
+    kind: type[Trained], paths: Sequence[str] | None, data: Any, **given: int | str | None
 ) -> Data | None:
     """The held-out examples; raises ValueError for tokens of another kind than those of `data`.
 
@@ -419,15 +423,13 @@ def _held_out(
         **given: options that have no use without them, by name; None where they are not given.
     """
     if not paths:
-        for name, value in given.items():
-            if value is not None:
-                raise ValueError(f"{flag(name)}: got {value}, allowed with --held-out")
+        _refuse("--held-out", **given)
         return None
     try:
-        other = _data(kind, paths, "--held-out")
+        other = _data(kind, paths)
     except (OSError, ValueError) as error:
-        raise ValueError("--held-out: " + str(error).removeprefix("--held-out: ")) from error
-    if isinstance(data, TokenFile) and isinstance(other, TokenFile):
+        raise ValueError(f"--held-out: {str(error).removeprefix('PATHS: ')}") from error
+    if isinstance(other, TokenFile):
         if not len(other.tokens):
             raise ValueError(f"--held-out: {paths[0]} has no image")
         for name in ("fingerprint", "image_size", "class_names"):
@@ -444,8 +446,8 @@ def _held_out(
     return other
 
 
-def _real_paths(images: Data) -> set[str]:
-    return set() if isinstance(images, TokenFile) else {os.path.realpath(i.path) for i in images}
+def _real_paths(images: Sequence[ImageFile]) -> set[str]:
+    return {os.path.realpath(image.path) for image in images}
 
 
 def _decoder(name: str | None, data: Data) -> Tokenizer | None:

@@ -349,6 +349,12 @@ class Launch:
     attributes: dict[tuple[int, ...], Any]
     options: dict[str, Any]
 
+    @property
+    def named_constants(self) -> dict[str, Any]:
+        """`constants` by name."""
+        names = self.kernel.arg_names
+        return {names[place[0]]: value for place, value in self.constants.items()}
+
 
 @dataclass(frozen=True)
 class Configuration:
@@ -544,8 +550,7 @@ def _described(launch: Launch) -> str:
     from triton.backends.nvidia.compiler import CUDAOptions
 
     kinds = [kind[1:] for kind in launch.types.values() if kind.startswith("*")]
-    names = launch.kernel.arg_names
-    words = [f"{names[place[0]]}={value}" for place, value in launch.constants.items()]
+    words = [f"{name}={value}" for name, value in launch.named_constants.items()]
     for name in ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion"):
         value = launch.options[name]
         if name.startswith("num_") or value != getattr(CUDAOptions, name):
