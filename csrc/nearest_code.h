@@ -18,7 +18,7 @@ struct NearestCodeArgs {
   DType dtype;
   Metric metric;
   int64_t* indices;   // [n]
-  float* distances;   // [n]
+  float* distances;   // [n] or null
   int64_t* rescored;  // [n] codes scored in float64, or null
   void* workspace;    // nearest_code_cpu_workspace() bytes, 64-byte aligned
   int threads;

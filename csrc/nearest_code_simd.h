@@ -796,8 +796,10 @@ struct Search {
       }
       const bool none = chosen.index < 0;  // a row with a NaN
       args.indices[first + r] = none ? 0 : chosen.index;
-      args.distances[first + r] = none ? std::numeric_limits<float>::quiet_NaN()
-                                       : distance(first + r, chosen.index, chosen.score);
+      if (args.distances) {
+        args.distances[first + r] = none ? std::numeric_limits<float>::quiet_NaN()
+                                         : distance(first + r, chosen.index, chosen.score);
+      }
       if (args.rescored) args.rescored[first + r] = chosen.offers;
     }
   }

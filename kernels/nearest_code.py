@@ -80,7 +80,7 @@ _AMPERE = {
     512: Tile(128, 128, 32, 1, 8, 1, num_warps=8, num_stages=4, programs=1),
 }
 _HOPPER = {
-    16: Tile(64, 64, 16, 8, 1, 4, num_warps=4, num_stages=3, programs=4),
+    16: Tile(128, 64, 16, 8, 1, 4, num_warps=8, num_stages=3, programs=2),
     32: Tile(64, 64, 32, 8, 1, 4, num_warps=4, num_stages=2, programs=3),
     64: Tile(128, 128, 64, 1, 8, 1, num_warps=8, num_stages=3, programs=2),
     128: Tile(128, 64, 128, 1, 4, 1, num_warps=8, num_stages=3, programs=2),
@@ -284,8 +284,8 @@ def _load_slice(where, depth, D: tl.constexpr, DEPTH: tl.constexpr):  # masked o
 
 
 @triton.jit
-def _product(
-    rows,  # [TILE_ROWS, D], or the pointers to its first columns where it is not RESIDENT
+def _scores(
+    rows,  # [TILE_ROWS, D], or the pointers to its first columns where DEPTH < D
     codes,
     column,
     scale,  # [TILE_ROWS]
@@ -298,14 +298,17 @@ def _product(
     METRIC: tl.constexpr,
     COPY: tl.constexpr,
 ):
+    # Without the scale where every score of the row has it.
     within = tl.arange(0, TILE_CODES)
     depth = tl.arange(0, DEPTH)
     if METRIC == L2 or (METRIC == COSINE and not COPY):
         of_code = tl.load(column + start.to(tl.int64) + within)[None, :]
-    # Past the end comes the last code again: maxima do not change.
-    code = tl.minimum(within, k - 1 - start).to(tl.int64)
-    base = codes + start.to(tl.int64) * (code_stride * 16)
-    where = base + code[None, :] * (code_stride * 16) + depth[:, None]
+    if COPY:
+        where = codes + start.to(tl.int64) * D + (within[None, :] * D + depth[:, None])
+    else:  # past the end comes the last code again: maxima do not change
+        base = codes + start.to(tl.int64) * (code_stride * 16)
+        code = tl.minimum(within, k - 1 - start).to(tl.int64)
+        where = base + code[None, :] * (code_stride * 16) + depth[:, None]
     if DEPTH >= D:
         scores = tl.dot(rows, _load_slice(where, depth[:, None], D, DEPTH))
     else:
@@ -319,6 +322,12 @@ def _product(
     elif METRIC == COSINE and not COPY:
         scores *= of_code
     return scores
+
+
+@triton.jit
+def _top_two(top, second, other_top, other_second):
+    beaten = tl.maximum(second, other_second)
+    return tl.maximum(top, other_top), tl.maximum(beaten, tl.minimum(top, other_top))
 
 
 @triton.jit(
@@ -372,11 +381,11 @@ def nearest_code_coarse_kernel(
         if COPY:
             scale = row_scale * tl.load(span_scale + span)
         start = span * (GROUP * TILE_CODES)
-        best = _product(
+        best = _scores(
             rows, codes, column, scale, start, k, code_stride, D, TILE_CODES, DEPTH, METRIC, COPY
         )
         for g in tl.static_range(1, GROUP):
-            scores = _product(
+            scores = _scores(
                 rows, codes, column, scale, start + g * TILE_CODES, k, code_stride,
                 D, TILE_CODES, DEPTH, METRIC, COPY,
             )  # fmt: skip
@@ -394,8 +403,8 @@ def nearest_code_coarse_kernel(
         # The lowest bits make room for the number of the sub-block.
         best = (_bits(best) & -SUBS) | tl.arange(0, SUBS)[None, None, :]
         best = best.to(tl.float32, bitcast=True)
-        top = tl.max(best, axis=2)  # [TILE_ROWS, PARTS]
-        second = tl.max(tl.where(best == top[:, :, None], float("-inf"), best), axis=2)
+        a, b = tl.split(tl.reshape(best, [TILE_ROWS, PARTS, SUBS // 2, 2]))
+        top, second = tl.reduce((tl.maximum(a, b), tl.minimum(a, b)), 2, _top_two)
         packed = (_bits(top).to(tl.int64) << 32) | (_bits(second).to(tl.int64) & 0xFFFFFFFF)
         part = span * PARTS + tl.arange(0, PARTS)
         to = table + part.to(tl.int64)[None, :] * (n - first) + entry[:, None]
@@ -556,9 +565,13 @@ def _store(
     has_nan,  # [A]
     D: tl.constexpr,
     METRIC: tl.constexpr,
+    DISTANCE: tl.constexpr,
 ):
     none = best_index == _NONE
     best_index = tl.where(none, 0, best_index).to(tl.int64)
+    tl.store(indices + row, best_index, mask=inside)
+    if not DISTANCE:
+        return
     distance = best
     if METRIC == L2:
         distance = -best
@@ -579,7 +592,6 @@ def _store(
             square += (a - b) * (a - b)
         distance = tl.max(_sum_pairs(square), axis=0)
     distance = tl.where(has_nan | none, float("nan"), distance.to(tl.float32))
-    tl.store(indices + row, best_index, mask=inside)
     tl.store(distances + row, distance, mask=inside)
 
 
@@ -608,7 +620,7 @@ def nearest_code_rescore_kernel(
     z_error,  # [N] float32
     span_bound,  # [3, spans] float32
     indices,  # [N] int64
-    distances,  # [N] float32
+    distances,  # [N] float32, with DISTANCE
     rescored,  # [N] int64, with COUNT
     first,
     n,
@@ -626,6 +638,7 @@ def nearest_code_rescore_kernel(
     CHUNK: tl.constexpr,
     STEP: tl.constexpr,
     PIECE: tl.constexpr,
+    DISTANCE: tl.constexpr,
     COUNT: tl.constexpr,
 ):
     SIZE: tl.constexpr = TILE_CODES // PARTS  # columns of a product that belong to one block
@@ -711,7 +724,7 @@ def nearest_code_rescore_kernel(
 
     _store(
         indices, distances, row, inside, z_row, codebook, codebook_stride, best, best_index,
-        has_nan, D, METRIC,
+        has_nan, D, METRIC, DISTANCE,
     )  # fmt: skip
     if COUNT:
         tl.store(rescored + row, count, mask=inside)
@@ -722,7 +735,7 @@ def nearest_code_direct_kernel(
     z,  # [N, D]
     codebook,  # [K, D]
     indices,  # [N] int64
-    distances,  # [N] float32
+    distances,  # [N] float32, with DISTANCE
     rescored,  # [N] int64, with COUNT
     k,
     z_stride,
@@ -730,6 +743,7 @@ def nearest_code_direct_kernel(
     D: tl.constexpr,
     METRIC: tl.constexpr,
     CODES: tl.constexpr,
+    DISTANCE: tl.constexpr,
     COUNT: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) + tl.zeros([1], tl.int64)
@@ -745,7 +759,7 @@ def nearest_code_direct_kernel(
     every = tl.full([1], 1, tl.int1)
     _store(
         indices, distances, row, every, z_row, codebook, codebook_stride, best, best_index,
-        ~every, D, METRIC,
+        ~every, D, METRIC, DISTANCE,
     )  # fmt: skip
     if COUNT:
         tl.store(rescored + row, tl.zeros([1], tl.int32) + k)
@@ -829,6 +843,7 @@ def launch_nearest_code(
     z: Tensor,
     codebook: Tensor,
     metric: str,
+    distance: bool = False,
     rescored: Tensor | None = None,
     *,
     config: Config | None = None,
@@ -839,13 +854,14 @@ def launch_nearest_code(
         z: float32, float16 or bfloat16.
         codebook: likewise.
         metric: "l2", "cosine" or "dot".
+        distance: whether distances are computed; without it there are none.
         rescored: [N] int64, filled with the number of codes that were scored in float64.
         config: instead of the device's own, to try out tiles.
     """
     (n, d), k = z.shape, codebook.shape[0]
     device = z.device
     indices = torch.empty(n, dtype=torch.int64, device=device)
-    distances = torch.empty(n, dtype=torch.float32, device=device)
+    distances = torch.empty(n if distance else 0, dtype=torch.float32, device=device)
     if n == 0:
         return indices, distances
 
@@ -857,7 +873,7 @@ def launch_nearest_code(
     if k * d <= config.direct_row and n * k * d <= config.direct:
         nearest_code_direct_kernel[(n,)](
             z, codebook, indices, distances, rescored, k, z_stride, codebook_stride,
-            D=d, METRIC=kind, COUNT=rescored is not None, **_DIRECT,
+            D=d, METRIC=kind, DISTANCE=distance, COUNT=rescored is not None, **_DIRECT,
         )  # fmt: skip
         return indices, distances
 
@@ -900,7 +916,7 @@ def launch_nearest_code(
         nearest_code_rescore_kernel[(triton.cdiv(end - first, rescore["ROWS"]),)](
             z, codebook, table, z_norm, z_error, span_bound, indices, distances,
             rescored, first, end, k, spans, z_stride, codebook_stride,
-            D=d, METRIC=kind, COUNT=rescored is not None, **rescore,
+            D=d, METRIC=kind, DISTANCE=distance, COUNT=rescored is not None, **rescore,
         )  # fmt: skip
     return indices, distances
 
@@ -936,6 +952,7 @@ def launch_examples(main: bool = False) -> None:
         codebook = torch.empty(100_000, d, dtype=dtype, device="meta")
         for n in (60, 100, 1024, 65536):
             launch_nearest_code(codebook.new_empty(n, d), codebook, metric)
+        launch_nearest_code(codebook.new_empty(65536, d), codebook, metric, True)
         rescored = torch.empty(1024, dtype=torch.int64, device="meta")
-        launch_nearest_code(codebook[:1024], codebook, metric, rescored)
-        launch_nearest_code(codebook[:1], codebook[:1], metric)
+        launch_nearest_code(codebook[:1024], codebook, metric, True, rescored)
+        launch_nearest_code(codebook[:1], codebook[:1], metric, True)

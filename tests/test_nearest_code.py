@@ -396,18 +396,22 @@ def test_leading_shapes(backend, device, shape):
     assert torch.equal(indices.flatten(), expected)
 
 
-def test_flushed_denormals():
+def test_flushed_subnormals(flushed_subnormals):
     """What the rounding of a row loses has squares below float32's smallest normal number."""
     z, codebook = torch.full((1, 256), 1e-19), torch.zeros(32, 256)
     z[0, 0], codebook[0], codebook[0, 0], codebook[1, 0] = 2.7e-17, 1.0, 0.5, 1.0
-    if not torch.set_flush_denormal(True):
-        pytest.skip("this CPU does not flush denormals")
-    try:
-        for isa in supported_isas():
-            with cpu_isa(isa):
-                assert int(nearest_code(z, codebook, metric="dot")) == 0
-    finally:
-        torch.set_flush_denormal(False)
+    for isa in supported_isas():
+        with cpu_isa(isa):
+            assert int(nearest_code(z, codebook, metric="dot")) == 0
+
+
+def test_subnormal_codes(flushed_subnormals):
+    z, bits = torch.ones(5000, 1), torch.full((40, 1), 700_000, dtype=torch.int32)
+    bits[17] = 1_400_000
+    codebook = bits.view(torch.float32)  # about 1e-39 and 2e-39
+    for isa in supported_isas():
+        with cpu_isa(isa):
+            assert (nearest_code(z, codebook, metric="dot") == 17).all()
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -487,9 +491,10 @@ def test_time_grows_linearly_with_the_codebook():
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_opcheck(metric):
-    z, codebook = rows_and_codes(9, 33, 7)
-    torch.library.opcheck(torch.ops.titok_fast.nearest_code.default, (z, codebook, metric, "cpu"))
+@pytest.mark.parametrize("distance", [False, True])
+def test_opcheck(metric, distance):
+    op, inputs = torch.ops.titok_fast.nearest_code.default, rows_and_codes(9, 33, 7)
+    torch.library.opcheck(op, (*inputs, metric, distance, "cpu"))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

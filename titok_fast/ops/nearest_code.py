@@ -50,22 +50,30 @@ def _autocast(z: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
     return z.to(wider), codebook.to(wider)
 
 
-def _fake(z: Tensor, codebook: Tensor, metric: str, backend: str) -> tuple[Tensor, Tensor]:
+def _fake(
+    z: Tensor, codebook: Tensor, metric: str, distance: bool, backend: str
+) -> tuple[Tensor, Tensor]:
     n = z.shape[0]
-    return z.new_empty(n, dtype=torch.int64), z.new_empty(n, dtype=torch.float32)
+    distances = z.new_empty(n if distance else 0, dtype=torch.float32)
+    return z.new_empty(n, dtype=torch.int64), distances
 
 
 def _cpu(
-    z: Tensor, codebook: Tensor, metric: str, backend: str, rescored: Tensor | None = None
+    z: Tensor,
+    codebook: Tensor,
+    metric: str,
+    distance: bool,
+    backend: str,
+    rescored: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     if backend == "triton":
-        return _triton(z, codebook, metric, backend, rescored)
+        return _triton(z, codebook, metric, distance, backend, rescored)
     inspect.require_backend(backend, "cpu")
     extension = inspect.extension()
     z, codebook = dense_rows(z), dense_rows(codebook)
     (n, d), k = z.shape, codebook.shape[0]
     indices = torch.empty(n, dtype=torch.int64, device="cpu")
-    distances = torch.empty(n, dtype=torch.float32, device="cpu")
+    distances = torch.empty(n if distance else 0, dtype=torch.float32, device="cpu")
     threads = torch.get_num_threads()
     size = extension.nearest_code_cpu_workspace(n, k, d, metric, threads)
     workspace = torch.empty(size, dtype=torch.uint8, device="cpu")
@@ -80,7 +88,7 @@ def _cpu(
         dtype=str(z.dtype).removeprefix("torch."),
         metric=metric,
         indices=indices.data_ptr(),
-        distances=distances.data_ptr(),
+        distances=distances.data_ptr() if distance else 0,
         rescored=0 if rescored is None else rescored.data_ptr(),
         workspace=workspace.data_ptr(),
         threads=threads,
@@ -89,18 +97,24 @@ def _cpu(
 
 
 def _triton(
-    z: Tensor, codebook: Tensor, metric: str, backend: str, rescored: Tensor | None = None
+    z: Tensor,
+    codebook: Tensor,
+    metric: str,
+    distance: bool,
+    backend: str,
+    rescored: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     inspect.require_backend(backend, z.device.type)
     launch = inspect.kernels("nearest_code").launch_nearest_code
     # Triton launches on the current device, which need not be that of the tensors.
     with torch.cuda.device(z.device) if z.is_cuda else nullcontext():
-        indices, distances = launch(dense_rows(z), dense_rows(codebook), metric, rescored)
+        indices, distances = launch(dense_rows(z), dense_rows(codebook), metric, distance, rescored)
     return indices, distances
 
 
 _op = _library.register(
-    "nearest_code(Tensor z, Tensor codebook, str metric, str backend) -> (Tensor, Tensor)",
+    "nearest_code(Tensor z, Tensor codebook, str metric, bool distance, str backend)"
+    " -> (Tensor, Tensor)",
     cpu=_cpu,
     cuda=_triton,
     fake=_fake,
@@ -173,12 +187,11 @@ def nearest_code(
     if backend == "reference":
         indices, distances = reference.nearest_code(rows, codes, metric)
     else:
-        indices, distances = _op(rows, codes, metric, backend)
-    if rows.device != z.device:
-        indices, distances = indices.to(z.device), distances.to(z.device)
-    if z.ndim != 2:
-        indices, distances = indices.view(z.shape[:-1]), distances.view(z.shape[:-1])
-    return (indices, distances) if return_distance else indices
+        indices, distances = _op(rows, codes, metric, return_distance, backend)
+    indices = indices.to(z.device).view(z.shape[:-1])
+    if not return_distance:
+        return indices
+    return indices, distances.to(z.device).view(z.shape[:-1])
 
 
 def rescored_codes(
@@ -203,6 +216,6 @@ def rescored_codes(
     rescored = torch.zeros(z.shape[:-1], dtype=torch.int64, device=z.device)
     rows = z.detach().reshape(-1, z.shape[-1])
     (_cpu if z.device.type == "cpu" else _triton)(
-        rows, codebook.detach(), metric, backend, rescored.view(-1)
+        rows, codebook.detach(), metric, False, backend, rescored.view(-1)
     )
     return rescored
