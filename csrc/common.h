@@ -28,6 +28,43 @@ struct Workspace {
   }
 };
 
+// While it lives, subnormal numbers are what they are, even in a thread that flushes them to zero:
+// results depend on the inputs alone.
+class Subnormals {
+ public:
+  // Inlined into files that are compiled for one instruction set, never linked across them.
+  __attribute__((always_inline)) Subnormals() : saved_(get()) { set(saved_ & ~kFlush); }
+  __attribute__((always_inline)) ~Subnormals() { set(saved_); }
+  Subnormals(const Subnormals&) = delete;
+  Subnormals& operator=(const Subnormals&) = delete;
+
+ private:
+#if defined(__x86_64__)
+  using Control = unsigned;
+  static constexpr Control kFlush = 0x8040;
+  __attribute__((always_inline)) static Control get() { return __builtin_ia32_stmxcsr(); }
+  __attribute__((always_inline)) static void set(Control x) { __builtin_ia32_ldmxcsr(x); }
+#elif defined(__aarch64__)
+  using Control = uint64_t;
+  static constexpr Control kFlush = uint64_t{1} << 24;
+  __attribute__((always_inline)) static Control get() {
+    Control x;
+    asm volatile("mrs %0, fpcr" : "=r"(x));
+    return x;
+  }
+  __attribute__((always_inline)) static void set(Control x) {
+    asm volatile("msr fpcr, %0" ::"r"(x));
+  }
+#else
+  using Control = unsigned;
+  static constexpr Control kFlush = 0;
+  __attribute__((always_inline)) static Control get() { return 0; }
+  __attribute__((always_inline)) static void set(Control) {}
+#endif
+
+  Control saved_;
+};
+
 // The threads of one parallel region: `fn(Team::Member)` runs once per thread, the caller's
 // included. They are those of torch's own OpenMP pool, which after every op of torch still spin for
 // milliseconds: threads beside them would share their cores. In a forked child, where OpenMP would
@@ -61,11 +98,16 @@ class Team {
   template <class Fn>
   static void run(int threads, int pool, const Fn& fn) {
     Team team;
-    if (threads <= 1) return fn(Member{team, 0, 1});
     const auto member = [&](int index, int size) {
       if (size > threads) size = threads;
-      if (index < size) fn(Member{team, index, size});
+      if (index >= size) return;
+      const Subnormals subnormals;
+      fn(Member{team, index, size});
     };
+    if (threads <= 1) {
+      threads = 1;
+      return member(0, 1);
+    }
     using Each = decltype(member);
     start(pool, threads, &member, [](const void* each, int index, int size) {
       (*static_cast<const Each*>(each))(index, size);

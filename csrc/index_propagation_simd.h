@@ -400,6 +400,7 @@ struct Propagation {
     for (int64_t i = 0; i < count; ++i) {
       if (!(values[i] >= -2 * kSharpReach)) continue;
       const double q = std::exp(values[i]) / sum;
+      if (std::isnan(q)) continue;  // another code of the row is
       __atomic_fetch_add(counts() + codes[i], static_cast<int64_t>(q * kFixedPoint + 0.5),
                          __ATOMIC_RELAXED);
       if (!(q >= kSmallestWeight)) continue;
@@ -678,7 +679,8 @@ struct Propagation {
     const V x = S::sub(s, S::broadcast(row.max));
     const V y =
         S::sub(S::mul(x, S::broadcast(1.0f / args.temperature)), S::broadcast(row.sharp_log_sum));
-    return S::max(S::broadcast(-200.0f), y);
+    // A column past the last code can reach far above 0, and has no weight if it is finite.
+    return S::max(S::broadcast(-200.0f), S::min(S::broadcast(1.0f), y));
   }
 
   V code_weights(int64_t k) const { return S::load(at<float>(plan.code_weights) + k); }

@@ -41,7 +41,7 @@ _PREPARE_REGISTERS = 128  # left alone, ptxas spills
 _TOP = tl.constexpr(0)
 _LOG_SUM = tl.constexpr(1)
 _SHARP_TOP = tl.constexpr(2)
-_SHARP_LOG_SUM = tl.constexpr(3)
+_SHARP_LOG_SUM = tl.constexpr(3)  # of a row that is not in float: what float32 drops of its top
 _ENTROPY = tl.constexpr(4)
 _MAX_PROBABILITY = tl.constexpr(5)
 _MEAN_EXPONENT = tl.constexpr(6)  # of (s - sharp top) / T under q
@@ -466,6 +466,12 @@ def _wide_logits(
 
 
 @triton.jit
+def _wide_top(own):  # of a row that is not in float
+    low = tl.load(own + _SHARP_LOG_SUM).to(tl.float64)
+    return tl.load(own + _SHARP_TOP).to(tl.float64) + low
+
+
+@triton.jit
 def _sharpen(
     a, codebook, k, codebook_stride, entries, size, blocks, norm, block_norm, best, threshold,
     log_sum, inverse_t, counts,
@@ -612,23 +618,24 @@ def index_propagation_fwd_rows_kernel(
             log_sum = tl.log(sharp) + tl.zeros([1], tl.float32)
             exponent = weighted / sharp + tl.zeros([1], tl.float32)
             exponent = tl.where(total == total, exponent, float("nan"))
+            kept = log_sum
         else:
             a = _wide_row(z, row, z_stride, D, WIDTH)
             base = best.to(tl.float32)
-            wide = base.to(tl.float64)
+            kept = (best - base.to(tl.float64)).to(tl.float32)
             reach = base - _SHARP_REACH / inverse_t
             exact, exact_weighted = _sharpen(
-                a, codebook, k, codebook_stride, entries, size, blocks, norm, block_norm, wide,
+                a, codebook, k, codebook_stride, entries, size, blocks, norm, block_norm, best,
                 reach, base, inverse_t, counts, D, BLOCK, PIECE, CHUNK, PARTS, False,
             )  # fmt: skip
             log_sum = tl.log(exact.to(tl.float32))
             exponent = (exact_weighted / exact).to(tl.float32)
             _sharpen(
-                a, codebook, k, codebook_stride, entries, size, blocks, norm, block_norm, wide,
+                a, codebook, k, codebook_stride, entries, size, blocks, norm, block_norm, best,
                 reach, log_sum, inverse_t, counts, D, BLOCK, PIECE, CHUNK, PARTS, True,
             )  # fmt: skip
         tl.store(own + _SHARP_TOP + one, base)
-        tl.store(own + _SHARP_LOG_SUM + one, log_sum)
+        tl.store(own + _SHARP_LOG_SUM + one, kept)
         tl.store(own + _ENTROPY + one, log_sum - exponent)
         tl.store(own + _MEAN_EXPONENT + one, exponent)
         tl.store(own + _IN_FLOAT, in_float.to(tl.float32))
@@ -688,7 +695,7 @@ def index_propagation_fwd_codes_kernel(
             row = tl.minimum(row, n - 1)
             own = statistics + row.to(tl.int64) * 8
             real = inside_rows & (tl.load(own + _IN_FLOAT) > 0)
-            top = tl.where(real, tl.load(own + _SHARP_TOP), float("inf"))
+            top = tl.load(own + _SHARP_TOP)
             log_sum = tl.load(own + _SHARP_LOG_SUM)
             if D <= DEPTH:
                 a, a_low = _load(rows, first, n, 0, D, DEPTH, ROWS, PARTS, False)
@@ -699,7 +706,7 @@ def index_propagation_fwd_codes_kernel(
                     book, start, k, rows, first, n, D, DEPTH, CODES, ROWS, PARTS, False, True
                 )
             x = (s * scale - top[None, :]) * inverse_t - log_sum[None, :]
-            sums += tl.exp2(x * _LOG2E)
+            sums += tl.where(real[None, :], tl.exp2(x * _LOG2E), 0.0)
         total += tl.sum(sums, axis=1)
     nans = tl.load(counts + last)
     total = tl.where(nans > 0, float("nan"), total / n)
@@ -739,8 +746,8 @@ def index_propagation_bwd_prepare_kernel(
     log_sum = tl.load(own + _SHARP_LOG_SUM, inside, 0.0)
     slope = tl.abs(tl.load(sample_weight)) * (log_sum + tl.load(own + _ENTROPY, inside, 0.0) + 1.0)
     slope += 2.0 * tl.abs(tl.load(largest_weight))
-    slope *= tl.load(own + _IN_FLOAT, inside, 0.0) * tl.exp(-log_sum) * inverse_t / n
-    largest += slope
+    in_float = tl.load(own + _IN_FLOAT, inside, 0.0) > 0
+    largest += tl.where(in_float, slope * tl.exp(-log_sum) * inverse_t / n, 0.0)
     tl.store(bound + row, tl.where(largest < float("inf"), largest, 0.0), mask=inside)
 
 
@@ -1060,7 +1067,7 @@ def index_propagation_bwd_rows_kernel(
 
     if ENTROPY and tl.load(own + _IN_FLOAT) == 0:
         a = _wide_row(z, row, z_stride, D, WIDTH)
-        top = tl.load(own + _SHARP_TOP).to(tl.float64)
+        top = _wide_top(own)
         spread = tl.load(sample_weight).to(tl.float64)
         total = tl.zeros([1], tl.float64)
         exponent = tl.zeros([1], tl.float64)
@@ -1251,10 +1258,7 @@ def index_propagation_bwd_sparse_kernel(
                 a = _wide_row(z, at, z_stride, D, WIDTH)
                 _, score = _wide_logits(a, codebook, code, inside, codebook_stride, D)
                 means = wide + at * 3
-                x, q = _wide_sharp(
-                    score, inside, tl.load(own + _SHARP_TOP).to(tl.float64), tl.load(means),
-                    inverse_t,
-                )  # fmt: skip
+                x, q = _wide_sharp(score, inside, _wide_top(own), tl.load(means), inverse_t)
                 ds = _sharp_gradient(
                     x, q, tl.load(means + 1), tl.load(means + 2),
                     tl.load(sample_weight).to(tl.float64),

@@ -47,6 +47,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+@pytest.fixture
+def flushed_subnormals() -> Iterator[None]:
+    """This thread takes subnormal numbers as zero; others of torch's pool do not."""
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this CPU does not flush subnormal numbers")
+    yield
+    torch.set_flush_denormal(False)
+
+
 @pytest.fixture(autouse=True)
 def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """What torch.empty makes starts as NaN or a huge integer, so that an unwritten one shows."""

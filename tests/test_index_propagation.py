@@ -225,6 +225,41 @@ def test_hard_data(backend, device, small, kind, temperature):
     assert_right(z.to(device), codebook.to(device), backend, temperature=temperature, slack=1e-6)
 
 
+def test_logits_far_below_zero(backend, device):
+    """Softmax with columns past the last code, whose score 0 overflows float32 beside these."""
+    z = torch.linspace(0.8, 2.7, 400, device=device)[:, None]
+    assert_right(z, -torch.ones(1, 1, device=device), backend, temperature=0.01)
+
+
+def test_one_row_of_large_logits(backend, device):
+    z, codebook = rows_and_codes(9, 130, 12, device=device)
+    z[4, 3] = 1e6
+    assert_right(z, codebook, backend, slack=1e-6)
+
+
+@pytest.mark.parametrize("entry", [1e8, 1e12])
+def test_entropies_with_one_row_of_huge_logits(backend, device, entry):
+    """Of which float32 drops more than exp((s - max) / T) can hold."""
+    z, codebook = rows_and_codes(9, 130, 12, device=device)
+    z[4, 3] = entry
+    result, grads = run(z, codebook, backend)
+    right = truth(z, codebook)[0]
+    assert torch.equal(result.indices.cpu(), right.indices)
+    for name in ("sample_entropy", "batch_entropy"):
+        value = getattr(result, name).double().cpu()
+        torch.testing.assert_close(value, getattr(right, name), rtol=1e-5, atol=0)
+    assert all(bool(grad.isfinite().all()) for pair in grads.values() for grad in pair)
+
+
+def test_one_row_beyond_half_precision(backend, device):
+    """The mean weight of a code is that of all rows."""
+    z, codebook = (0.1 * x for x in rows_and_codes(9, 130, 12, device=device))
+    z[4, 3] = 1e20
+    batch_entropy = run(z, codebook, backend)[0].batch_entropy
+    right = truth(z, codebook)[0].batch_entropy
+    torch.testing.assert_close(batch_entropy.double().cpu(), right, rtol=1e-5, atol=0)
+
+
 def official(z, codebook, temperature):
     """Upstream's arithmetic in the dtype of the inputs."""
     logits = z @ codebook.T

@@ -158,6 +158,10 @@ def test_top_k_of_one_is_the_argmax(backend, device):
         assert torch.equal(tokens, guided.argmax(-1))
 
 
+def test_flushed_subnormals(flushed_subnormals):
+    test_top_k_of_one_is_the_argmax("cpu", "cpu")
+
+
 def test_no_filter_is_a_wide_filter(backend, device):
     cond, _ = inputs(200, 90, device=device)
     expected = sample_token(cond, backend=backend, **STEP)

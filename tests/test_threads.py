@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -93,6 +95,22 @@ def test_are_those_of_torch(call):
         done.set()
         watcher.join()
     assert max(counts) == before
+
+
+def test_work_in_a_child_forked_before_the_first_call():
+    program = """
+import os, signal, torch
+from titok_fast import nearest_code
+torch.set_num_threads(2)
+z, codebook = torch.ones(40, 64), torch.ones(4096, 64)
+child = os.fork()
+if child == 0:
+    signal.alarm(60)
+    nearest_code(z, codebook)
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 
 
 def test_work_in_a_forked_child(call):

@@ -54,6 +54,10 @@ def _extension() -> ModuleType | str:
         return f"titok_fast._C cannot be loaded ({error}); reinstall titok_fast"
 
 
+# A child of fork must not wait for threads that it lacks: the extension has to see the fork.
+os.register_at_fork(before=_extension)
+
+
 @functools.cache
 def _kernels() -> str | None:
     if importlib.util.find_spec("triton") is None:
