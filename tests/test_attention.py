@@ -429,9 +429,9 @@ def test_opcheck(dropout_p):
     qkv, grad = packed(1, 9, 2, 8)
     seed = torch.tensor(3, device=DEVICE) if dropout_p else None
     ops = torch.ops.titok_fast
-    torch.library.opcheck(ops.attention_fwd.default, (qkv, seed, dropout_p, "triton"))
-    out, lse = ops.attention_fwd(qkv, seed, dropout_p, "triton")
-    arguments = (grad, qkv, out, lse, seed, dropout_p, "triton")
+    torch.library.opcheck(ops.attention_fwd.default, (qkv, seed, dropout_p))
+    out, lse = ops.attention_fwd(qkv, seed, dropout_p)
+    arguments = (grad, qkv, out, lse, seed, dropout_p)
     torch.library.opcheck(ops.attention_bwd.default, arguments)
 
 

@@ -344,6 +344,7 @@ def zeros(*shape, **options):
 BAD = [
     ({"x": [1.0]}, TypeError, "x: expected a Tensor, got list"),
     ({"x": zeros(1, 4, 2, 2).double()}, TypeError, "x: dtype torch.float64 is not float32, fl"),
+    ({"x": zeros(1, 4, 2, 2).to_sparse()}, TypeError, "x: layout torch.sparse_coo is not torch.st"),
     ({"x": zeros(4, 2, 2)}, ValueError, "x: expected [B, C, H, W] of 1 or more, got shape [4,"),
     ({"x": zeros(1, 4, 0, 2)}, ValueError, "x: expected [B, C, H, W] of 1 or more, got shape ["),
     ({"weight": None}, TypeError, "weight: expected a Tensor, got NoneType"),
@@ -359,7 +360,7 @@ BAD = [
     ({"norm": None, "norm_bias": zeros(4)}, ValueError, "norm: needed where norm_bias is given"),
     ({"residual": zeros(1, 3, 2, 2)}, ValueError, "residual: expected shape [1, 3, 4, 4], got [1"),
     ({"packed": 1.0}, TypeError, "packed: expected a Tensor, got float"),
-    ({"packed": zeros(1).double()}, TypeError, "packed: dtype torch.float64 is not float32, bfl"),
+    ({"packed": zeros(1).double()}, TypeError, "packed: dtype torch.float64 is not float32 or"),
     ({"packed": zeros(1, device="meta")}, ValueError, "packed: on meta, but x is on cpu"),
     ({"num_groups": 3}, ValueError, "num_groups: 3 does not divide 4 channels"),
     ({"num_groups": 0}, ValueError, "num_groups: 0 does not divide 4 channels"),

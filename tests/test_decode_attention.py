@@ -387,6 +387,7 @@ def cache(*shape, **options):
 
 BAD = [
     ({"qkv": [1.0]}, TypeError, "qkv: expected a Tensor, got list"),
+    ({"qkv": torch.zeros(2, 48).to_sparse()}, TypeError, "qkv: layout torch.sparse_coo is not tor"),
     ({"keys": None}, TypeError, "keys: expected a Tensor, got NoneType"),
     ({"values": 1.0}, TypeError, "values: expected a Tensor, got float"),
     ({"rotation": None}, TypeError, "rotation: expected a Tensor, got NoneType"),

@@ -380,6 +380,11 @@ BAD = [
     ({"norm_eps": -1e-5}, ValueError, "norm_eps: -1e-05 is not in [0, inf)"),
     ({"norm_eps": math.nan}, ValueError, "norm_eps: nan is not in [0, inf)"),
     ({"x": [1.0]}, TypeError, "x: expected a Tensor, got list"),
+    (
+        {"weight": torch.zeros(3, 4).to_sparse()},
+        TypeError,
+        "weight: layout torch.sparse_coo is not",
+    ),
     ({"weight": None}, TypeError, "weight: expected a Tensor, got NoneType"),
     (
         {"x": like(2, 4).double()},

@@ -495,6 +495,9 @@ def test_gives_no_gradient():
 BAD = [
     ({"cond_logits": [[1.0]]}, TypeError, "cond_logits: expected a Tensor, got list"),
     ({"cond_logits": torch.zeros(2, 3, 4).double()}, TypeError, "cond_logits: dtype torch.float64"),
+    ({"cond_logits": torch.zeros(2, 3, 4).to_sparse()}, TypeError, "cond_logits: layout torch.sp"),
+    ({"mask_id": 2**63}, ValueError, "mask_id: 9223372036854775808 is not an int64"),
+    ({"token_temperature": 10**400}, ValueError, "token_temperature: 1000000"),
     ({"cond_logits": torch.zeros(2, 3)}, ValueError, "cond_logits: expected [B, L, V] with V >= 1"),
     ({"cond_logits": torch.zeros(2, 3, 0)}, ValueError, "cond_logits: expected [B, L, V] with V >"),
     ({"ids": torch.zeros(2, 4).long()}, ValueError, "ids: expected shape [2, 3], got [2, 4]"),

@@ -395,6 +395,7 @@ def test_gives_no_gradient():
 BAD = [
     ({"logits": [[1.0]]}, TypeError, "logits: expected a Tensor, got list"),
     ({"logits": torch.zeros(2, 4).double()}, TypeError, "logits: dtype torch.float64 is not float"),
+    ({"logits": torch.zeros(2, 4).to_sparse()}, TypeError, "logits: layout torch.sparse_coo is no"),
     ({"logits": torch.zeros(4)}, ValueError, "logits: expected [B, V] with 1 <= V <= 1048576, got"),
     ({"logits": torch.zeros(2, 0)}, ValueError, "logits: expected [B, V] with 1 <= V <= 1048576, "),
     (

@@ -1,7 +1,5 @@
 """The quantizer of TiTok as a drop-in layer."""
 
-from contextlib import nullcontext
-
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -10,7 +8,7 @@ from torch import Tensor, nn
 
 from titok_fast._distributed import rank_and_size
 from titok_fast.ops import inspect
-from titok_fast.ops.arguments import strided
+from titok_fast.ops.arguments import strided, without_autocast
 from titok_fast.ops.nearest_code import BACKENDS, nearest_code
 
 
@@ -92,8 +90,7 @@ class VectorQuantizer(nn.Module):
             raise TypeError(f"z: dtype {z.dtype} is not a floating dtype")
         if z.ndim != 4 or z.shape[1] != self.token_size:
             raise ValueError(f"z: expected [B, {self.token_size}, H, W], got shape {list(z.shape)}")
-        # There is no autocast for the meta device, nor a need of one.
-        with nullcontext() if z.is_meta else torch.autocast(z.device.type, enabled=False):
+        with without_autocast(z):
             return self._quantize(z.float())
 
     def _quantize(self, z: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -1,6 +1,8 @@
 """What the ops share of their arguments: dtypes, checks and how they are passed to C++."""
 
 import math
+import sys
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -8,27 +10,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_LARGEST = sys.float_info.max
 Number = float | Tensor
 Count = int | Tensor
-
-
-def check_tensor(
-    name: str,
-    tensor: object,
-    shape: list[int],
-    dtypes: tuple[torch.dtype, ...],
-    like: Tensor,
-    like_name: str,
-) -> None:
-    """`tensor` has this shape, one of these dtypes and the device of `like`."""
-    tensor = strided(name, tensor)
-    if tensor.dtype not in dtypes:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise TypeError(f"{name}: dtype {tensor.dtype} is not {names}")
-    if list(tensor.shape) != shape:
-        raise ValueError(f"{name}: expected shape {shape}, got {list(tensor.shape)}")
-    if tensor.device != like.device:
-        raise ValueError(f"{name}: on {tensor.device}, but {like_name} is on {like.device}")
 
 
 def strided(name: str, tensor: object) -> Tensor:
@@ -38,6 +22,44 @@ def strided(name: str, tensor: object) -> Tensor:
     if tensor.layout is not torch.strided:
         raise TypeError(f"{name}: layout {tensor.layout} is not torch.strided")
     return tensor
+
+
+def check_dtype(
+    name: str, tensor: object, dtypes: tuple[torch.dtype, ...] = DTYPES, *, wide: bool = False
+) -> Tensor:
+    """`tensor` itself; TypeError unless its dtype is one of these or, where `wide`, float64."""
+    tensor = strided(name, tensor)
+    if wide:
+        dtypes = (*dtypes, torch.float64)
+    if tensor.dtype not in dtypes:
+        *others, last = map(dtype_name, dtypes)
+        names = f"{', '.join(others)} or {last}" if others else last
+        raise TypeError(f"{name}: dtype {tensor.dtype} is not {names}")
+    return tensor
+
+
+def check_tensor(
+    name: str,
+    tensor: object,
+    shape: list[int] | None,
+    dtypes: tuple[torch.dtype, ...],
+    like: Tensor,
+    like_name: str,
+) -> None:
+    """`tensor` has this shape, if any, one of these dtypes and the device of `like`."""
+    tensor = check_dtype(name, tensor, dtypes)
+    if shape is not None and list(tensor.shape) != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got {list(tensor.shape)}")
+    if tensor.device != like.device:
+        raise ValueError(f"{name}: on {tensor.device}, but {like_name} is on {like.device}")
+
+
+def check_norm_eps(norm_eps: object) -> None:
+    """`norm_eps` is a finite number from 0."""
+    if not isinstance(norm_eps, int | float):
+        raise TypeError(f"norm_eps: expected a float, got {type(norm_eps).__name__}")
+    if not 0 <= norm_eps < math.inf:
+        raise ValueError(f"norm_eps: {norm_eps} is not in [0, inf)")
 
 
 def check_number(
@@ -63,7 +85,7 @@ def check_number(
     if not isinstance(value, kinds) or isinstance(value, bool):
         kind = "an int" if whole else "a float"
         raise TypeError(f"{name}: expected {kind} or a Tensor, got {type(value).__name__}")
-    if not whole and not -math.inf < value < math.inf:
+    if not whole and not -_LARGEST <= value <= _LARGEST:
         raise ValueError(f"{name}: {value} is not finite")
 
 
@@ -98,6 +120,22 @@ def check_no_gradient(tensors: dict[str, Tensor | None]) -> None:
                 f"{name}: has no gradient here; call it under torch.no_grad(), or with "
                 "backend='reference'"
             )
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """Autocast off for the device of `x`."""
+    # There is no autocast for the meta device, nor a need of one.
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
+
+
+def on_device(x: Tensor) -> AbstractContextManager[object]:
+    """Where Triton launches for `x`: on the current device, which need not be that of `x`."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As C++ takes it: "float32"."""
+    return str(dtype).removeprefix("torch.")
 
 
 def dense_rows(x: Tensor) -> Tensor:

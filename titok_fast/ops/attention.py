@@ -1,7 +1,6 @@
 """Bidirectional attention: schemas, checks, backends, autograd and the public function."""
 
 import platform
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -11,11 +10,12 @@ from torch import Tensor
 from titok_fast import _library, reference
 from titok_fast.ops import inspect
 from titok_fast.ops.arguments import (
-    DTYPES,
     autocast_dtype,
+    check_dtype,
     check_no_gradient,
     differentiated,
-    strided,
+    dtype_name,
+    on_device,
 )
 
 BACKENDS: dict[str, tuple[str, ...]] = {
@@ -42,8 +42,7 @@ TRITON_UP_TO = {
 
 def _check(qkv: Tensor, dropout_p: float, seed: int | Tensor | None, backend: str) -> None:
     fused = backend in ("cpu", "triton")
-    if strided("qkv", qkv).dtype not in (DTYPES if fused else (*DTYPES, torch.float64)):
-        raise TypeError(f"qkv: dtype {qkv.dtype} is not float32, float16 or bfloat16")
+    check_dtype("qkv", qkv, wide=not fused)
     if qkv.ndim != 5 or qkv.shape[2] != 3:
         raise ValueError(f"qkv: expected [B, L, 3, H, Dh], got shape {list(qkv.shape)}")
     _, length, _, heads, width = qkv.shape
@@ -76,32 +75,24 @@ def _aligned(x: Tensor) -> Tensor:
     return x if aligned else x.contiguous()
 
 
-def _fake_fwd(
-    qkv: Tensor, seed: Tensor | None, dropout_p: float, backend: str
-) -> tuple[Tensor, Tensor]:
+def _fake_cpu(qkv: Tensor) -> Tensor:
     b, length, _, h, d = qkv.shape
-    return qkv.new_empty(b, length, h, d), qkv.new_empty(b, h, length, dtype=torch.float32)
+    return qkv.new_empty(b, length, h, d)
 
 
-def _fake_bwd(
-    grad: Tensor,
-    qkv: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    seed: Tensor | None,
-    dropout_p: float,
-    backend: str,
-) -> Tensor:
+def _fake_fwd(qkv: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    batch, length, heads = qkv.shape[0], qkv.shape[1], qkv.shape[3]
+    return _fake_cpu(qkv), qkv.new_empty(batch, heads, length, dtype=torch.float32)
+
+
+def _fake_bwd(grad: Tensor, qkv: Tensor, *_: object) -> Tensor:
     return qkv.new_empty(qkv.shape)
 
 
-def _triton_fwd(
-    qkv: Tensor, seed: Tensor | None, dropout_p: float, backend: str
-) -> tuple[Tensor, Tensor]:
-    inspect.require_backend(backend, qkv.device.type)
+def _triton_fwd(qkv: Tensor, seed: Tensor | None, dropout_p: float) -> tuple[Tensor, Tensor]:
+    inspect.require_backend("triton", qkv.device.type)
     launch = inspect.kernels("attention").launch_attention_fwd
-    # Triton launches on the current device, which need not be that of the tensors.
-    with torch.cuda.device(qkv.device) if qkv.is_cuda else nullcontext():
+    with on_device(qkv):
         out, lse = launch(_aligned(qkv), seed, dropout_p)
     return out, lse
 
@@ -113,11 +104,10 @@ def _triton_bwd(
     lse: Tensor,
     seed: Tensor | None,
     dropout_p: float,
-    backend: str,
 ) -> Tensor:
-    inspect.require_backend(backend, qkv.device.type)
+    inspect.require_backend("triton", qkv.device.type)
     launch = inspect.kernels("attention").launch_attention_bwd
-    with torch.cuda.device(qkv.device) if qkv.is_cuda else nullcontext():
+    with on_device(qkv):
         grad_qkv: Tensor = launch(
             _aligned(grad), _aligned(qkv), out.contiguous(), lse.contiguous(), seed, dropout_p
         )
@@ -125,8 +115,7 @@ def _triton_bwd(
 
 
 _fwd_op = _library.register(
-    "attention_fwd(Tensor qkv, Tensor? seed, float dropout_p, str backend) "
-    "-> (Tensor out, Tensor lse)",
+    "attention_fwd(Tensor qkv, Tensor? seed, float dropout_p) -> (Tensor out, Tensor lse)",
     cpu=_triton_fwd,
     cuda=_triton_fwd,
     fake=_fake_fwd,
@@ -134,16 +123,11 @@ _fwd_op = _library.register(
 
 _bwd_op = _library.register(
     "attention_bwd(Tensor grad, Tensor qkv, Tensor out, Tensor lse, Tensor? seed, "
-    "float dropout_p, str backend) -> Tensor",
+    "float dropout_p) -> Tensor",
     cpu=_triton_bwd,
     cuda=_triton_bwd,
     fake=_fake_bwd,
 )
-
-
-def _fake_cpu(qkv: Tensor) -> Tensor:
-    b, length, _, h, d = qkv.shape
-    return qkv.new_empty(b, length, h, d)
 
 
 def _cpu(qkv: Tensor) -> Tensor:
@@ -152,7 +136,7 @@ def _cpu(qkv: Tensor) -> Tensor:
         qkv = qkv.contiguous()
     batch, length, _, heads, width = qkv.shape
     extension, threads = inspect.extension(), torch.get_num_threads()
-    dtype = str(qkv.dtype).removeprefix("torch.")
+    dtype = dtype_name(qkv.dtype)
     out = torch.empty((batch, length, heads, width), dtype=qkv.dtype, device="cpu")
     size = extension.attention_cpu_workspace(length, width, dtype, threads)
     workspace = torch.empty(size, dtype=torch.uint8, device="cpu")
@@ -181,12 +165,10 @@ _cpu_op = _library.register(
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, qkv: Tensor, seed: Tensor | None, dropout_p: float, backend: str
-    ) -> Tensor:
-        out, lse = _fwd_op(qkv, seed, dropout_p, backend)
+    def forward(ctx: Any, qkv: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor:
+        out, lse = _fwd_op(qkv, seed, dropout_p)
         ctx.save_for_backward(qkv, out, lse, seed)
-        ctx.options = dropout_p, backend
+        ctx.dropout_p = dropout_p
         result: Tensor = out
         return result
 
@@ -194,10 +176,10 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         qkv, out, lse, seed = ctx.saved_tensors
         with torch.no_grad():
-            grad_qkv = _bwd_op(grad, qkv, out, lse, seed, *ctx.options)
+            grad_qkv = _bwd_op(grad, qkv, out, lse, seed, ctx.dropout_p)
         if torch.is_grad_enabled():
             (grad_qkv,) = _library.once("attention", (grad_qkv,), qkv, grad)
-        return grad_qkv, None, None, None
+        return grad_qkv, None, None
 
 
 def _automatic(qkv: Tensor, dropout_p: float) -> str:
@@ -283,9 +265,7 @@ def attention(
         chosen = _automatic(qkv, dropout_p)
     key = _seed_tensor(seed, qkv.device) if dropout_p > 0 else None
     if chosen == "triton":
-        out: Tensor = _Attention.apply(  # type: ignore[no-untyped-call]
-            qkv, key, float(dropout_p), chosen
-        )
+        out: Tensor = _Attention.apply(qkv, key, float(dropout_p))  # type: ignore[no-untyped-call]
         return out
     if chosen == "cpu":
         if dropout_p > 0:

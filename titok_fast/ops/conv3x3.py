@@ -1,7 +1,6 @@
 """A 3x3 convolution of a pixel network, with its neighbours: schema, checks, public function."""
 
 import math
-from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +8,15 @@ from torch import Tensor
 
 from titok_fast import _library, reference
 from titok_fast.ops import inspect
-from titok_fast.ops.arguments import DTYPES, address, check_no_gradient, check_tensor
+from titok_fast.ops.arguments import (
+    address,
+    check_dtype,
+    check_no_gradient,
+    check_norm_eps,
+    check_tensor,
+    dtype_name,
+    on_device,
+)
 
 BACKENDS: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu", "triton"),
@@ -21,15 +28,8 @@ _FILTER = ((1.0, 0.0, 0.0), (0.5, 0.5, 0.5), (0.5, -0.5, 0.5), (0.0, 0.0, 1.0))
 _PACKED = (torch.float32, torch.bfloat16)
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _check_weight(weight: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"weight: expected a Tensor, got {type(weight).__name__}")
-    if weight.dtype not in dtypes:
-        raise TypeError(f"weight: dtype {weight.dtype} is not float32, float16 or bfloat16")
+def _check_weight(weight: Tensor, *, wide: bool = False) -> None:
+    check_dtype("weight", weight, wide=wide)
     if weight.ndim != 4 or weight.shape[2:] != (3, 3) or 0 in weight.shape:
         raise ValueError(
             f"weight: expected [O, C, 3, 3] with O >= 1 and C >= 1, got shape {list(weight.shape)}"
@@ -42,7 +42,7 @@ def _layout(shape: torch.Size, dtype: torch.dtype) -> tuple[list[int], torch.dty
     [panel, position, channel / terms, column, term], or, of the nine positions of the direct
     method, [panel, group of channels and position, channel of the group / terms, column, term].
     """
-    columns, positions, channels, terms = inspect.extension().conv3x3_cpu_layout(_name(dtype))
+    columns, positions, channels, terms = inspect.extension().conv3x3_cpu_layout(dtype_name(dtype))
     words = -(-shape[1] // channels) * channels // terms
     kind = torch.bfloat16 if terms == 2 else torch.float32
     groups = words * terms // channels if positions == 9 else 1
@@ -60,15 +60,11 @@ def _check(
     upsample: bool,
     backend: str,
 ) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x: expected a Tensor, got {type(x).__name__}")
-    dtypes = (*DTYPES, torch.float64) if backend == "reference" else DTYPES
-    if x.dtype not in dtypes:
-        raise TypeError(f"x: dtype {x.dtype} is not float32, float16 or bfloat16")
+    check_dtype("x", x, wide=backend == "reference")
     if x.ndim != 4 or 0 in x.shape[1:]:
         raise ValueError(f"x: expected [B, C, H, W] of 1 or more, got shape {list(x.shape)}")
     batch, channels, height, width = x.shape
-    _check_weight(weight, dtypes)
+    _check_weight(weight, wide=backend == "reference")
     outputs = weight.shape[0]
     check_tensor("weight", weight, [outputs, channels, 3, 3], (x.dtype,), x, "x")
     factor = 2 if upsample else 1
@@ -85,16 +81,12 @@ def _check(
         if others[absent] is None and others[given] is not None:
             raise ValueError(f"{absent}: needed where {given} is given")
     if packed is not None:  # its shape depends on the machine
-        shape = list(packed.shape) if isinstance(packed, Tensor) else []
-        check_tensor("packed", packed, shape, _PACKED, x, "x")
+        check_tensor("packed", packed, None, _PACKED, x, "x")
     if not isinstance(num_groups, int):
         raise TypeError(f"num_groups: expected an int, got {type(num_groups).__name__}")
     if others["norm"] is not None and (num_groups < 1 or channels % num_groups):
         raise ValueError(f"num_groups: {num_groups} does not divide {channels} channels")
-    if not isinstance(norm_eps, int | float):
-        raise TypeError(f"norm_eps: expected a float, got {type(norm_eps).__name__}")
-    if not 0 <= norm_eps < math.inf:
-        raise ValueError(f"norm_eps: {norm_eps} is not in [0, inf)")
+    check_norm_eps(norm_eps)
 
 
 def pack_conv3x3(weight: Tensor) -> Tensor:
@@ -114,7 +106,7 @@ def pack_conv3x3(weight: Tensor) -> Tensor:
         ValueError: a wrong shape or device.
         RuntimeError: the extension is not built.
     """
-    _check_weight(weight, DTYPES)
+    _check_weight(weight)
     if weight.device.type != "cpu":
         raise ValueError(f"weight: on {weight.device}, allowed is cpu")
     layout, kind = _layout(weight.shape, weight.dtype)
@@ -165,8 +157,7 @@ def _normalised(
     pixels = _pixels(x)
     out = torch.empty_like(pixels)
     launch = inspect.kernels("conv3x3").launch_norm_silu
-    # Triton launches on the current device, which need not be that of the tensors.
-    with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+    with on_device(x):
         launch(pixels, norm.contiguous(), norm_bias.contiguous(), num_groups, norm_eps, out)
     return out.permute(0, 3, 1, 2)
 
@@ -195,15 +186,15 @@ def _run(
             result = F.conv2d(x, weight, bias, padding=1)
         result = result if residual is None else result.add_(residual)
         return _pixels(result).permute(0, 3, 1, 2)
-    extension, threads, dtype = inspect.extension(), torch.get_num_threads(), _name(x.dtype)
+    extension, threads, dtype = inspect.extension(), torch.get_num_threads(), dtype_name(x.dtype)
     (batch, channels, height, width), outputs = x.shape, weight.shape[0]
     if packed is None:
         packed = pack_conv3x3(weight)
     layout, kind = _layout(weight.shape, weight.dtype)
     if list(packed.shape) != layout or packed.dtype != kind:
         raise ValueError(
-            f"packed: got {_name(packed.dtype)} {list(packed.shape)}, pack_conv3x3 makes of this "
-            f"weight here {_name(kind)} {layout}"
+            f"packed: got {dtype_name(packed.dtype)} {list(packed.shape)}, pack_conv3x3 makes of "
+            f"this weight here {dtype_name(kind)} {layout}"
         )
     packed = packed.contiguous()
     factor = 2 if upsample else 1

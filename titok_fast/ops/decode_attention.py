@@ -1,13 +1,18 @@
 """Attention of one query per sequence to a cache: schema, checks, backends, public function."""
 
-from contextlib import nullcontext
-
 import torch
 from torch import Tensor
 
 from titok_fast import _library, reference
 from titok_fast.ops import inspect
-from titok_fast.ops.arguments import DTYPES, check_no_gradient, check_tensor, dense_rows
+from titok_fast.ops.arguments import (
+    check_dtype,
+    check_no_gradient,
+    check_tensor,
+    dense_rows,
+    dtype_name,
+    on_device,
+)
 
 BACKENDS: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu", "triton"),
@@ -25,18 +30,13 @@ def _check(
     position: int | Tensor,
     backend: str,
 ) -> None:
-    for name, tensor in (("qkv", qkv), ("keys", keys)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
-    dtypes = (*DTYPES, torch.float64) if backend == "reference" else DTYPES
-    if qkv.dtype not in dtypes:
-        raise TypeError(f"qkv: dtype {qkv.dtype} is not float32, float16 or bfloat16")
+    check_dtype("qkv", qkv, wide=backend == "reference")
+    check_tensor("keys", keys, None, (qkv.dtype,), qkv, "qkv")
     if keys.ndim != 4 or 0 in keys.shape[1:]:
         raise ValueError(f"keys: expected [B, Hkv, S, Dh], got shape {list(keys.shape)}")
     batch, kv_heads, length, width = keys.shape
     if width % 2 or width > MAX_HEAD_WIDTH:
         raise ValueError(f"keys: Dh must be even and up to {MAX_HEAD_WIDTH}, got {width}")
-    check_tensor("keys", keys, list(keys.shape), (qkv.dtype,), qkv, "qkv")
     check_tensor("values", values, list(keys.shape), (qkv.dtype,), qkv, "qkv")
     for name, cache in (("keys", keys), ("values", values)):
         if not cache.is_contiguous():
@@ -69,9 +69,7 @@ def _known(position: Tensor, length: int) -> int:
     return known
 
 
-def _fake(
-    qkv: Tensor, keys: Tensor, values: Tensor, rotation: Tensor, position: Tensor, backend: str
-) -> Tensor:
+def _fake(qkv: Tensor, keys: Tensor, *_: object) -> Tensor:
     return qkv.new_empty(qkv.shape[0], qkv.shape[1] - 2 * keys.shape[1] * keys.shape[3])
 
 
@@ -86,8 +84,7 @@ def _run(
     known = _known(position, length)
     if backend == "triton":
         launch = inspect.kernels("decode_attention").launch_decode_attention
-        # Triton launches on the current device, which need not be that of the tensors.
-        with torch.cuda.device(qkv.device) if qkv.is_cuda else nullcontext():
+        with on_device(qkv):
             launch(qkv, keys, values, rotation, position, out)
         return out
     extension, threads = inspect.extension(), torch.get_num_threads()
@@ -106,7 +103,7 @@ def _run(
         kv_heads=kv_heads,
         length=length,
         width=width,
-        dtype=str(qkv.dtype).removeprefix("torch."),
+        dtype=dtype_name(qkv.dtype),
         workspace=workspace.data_ptr(),
         threads=threads,
     )

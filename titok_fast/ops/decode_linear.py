@@ -1,14 +1,20 @@
 """A linear layer of a decoding step, with its neighbours: schema, checks, public function."""
 
-import math
-from contextlib import nullcontext
-
 import torch
 from torch import Tensor
 
 from titok_fast import _library, reference
 from titok_fast.ops import inspect
-from titok_fast.ops.arguments import DTYPES, address, check_no_gradient, check_tensor, dense_rows
+from titok_fast.ops.arguments import (
+    address,
+    check_dtype,
+    check_no_gradient,
+    check_norm_eps,
+    check_tensor,
+    dense_rows,
+    dtype_name,
+    on_device,
+)
 
 BACKENDS: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu", "triton"),
@@ -21,12 +27,8 @@ MAX_ROWS = 16  # beyond, a product of matrices is no longer bound by reading the
 def _check(
     x: Tensor, weight: Tensor, norm_eps: float, others: dict[str, Tensor | None], backend: str
 ) -> None:
-    for name, tensor in (("x", x), ("weight", weight)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
-    dtypes = (*DTYPES, torch.float64) if backend == "reference" else DTYPES
-    if x.dtype not in dtypes:
-        raise TypeError(f"x: dtype {x.dtype} is not float32, float16 or bfloat16")
+    check_dtype("x", x, wide=backend == "reference")
+    check_dtype("weight", weight, (x.dtype,))
     if x.ndim != 2 or x.shape[1] < 1:
         raise ValueError(f"x: expected [B, W] with W >= 1, got shape {list(x.shape)}")
     batch, width = x.shape
@@ -43,28 +45,14 @@ def _check(
         "residual": [batch, size],
         "residual_scale": [batch, size],
     }
-    if not isinstance(norm_eps, int | float):
-        raise TypeError(f"norm_eps: expected a float, got {type(norm_eps).__name__}")
-    if not 0 <= norm_eps < math.inf:
-        raise ValueError(f"norm_eps: {norm_eps} is not in [0, inf)")
+    check_norm_eps(norm_eps)
     check_tensor("weight", weight, [size, width], (x.dtype,), x, "x")
     for name, other in others.items():
         if other is not None:
             check_tensor(name, other, shapes[name], (x.dtype,), x, "x")
 
 
-def _fake(
-    x: Tensor,
-    weight: Tensor,
-    norm: Tensor | None,
-    norm_eps: float,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    up_weight: Tensor | None,
-    residual: Tensor | None,
-    residual_scale: Tensor | None,
-    backend: str,
-) -> Tensor:
+def _fake(x: Tensor, weight: Tensor, *_: object) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
@@ -89,8 +77,7 @@ def _run(
     others = [None if tensor is None else dense_rows(tensor) for tensor in optional]
     if backend == "triton":
         launch = inspect.kernels("decode_linear").launch_decode_linear
-        # Triton launches on the current device, which need not be that of the tensors.
-        with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
+        with on_device(x):
             launch(x, weight, norm, norm_eps, *others, out)
         return out
     extension, threads = inspect.extension(), torch.get_num_threads()
@@ -108,7 +95,7 @@ def _run(
         batch=batch,
         width=width,
         size=size,
-        dtype=str(x.dtype).removeprefix("torch."),
+        dtype=dtype_name(x.dtype),
         workspace=workspace.data_ptr(),
         threads=threads,
     )

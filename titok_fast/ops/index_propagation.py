@@ -1,7 +1,6 @@
 """Index back-propagation quantization: schemas, checks, backends, autograd, public function."""
 
 import math
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +9,14 @@ from torch import Tensor
 
 from titok_fast import _library, reference
 from titok_fast.ops import inspect
-from titok_fast.ops.arguments import DTYPES, autocast_dtype, dense_rows, differentiated
+from titok_fast.ops.arguments import (
+    autocast_dtype,
+    dense_rows,
+    differentiated,
+    dtype_name,
+    on_device,
+    without_autocast,
+)
 from titok_fast.ops.nearest_code import check_rows_and_codes, nearest_code
 from titok_fast.reference.index_propagation import EPS, mean_over_ranks
 from titok_fast.reference.index_propagation_streaming import add_rows, wide_dtype
@@ -48,9 +54,7 @@ def _check(
     process_group: dist.ProcessGroup | None,
     backend: str,
 ) -> None:
-    check_rows_and_codes(
-        z, codebook, (*DTYPES, torch.float64) if backend == "reference" else DTYPES
-    )
+    check_rows_and_codes(z, codebook, wide=backend == "reference")
     if z.ndim != 2:
         raise ValueError(f"z: expected [N, D], got shape {list(z.shape)}")
     check_temperature("temperature", temperature)
@@ -72,21 +76,7 @@ def _fake_fwd(
     )
 
 
-def _fake_bwd(
-    grad: Tensor,
-    z: Tensor,
-    codebook: Tensor,
-    indices: Tensor,
-    mean_code: Tensor,
-    statistics: Tensor,
-    support_codes: Tensor,
-    support_weights: Tensor,
-    sample_weight: Tensor,
-    code_weight: Tensor,
-    temperature: float,
-    entropy: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
+def _fake_bwd(grad: Tensor, z: Tensor, codebook: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return z.new_empty(z.shape), codebook.new_empty(codebook.shape)
 
 
@@ -109,7 +99,7 @@ def _cpu_fwd(
     outputs = indices, mean_code, statistics, code_probability, support_codes, support_weights
     if n == 0:
         return outputs
-    threads, dtype = torch.get_num_threads(), str(z.dtype).removeprefix("torch.")
+    threads, dtype = torch.get_num_threads(), dtype_name(z.dtype)
     size = extension.index_propagation_cpu_workspace(
         n=n, k=k, d=d, dtype=dtype, threads=threads, backward=False
     )
@@ -168,7 +158,7 @@ def _cpu_bwd(
     if n == 0:
         return torch.zeros_like(z), torch.zeros_like(codebook)
     grad_z, grad_codebook = z.new_empty(n, d), z.new_empty(k, d)
-    threads, dtype = torch.get_num_threads(), str(z.dtype).removeprefix("torch.")
+    threads, dtype = torch.get_num_threads(), dtype_name(z.dtype)
     size = extension.index_propagation_cpu_workspace(
         n=n, k=k, d=d, dtype=dtype, threads=threads, backward=True
     )
@@ -207,8 +197,7 @@ def _triton_fwd(
 ) -> Forward:
     inspect.require_backend(backend, z.device.type)
     launch = inspect.kernels("index_propagation").launch_index_propagation_fwd
-    # Triton launches on the current device, which need not be that of the tensors.
-    with torch.cuda.device(z.device) if z.is_cuda else nullcontext():
+    with on_device(z):
         indices, mean_code, statistics, probability, codes, weights = launch(
             dense_rows(z), dense_rows(codebook), temperature, entropy, gradients
         )
@@ -232,7 +221,7 @@ def _triton_bwd(
 ) -> tuple[Tensor, Tensor]:
     inspect.require_backend(backend, z.device.type)
     launch = inspect.kernels("index_propagation").launch_index_propagation_bwd
-    with torch.cuda.device(z.device) if z.is_cuda else nullcontext():
+    with on_device(z):
         grad_z, grad_codebook = launch(
             dense_rows(grad), dense_rows(z), dense_rows(codebook), indices, mean_code, statistics,
             sample_weight, code_weight, temperature, entropy,
@@ -260,16 +249,11 @@ _bwd_op = _library.register(
 )
 
 
-def _no_autocast(z: Tensor) -> AbstractContextManager[object]:
-    # There is no autocast for the meta device, nor a need of one.
-    return nullcontext() if z.is_meta else torch.autocast(z.device.type, enabled=False)
-
-
 def _streaming_fwd(
     z: Tensor, codebook: Tensor, temperature: float, entropy: bool, gradients: bool, backend: str
 ) -> Forward:
     indices = nearest_code(z, codebook, metric="dot")
-    with _no_autocast(z):
+    with without_autocast(z):
         mean_code, statistics, code_probability = reference.index_propagation_fwd(
             z, codebook, indices, temperature, entropy, gradients
         )
@@ -292,7 +276,7 @@ def _streaming_bwd(
     entropy: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    with _no_autocast(z):
+    with without_autocast(z):
         return reference.index_propagation_bwd(
             grad, z, codebook, indices, mean_code, statistics, sample_weight, code_weight.float(),
             temperature, entropy,

@@ -8,16 +8,17 @@ from torch import Tensor
 from titok_fast import _library, reference
 from titok_fast.ops import inspect
 from titok_fast.ops.arguments import (
-    DTYPES,
     Count,
     Number,
     address,
     as_tensors,
     by_address,
     check_counters,
+    check_dtype,
     check_number,
     check_tensor,
     dense_rows,
+    dtype_name,
 )
 
 BACKENDS: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("cuda",), "meta": ("cpu",)}
@@ -41,12 +42,7 @@ def _check(
     confidence: str,
     numbers: dict[str, Any],
 ) -> None:
-    if not isinstance(cond_logits, Tensor):
-        raise TypeError(f"cond_logits: expected a Tensor, got {type(cond_logits).__name__}")
-    if cond_logits.dtype not in DTYPES:
-        raise TypeError(
-            f"cond_logits: dtype {cond_logits.dtype} is not float32, float16 or bfloat16"
-        )
+    check_dtype("cond_logits", cond_logits)
     if cond_logits.ndim != 3 or cond_logits.shape[2] == 0:
         raise ValueError(
             f"cond_logits: expected [B, L, V] with V >= 1, got shape {list(cond_logits.shape)}"
@@ -67,13 +63,16 @@ def _check(
     if noise is not None:
         if not isinstance(noise, tuple | list) or len(noise) != 2:
             raise TypeError(
-                "noise: expected (token uniforms [B, L, V], confidence uniforms [B, L])"
+                "noise: expected (token uniforms [B, L, V], confidence uniforms [B, L]), got "
+                f"{type(noise).__name__}"
             )
         shape, float32 = [batch, length, vocabulary], (torch.float32,)
         check_tensor("noise[0]", noise[0], shape, float32, cond_logits, "cond_logits")
         check_tensor("noise[1]", noise[1], [batch, length], float32, cond_logits, "cond_logits")
     if not isinstance(mask_id, int | torch.SymInt) or isinstance(mask_id, bool):
         raise TypeError(f"mask_id: expected an int, got {type(mask_id).__name__}")
+    if not -(2**63) <= mask_id < 2**63:
+        raise ValueError(f"mask_id: {mask_id} is not an int64")
     if guidance_form not in GUIDANCE_FORMS:
         raise ValueError(f"guidance_form: {guidance_form!r} is not one of 'cond', 'uncond'")
     if confidence not in CONFIDENCES:
@@ -99,22 +98,7 @@ def _check(
         )
 
 
-def _fake(
-    cond_logits: Tensor,
-    uncond_logits: Tensor | None,
-    ids: Tensor,
-    mask_id: int,
-    image_ids: Tensor | None,
-    positions: Tensor | None,
-    token_noise: Tensor | None,
-    confidence_noise: Tensor | None,
-    guidance_form: str,
-    confidence: str,
-    counts: list[int],
-    factors: list[float],
-    tensors: list[Tensor | None],
-    backend: str,
-) -> Result:
+def _fake(cond_logits: Tensor, uncond_logits: Tensor | None, ids: Tensor, *_: object) -> Result:
     shape = ids.shape
     return ids.new_empty(shape), ids.new_empty(shape), ids.new_empty(shape, dtype=torch.float32)
 
@@ -167,7 +151,7 @@ def _run(
         batch=batch,
         length=length,
         vocabulary=vocabulary,
-        dtype=str(cond.dtype).removeprefix("torch."),
+        dtype=dtype_name(cond.dtype),
         from_uncond=guidance_form == "uncond",
         kind=confidence,
         ids=ids.data_ptr(),

@@ -1,6 +1,5 @@
 """Exact nearest-code search: schema, checks, backends and the public function."""
 
-from contextlib import nullcontext
 from typing import Literal, overload
 
 import torch
@@ -8,19 +7,16 @@ from torch import Tensor
 
 from titok_fast import _library, reference
 from titok_fast.ops import inspect
-from titok_fast.ops.arguments import DTYPES, autocast_dtype, dense_rows, strided
+from titok_fast.ops.arguments import autocast_dtype, check_dtype, dense_rows, dtype_name, on_device
 
 METRICS = ("l2", "cosine", "dot")
 BACKENDS = {"cpu": ("cpu", "triton"), "cuda": ("triton",), "meta": ("cpu", "triton")}
 
 
-def check_rows_and_codes(
-    z: Tensor, codebook: Tensor, dtypes: tuple[torch.dtype, ...] = DTYPES
-) -> None:
+def check_rows_and_codes(z: Tensor, codebook: Tensor, *, wide: bool = False) -> None:
     """TypeError or ValueError unless `z` is [..., D] and `codebook` [K, D] of the same kind."""
-    for name, tensor in (("z", z), ("codebook", codebook)):
-        if strided(name, tensor).dtype not in dtypes:
-            raise TypeError(f"{name}: dtype {tensor.dtype} is not float32, float16 or bfloat16")
+    check_dtype("z", z, wide=wide)
+    check_dtype("codebook", codebook, wide=wide)
     if codebook.ndim != 2:
         raise ValueError(f"codebook: expected [K, D], got shape {list(codebook.shape)}")
     if codebook.shape[0] == 0 or codebook.shape[1] == 0:
@@ -85,7 +81,7 @@ def _cpu(
         n=n,
         k=k,
         d=d,
-        dtype=str(z.dtype).removeprefix("torch."),
+        dtype=dtype_name(z.dtype),
         metric=metric,
         indices=indices.data_ptr(),
         distances=distances.data_ptr() if distance else 0,
@@ -106,8 +102,7 @@ def _triton(
 ) -> tuple[Tensor, Tensor]:
     inspect.require_backend(backend, z.device.type)
     launch = inspect.kernels("nearest_code").launch_nearest_code
-    # Triton launches on the current device, which need not be that of the tensors.
-    with torch.cuda.device(z.device) if z.is_cuda else nullcontext():
+    with on_device(z):
         indices, distances = launch(dense_rows(z), dense_rows(codebook), metric, distance, rescored)
     return indices, distances
 

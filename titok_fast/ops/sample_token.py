@@ -8,16 +8,17 @@ from torch import Tensor
 from titok_fast import _library, reference
 from titok_fast.ops import inspect
 from titok_fast.ops.arguments import (
-    DTYPES,
     Count,
     Number,
     address,
     as_tensors,
     by_address,
     check_counters,
+    check_dtype,
     check_number,
     check_tensor,
     dense_rows,
+    dtype_name,
 )
 
 BACKENDS: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("cuda",), "meta": ("cpu",)}
@@ -29,10 +30,7 @@ MAX_VOCABULARY = 1 << 20  # sums of 40-bit weights stay below 2^60
 def _check(
     logits: Tensor, uncond_logits: Tensor | None, image_ids: Tensor | None, numbers: dict[str, Any]
 ) -> None:
-    if not isinstance(logits, Tensor):
-        raise TypeError(f"logits: expected a Tensor, got {type(logits).__name__}")
-    if logits.dtype not in DTYPES:
-        raise TypeError(f"logits: dtype {logits.dtype} is not float32, float16 or bfloat16")
+    check_dtype("logits", logits)
     if logits.ndim != 2 or not 1 <= logits.shape[1] <= MAX_VOCABULARY:
         raise ValueError(
             f"logits: expected [B, V] with 1 <= V <= {MAX_VOCABULARY}, got shape "
@@ -58,15 +56,7 @@ def _check(
         raise ValueError("uncond_logits: needed unless guidance_scale is 1")
 
 
-def _fake(
-    logits: Tensor,
-    uncond_logits: Tensor | None,
-    image_ids: Tensor | None,
-    counts: list[int],
-    factors: list[float],
-    tensors: list[Tensor | None],
-    backend: str,
-) -> Tensor:
+def _fake(logits: Tensor, *_: object) -> Tensor:
     return logits.new_empty(logits.shape[0], dtype=torch.int64)
 
 
@@ -103,7 +93,7 @@ def _run(
         uncond_stride=0 if uncond is None else uncond.stride(0),
         batch=batch,
         vocabulary=vocabulary,
-        dtype=str(cond.dtype).removeprefix("torch."),
+        dtype=dtype_name(cond.dtype),
         image_ids=address(image_ids),
         **values,
         tokens=tokens.data_ptr(),
