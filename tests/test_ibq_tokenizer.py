@@ -1,9 +1,12 @@
 """IBQ's tokenizer against the official implementation."""
 
 import copy
+from functools import partialmethod
+from inspect import signature
 
 import pytest
 import torch
+from torch import nn
 
 import titok_fast
 from tests.conformance import expected, image, manifest, weights
@@ -74,6 +77,32 @@ def test_compiled_blocks_agree_with_eager_ones(tiny):
     assert list(model.state_dict()) == list(tiny.state_dict())
     with torch.no_grad():
         assert relative_error(model.latents(images), latents) < 1e-5
+
+
+@pytest.mark.skipif(
+    "recompile_limit" not in signature(torch.compile).parameters, reason="torch has one limit"
+)
+def test_compiles_the_blocks_of_every_shape(monkeypatch):
+    """A release has more of them than the 8 after which torch stops compiling."""
+    config = copy.deepcopy(manifest("ibq_tokenizer_16384")["config"])
+    config["ddconfig"]["ch"] = 32
+    whole = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(whole, backend="eager"))
+    model = titok_fast.compile(IBQTokenizer.from_config(config).eval())
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        tokens = model.encode(torch.rand(1, 3, 64, 64))
+        assert model.decode(tokens).shape == (1, 3, 64, 64)
+
+
+def test_encodes_and_decodes_without_dropout(tiny):
+    config = copy.deepcopy(tiny.config)
+    config["ddconfig"]["dropout"] = 0.5
+    model = IBQTokenizer.from_config(config).train()
+    images = torch.rand(1, 3, 32, 32)
+    tokens = model.encode(images)
+    assert torch.equal(model.encode(images), tokens)
+    assert torch.equal(model.decode(tokens), model.decode(tokens))
+    assert all(module.training for module in model.modules())
 
 
 def test_loads_by_whichever_class_it_is(tiny, tmp_path):

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -285,6 +286,16 @@ def test_trains(model_type):
     loss = model(ids, torch.tensor([0, 1, 4, 5])).logsumexp(-1).mean()
     loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_generates_in_several_threads_while_training():
+    """All in evaluation mode, which no thread ends for another."""
+    model = small("ViT", dropout=0.5, attn_drop=0.5).train()
+    expected = model.generate([1, 2], seed=3)
+    with ThreadPoolExecutor(4) as pool:
+        tokens = list(pool.map(lambda _: model.generate([1, 2], seed=3), range(24)))
+    assert all(torch.equal(each, expected) for each in tokens)
+    assert all(module.training for module in model.modules())
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -22,6 +23,8 @@ from titok_fast.models.maskgit_vqgan import ResnetBlock
 from titok_fast.models.packed import packable
 
 Model = TypeVar("Model", bound=nn.Module)
+
+_COMPILE_OPTIONS = inspect.signature(torch.compile).parameters  # torch 2.10 lacks some
 
 
 def compile(model: Model) -> Model:
@@ -44,8 +47,10 @@ def compile(model: Model) -> Model:
     blocks = [module for module in model.modules() if isinstance(module, kinds)]
     if not blocks:
         raise ValueError(f"model: {type(model).__name__} has no block of a model of titok_fast")
+    # IBQ's blocks alone have more shapes than the 8 that torch compiles one code for.
+    raised = {"recompile_limit": 64} if "recompile_limit" in _COMPILE_OPTIONS else {}
     for block in blocks:
-        block.compile()
+        block.compile(**raised)
     return model
 
 

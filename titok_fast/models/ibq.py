@@ -35,7 +35,7 @@ from titok_fast.models.maskgit_vqgan import (
     image_by_image,
 )
 from titok_fast.models.packed import Conv
-from titok_fast.models.pretrained import PretrainedModel, Release
+from titok_fast.models.pretrained import PretrainedModel, Release, evaluating
 from titok_fast.ops import nearest_code
 
 _DDCONFIG = {
@@ -363,7 +363,7 @@ class IBQTokenizer(PretrainedModel):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Tokens of images, for inference: builds no graph.
+        """Tokens of images, for inference: without dropout, builds no graph.
 
         Args:
             images: as for `latents`.
@@ -375,13 +375,14 @@ class IBQTokenizer(PretrainedModel):
             TypeError: when images is not a floating tensor.
             ValueError: for another shape.
         """
-        z = self.latents(images)
+        with evaluating(self):
+            z = self.latents(images)
         codebook = self.quantize.embedding.weight.float()
         return nearest_code(z.float().permute(0, 2, 3, 1), codebook, metric="dot")
 
     @torch.no_grad()
     def decode(self, tokens: Tensor, *, clamp: bool = True) -> Tensor:
-        """Images of tokens, for inference: builds no graph.
+        """Images of tokens, for inference: without dropout, builds no graph.
 
         Args:
             tokens: [B, h, w] int64 in [0, codebook_size). A token out of range is an error here on
@@ -397,6 +398,7 @@ class IBQTokenizer(PretrainedModel):
         """
         check_tokens("tokens", tokens, self.codebook_size, "B, h, w")
         z = self.quantize.embedding.weight[tokens].permute(0, 3, 1, 2)  # [B, D, h, w]
-        z = self.post_quant_conv(z.to(self.post_quant_conv.weight.dtype))
-        images = (image_by_image(self.decoder, z) + 1) / 2
+        with evaluating(self):
+            z = self.post_quant_conv(z.to(self.post_quant_conv.weight.dtype))
+            images = (image_by_image(self.decoder, z) + 1) / 2
         return images.clamp(0, 1) if clamp else images

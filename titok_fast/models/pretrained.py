@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -196,16 +197,35 @@ class PretrainedModel(nn.Module):
             temporary.write_text(json.dumps(self.config, indent=2) + "\n", encoding="utf-8")
 
 
+@dataclass
+class _Modes:
+    before: dict[nn.Module, bool]
+    users: int = 0
+
+
+_evaluated: dict[nn.Module, _Modes] = {}
+_evaluated_lock = threading.Lock()
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Within it, all modules are in evaluation mode."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
+    """Within it, all modules are in evaluation mode, of several threads until the last leaves."""
+    with _evaluated_lock:
+        modes = _evaluated.get(model)
+        if modes is None:
+            modes = _Modes({module: module.training for module in model.modules()})
+            _evaluated[model] = modes
+            model.eval()
+        modes.users += 1
     try:
         yield
     finally:
-        for module, mode in modes.items():
-            module.training = mode
+        with _evaluated_lock:
+            modes.users -= 1
+            if modes.users == 0:
+                del _evaluated[model]
+                for module, mode in modes.before.items():
+                    module.training = mode
 
 
 def locate(
