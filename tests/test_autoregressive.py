@@ -350,6 +350,18 @@ def test_no_images(tiny):
         (lambda m: m.logits(torch.zeros(1, 1), LABELS[:1]), TypeError, "tokens: got dtype"),
         (lambda m: m.generate([11]), ValueError, r"labels: got labels in \[11, 11\], allowed is"),
         (lambda m: m.generate([1.0]), TypeError, "labels: got dtype torch.float32"),
+        (lambda m: m.generate(["1"]), TypeError, r"labels: got \['1'\], allowed is integers"),
+        (lambda m: m.generate([1, None]), TypeError, r"labels: got \[1, None\], allowed is integ"),
+        (
+            lambda m: m.generate([2**70]),
+            TypeError,
+            r"labels: got \[1180591620717411303424\], ",
+        ),
+        (
+            lambda m: m.generate([1], prefix=torch.zeros(1, m.num_tokens + 1).long()),
+            ValueError,
+            r"prefix: got shape \[1, \d+\], allowed is \[1, P\] with P up to",
+        ),
         (lambda m: m.generate([1], num_tokens=17), ValueError, "num_tokens: got 17, allowed is an"),
         (lambda m: m.generate([1], prefix=LABELS[None], num_tokens=1), ValueError, "from 2 to 16"),
         (lambda m: m.generate([1], num_tokens=2.5), ValueError, "num_tokens: got 2.5, allowed is"),

@@ -199,6 +199,11 @@ def changed(tiny, **layers):
             r"config: ddconfig is \[1\], allowed is a mapping",
         ),
         (
+            lambda m: m.decode(torch.zeros(1, 0, 4).long()),
+            ValueError,
+            r"tokens: got shape \[1, 0, 4\], allowed are h, w from 1",
+        ),
+        (
             lambda m: IBQTokenizer.from_config(m.config | {"n_embed": 0}),
             ValueError,
             "config: n_embed is 0, allowed is a positive int",

@@ -260,13 +260,16 @@ def test_bad_shape(shape):
     [
         ({"entropy_temperature": 0.0}, ValueError, "entropy_temperature: 0.0 is not positive"),
         ({"entropy_temperature": "1"}, TypeError, "entropy_temperature: expected a float"),
+        ({"n_e": 0}, ValueError, "n_e: got 0, allowed is a positive int"),
+        ({"e_dim": True}, ValueError, "e_dim: got True, allowed is a positive int"),
+        ({"beta": "1"}, ValueError, "beta: got '1', allowed is a finite number"),
         ({"backend": "numpy"}, ValueError, "backend: 'numpy' is not one of"),
         ({"process_group": "x"}, TypeError, "process_group: expected a ProcessGroup or None, got"),
     ],
 )
 def test_bad_options(options, error, words):
     with pytest.raises(error, match=words):
-        make(**options)
+        IndexPropagationQuantize(**{"n_e": 40, "e_dim": 6} | options)
 
 
 def test_bad_latents():

@@ -1,5 +1,7 @@
 """The drop-in VectorQuantizer against the official arithmetic, written out here in PyTorch."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -157,8 +159,20 @@ def test_bad_shape(shape):
 def test_bad_latents(z, error, words):
     with pytest.raises(error, match=words):
         make()(z)
-    with pytest.raises(ValueError, match="backend: 'numpy' is not one of"):
-        VectorQuantizer(4, 12, backend="numpy")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"backend": "numpy"}, "backend: 'numpy' is not one of"),
+        ({"codebook_size": 0}, "codebook_size: got 0, allowed is a positive int"),
+        ({"token_size": 1.5}, "token_size: got 1.5, allowed is a positive int"),
+        ({"commitment_cost": math.nan}, "commitment_cost: got nan, allowed is a finite number"),
+    ],
+)
+def test_bad_options(options, words):
+    with pytest.raises(ValueError, match=words):
+        VectorQuantizer(**options)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from titok_fast.ops import inspect
-from titok_fast.ops.arguments import strided
+from titok_fast.ops.arguments import check_sizes, check_weights, strided
 from titok_fast.ops.index_propagation import (
     BACKENDS,
     Propagation,
@@ -198,6 +198,12 @@ class IndexPropagationQuantize(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
+        check_sizes(n_e=n_e, e_dim=e_dim)
+        check_weights(
+            beta=beta,
+            sample_minimization_weight=sample_minimization_weight,
+            batch_maximization_weight=batch_maximization_weight,
+        )
         check_temperature("entropy_temperature", entropy_temperature)
         inspect.check_backend(backend, BACKENDS)
         self.n_e = n_e

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from titok_fast._distributed import rank_and_size
 from titok_fast.ops import inspect
-from titok_fast.ops.arguments import strided, without_autocast
+from titok_fast.ops.arguments import check_sizes, check_weights, strided, without_autocast
 from titok_fast.ops.nearest_code import BACKENDS, nearest_code
 
 
@@ -58,6 +58,8 @@ class VectorQuantizer(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
+        check_sizes(codebook_size=codebook_size, token_size=token_size)
+        check_weights(commitment_cost=commitment_cost)
         inspect.check_backend(backend, BACKENDS)
         self.codebook_size = codebook_size
         self.token_size = token_size

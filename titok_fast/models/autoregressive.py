@@ -265,9 +265,10 @@ class ARTransformer(PretrainedModel):
         count = self.num_tokens if num_tokens is None else num_tokens
         prefix = labels.new_zeros(len(labels), 0) if prefix is None else prefix
         check_tokens("prefix", prefix, self.codebook_size, "B, P")
-        if len(prefix) != len(labels):
+        if len(prefix) != len(labels) or prefix.shape[1] > self.num_tokens:
             raise ValueError(
-                f"prefix: got shape {list(prefix.shape)}, allowed is [{len(labels)}, P]"
+                f"prefix: got shape {list(prefix.shape)}, allowed is [{len(labels)}, P] with P up "
+                f"to {self.num_tokens}"
             )
         if not isinstance(count, int) or not prefix.shape[1] <= count <= self.num_tokens:
             raise ValueError(

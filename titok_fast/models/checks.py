@@ -160,7 +160,10 @@ def as_labels(labels: Tensor | Sequence[int], num_classes: int, device: torch.de
     if not isinstance(labels, Tensor | Sequence | np.ndarray):
         raise TypeError(f"labels: got {type(labels).__name__}, allowed is a tensor or a sequence")
     empty = not isinstance(labels, Tensor) and len(labels) == 0  # which has no dtype of its own
-    labels = torch.as_tensor(labels, dtype=torch.int64 if empty else None, device=device)
+    try:
+        labels = torch.as_tensor(labels, dtype=torch.int64 if empty else None, device=device)
+    except (RuntimeError, TypeError, ValueError):  # what torch says names no argument
+        raise TypeError(f"labels: got {labels!r:.60}, allowed is integers") from None
     if labels.ndim != 1:
         raise ValueError(f"labels: got shape {list(labels.shape)}, allowed is [B]")
     check_labels(labels, labels.shape[0], num_classes)

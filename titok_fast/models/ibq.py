@@ -397,6 +397,8 @@ class IBQTokenizer(PretrainedModel):
             ValueError: for another shape or a token out of range.
         """
         check_tokens("tokens", tokens, self.codebook_size, "B, h, w")
+        if 0 in tokens.shape[1:]:
+            raise ValueError(f"tokens: got shape {list(tokens.shape)}, allowed are h, w from 1")
         z = self.quantize.embedding.weight[tokens].permute(0, 3, 1, 2)  # [B, D, h, w]
         with evaluating(self):
             z = self.post_quant_conv(z.to(self.post_quant_conv.weight.dtype))

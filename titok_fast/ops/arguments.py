@@ -3,6 +3,7 @@
 import math
 import sys
 from contextlib import AbstractContextManager, nullcontext
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -87,6 +88,20 @@ def check_number(
         raise TypeError(f"{name}: expected {kind} or a Tensor, got {type(value).__name__}")
     if not whole and not -_LARGEST <= value <= _LARGEST:
         raise ValueError(f"{name}: {value} is not finite")
+
+
+def check_sizes(**sizes: object) -> None:
+    """Each is a positive int."""
+    for name, size in sizes.items():
+        if not isinstance(size, Integral) or isinstance(size, bool) or size < 1:
+            raise ValueError(f"{name}: got {size!r}, allowed is a positive int")
+
+
+def check_weights(**weights: object) -> None:
+    """Each is a finite number."""
+    for name, weight in weights.items():
+        if not isinstance(weight, Real) or not math.isfinite(weight):
+            raise ValueError(f"{name}: got {weight!r}, allowed is a finite number")
 
 
 def check_counters(fixed: dict[str, Any]) -> None:
