@@ -695,7 +695,7 @@ def index_propagation_fwd_codes_kernel(
             row = tl.minimum(row, n - 1)
             own = statistics + row.to(tl.int64) * 8
             real = inside_rows & (tl.load(own + _IN_FLOAT) > 0)
-            top = tl.load(own + _SHARP_TOP)
+            top = tl.where(real, tl.load(own + _SHARP_TOP), float("inf"))
             log_sum = tl.load(own + _SHARP_LOG_SUM)
             if D <= DEPTH:
                 a, a_low = _load(rows, first, n, 0, D, DEPTH, ROWS, PARTS, False)
@@ -706,7 +706,8 @@ def index_propagation_fwd_codes_kernel(
                     book, start, k, rows, first, n, D, DEPTH, CODES, ROWS, PARTS, False, True
                 )
             x = (s * scale - top[None, :]) * inverse_t - log_sum[None, :]
-            sums += tl.where(real[None, :], tl.exp2(x * _LOG2E), 0.0)
+            x = tl.where(x > _LOWEST, x, _LOWEST)  # no NaN from a row that is not in float
+            sums += tl.exp2(x * _LOG2E)
         total += tl.sum(sums, axis=1)
     nans = tl.load(counts + last)
     total = tl.where(nans > 0, float("nan"), total / n)

@@ -35,7 +35,6 @@ if not torch.cuda.is_available():
 with torch.device("meta"):
     torch.empty(0)  # torch caches its constructors here, before a test replaces torch.empty
 
-from titok_fast.ops import inspect
 from titok_fast.testing import CPU_ISAS, cpu_isa, peak_extra_bytes, supported_isas
 
 
@@ -97,14 +96,8 @@ def backend(request: pytest.FixtureRequest):
 def ibq_backend(request: pytest.FixtureRequest):
     """Each backend of index_propagation but the reference."""
     if request.param in ("triton", "streaming"):
-        if request.param == "triton" and not importlib.util.find_spec(
-            "titok_fast.kernels.index_propagation"
-        ):
-            pytest.skip("there is no Triton kernel yet")
         yield request.param
         return
-    if not hasattr(inspect.extension(), "index_propagation_fwd_cpu"):
-        pytest.skip("the extension is built without the op")
     if request.param not in supported_isas():
         pytest.skip(f"this CPU has no {request.param}")
     with cpu_isa(request.param):

@@ -24,11 +24,6 @@ DTYPES = (torch.float32, *HALVES)
 LOSSES = ("value", "entropy", "codes")
 
 
-def default_backend():
-    """The backend of "auto" on this machine; streaming in a build that lacks the op."""
-    return "auto" if hasattr(inspect.extension(), "index_propagation_fwd_cpu") else "streaming"
-
-
 @pytest.fixture
 def backend(ibq_backend):
     return ibq_backend
@@ -448,7 +443,7 @@ def test_indices_depend_on_neither_threads_nor_instruction_set():
             try:
                 for count in (1, 2, 3):
                     torch.set_num_threads(count)
-                    indices = index_propagation(z, codebook, backend=default_backend())[1]
+                    indices = index_propagation(z, codebook)[1]
                     assert torch.equal(indices, expected)
             finally:
                 torch.set_num_threads(threads)
@@ -458,8 +453,6 @@ def test_indices_depend_on_neither_threads_nor_instruction_set():
 @pytest.mark.parametrize(("n", "k"), [(301, 2003), (2100, 3300)])
 def test_gradients_depend_on_no_threads(n, k, dtype, set_threads):
     """The same bits for every number of threads, with many rows to a code and codes to a row."""
-    if default_backend() != "auto":
-        pytest.skip("the extension is built without the op")
     z, codebook = rows_and_codes(n, k, 20, dtype=dtype)
     codebook[100:400] = codebook[7]
     z[: n // 2 : 3] = codebook[7]
@@ -475,8 +468,6 @@ def test_gradients_depend_on_no_threads(n, k, dtype, set_threads):
 
 def test_more_than_2_to_the_31_scores():
     """Rows whose gradient is zero add nothing, so a few rows are the truth for all."""
-    if default_backend() == "streaming":
-        pytest.skip("minutes without the compiled op")
     rows = torch.tensor([0, 1, 30_000, 65_535, 65_536, 69_999])
     z, codebook = (x.requires_grad_() for x in rows_and_codes(70_000, 32_768, 3))
     probe = torch.zeros(70_000, 3)
@@ -493,8 +484,6 @@ def test_more_than_2_to_the_31_scores():
 
 @pytest.mark.parametrize("backend", ["streaming", "cpu"])
 def test_never_holds_the_scores(backend, peak):
-    if backend == "cpu" and default_backend() == "streaming":
-        pytest.skip("the extension is built without the op")
     z, codebook = (x.requires_grad_() for x in rows_and_codes(2048, 16_384, 8))
 
     def step():
@@ -515,8 +504,6 @@ def test_never_holds_the_scores(backend, peak):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_sums_the_gradient_of_a_few_codes_at_a_time(dtype, peak):
-    if default_backend() == "streaming":
-        pytest.skip("the extension is built without the op")
     z, codebook = (x.requires_grad_() for x in rows_and_codes(64, 32_768, 128, dtype=dtype))
 
     def step():
@@ -532,8 +519,6 @@ def test_sums_the_gradient_of_a_few_codes_at_a_time(dtype, peak):
 @pytest.mark.parametrize("dtype", HALVES)
 def test_rounds_gradients_as_pytorch_does(dtype):
     """Of one code that is zero, the codebook's gradient is that of the quantized value."""
-    if default_backend() == "streaming":
-        pytest.skip("the extension is built without the op")
     exponents = torch.arange(-30.0, 17.0).exp2()
     mantissas = torch.arange(1.0, 2.0, torch.finfo(dtype).eps / 4)
     mantissas = torch.cat([mantissas[:64], mantissas[-64:]])
@@ -554,8 +539,6 @@ def test_rounds_gradients_as_pytorch_does(dtype):
 
 
 def test_opcheck():
-    if default_backend() == "streaming":
-        pytest.skip("the extension is built without the op")
     z, codebook = rows_and_codes(9, 33, 7)
     ops = torch.ops.titok_fast
     for entropy in (True, False):
@@ -576,7 +559,6 @@ def test_opcheck():
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("choice", ["auto", "streaming", "reference"])
 def test_compiles_whole(choice, dynamic):
-    choice = default_backend() if choice == "auto" else choice
 
     def loss(z, codebook):
         quantized, indices, sample_entropy, batch_entropy = index_propagation(
@@ -782,7 +764,6 @@ class Tokenizer(nn.Module):
 @pytest.mark.parametrize("choice", ["auto", "reference"])
 @pytest.mark.parametrize("first", [12, 6, 24])
 def test_two_ranks_equal_one_process_with_the_whole_batch(tmp_path, choice, first):
-    choice = default_backend() if choice == "auto" else choice
     model, x = Tokenizer(choice, first == 12), torch.randn(24, 5)
     torch.save((model.state_dict(), x.split([first, 24 - first])), tmp_path / "in.pt")
     torch.multiprocessing.spawn(_rank, args=(tmp_path, choice), nprocs=2)
