@@ -34,7 +34,7 @@ from titok_fast.models.auto import (
     model_class,
     releases,
 )
-from titok_fast.models.checks import DECAY, check_number
+from titok_fast.models.checks import DECAY, NUMBER, check_kind
 from titok_fast.models.generate import Generator
 from titok_fast.models.pretrained import CONFIG_FILE, WEIGHTS_FILE, locate
 from titok_fast.tokens import (
@@ -391,7 +391,7 @@ def _perceptual_weight(kind: Any, name: str | None, given: float | None) -> floa
     if given is None:
         return tokenizer.PERCEPTUAL_WEIGHTS[kind][name]
     with flags():
-        check_number("perceptual_weight", given)
+        check_kind("perceptual_weight", given, NUMBER)
     return given
 
 

@@ -25,9 +25,10 @@ from titok_fast.models.checks import (
     NUMBER,
     POSITIVE,
     SHARE,
+    WHOLE,
     as_labels,
+    check_fields,
     check_labels,
-    check_number,
     check_section,
     check_tokens,
     one_of,
@@ -84,12 +85,7 @@ class ARSampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("guidance_scale", "temperature", "top_p"):
-            check_number(name, getattr(self, name))
-        if not isinstance(self.top_k, int) or self.top_k < 0:
-            raise ValueError(f"top_k: got {self.top_k!r}, allowed is an int from 0")
-        if self.top_p > 1:
-            raise ValueError(f"top_p: got {self.top_p!r}, allowed is 0 to 1")
+        check_fields(self, guidance_scale=NUMBER, temperature=NUMBER, top_k=WHOLE, top_p=SHARE)
 
 
 class _HeadNorm(nn.Module):

@@ -126,18 +126,16 @@ def replaced(options: Options, kind: str, **given: Any) -> Options:
     return replace(options, **given)  # type: ignore[type-var]
 
 
+def check_kind(name: str, value: object, kind: Kind) -> None:
+    """Raises ValueError unless value is of a kind."""
+    if not kind.fits(value):
+        raise ValueError(f"{name}: got {value!r}, allowed is {kind.allowed}")
+
+
 def check_fields(options: object, **kinds: Kind) -> None:
     """Raises ValueError unless each field that is named is of its kind."""
     for name, kind in kinds.items():
-        value = getattr(options, name)
-        if not kind.fits(value):
-            raise ValueError(f"{name}: got {value!r}, allowed is {kind.allowed}")
-
-
-def check_number(name: str, value: float) -> None:
-    """Raises ValueError unless value is a finite number from 0."""
-    if not NUMBER.fits(value):
-        raise ValueError(f"{name}: got {value!r}, allowed is {NUMBER.allowed}")
+        check_kind(name, getattr(options, name), kind)
 
 
 def check_floating(name: str, value: Tensor) -> None:

@@ -16,12 +16,13 @@ from titok_fast.models.blocks import BertBlock, UViTBlock
 from titok_fast.models.checks import (
     COUNT,
     DECAY,
+    FLAG,
     HEAD_WIDTHS,
     NUMBER,
     SHARE,
     as_labels,
+    check_fields,
     check_labels,
-    check_number,
     check_section,
     check_tokens,
     fits_heads,
@@ -123,18 +124,17 @@ class Sampling:
     rule: str = "titok"
 
     def __post_init__(self) -> None:
-        for name, allowed in (
-            ("guidance_decay", GUIDANCE_DECAYS),
-            ("schedule", tuple(SCHEDULES)),
-            ("rule", RULES),
-        ):
-            if getattr(self, name) not in allowed:
-                names = ", ".join(map(repr, allowed))
-                raise ValueError(f"{name}: {getattr(self, name)!r} is not one of {names}")
-        if not isinstance(self.steps, int) or self.steps < 1:
-            raise ValueError(f"steps: got {self.steps!r}, allowed is a positive int")
-        for name in ("guidance_scale", "guidance_scale_pow", "randomize_temperature"):
-            check_number(name, getattr(self, name))
+        check_fields(
+            self,
+            steps=COUNT,
+            guidance_scale=NUMBER,
+            guidance_decay=one_of(*GUIDANCE_DECAYS),
+            randomize_temperature=NUMBER,
+            guidance_scale_pow=NUMBER,
+            softmax_temperature_annealing=FLAG,
+            schedule=one_of(*SCHEDULES),
+            rule=one_of(*RULES),
+        )
 
     def num_masked(self, start: int) -> list[int]:
         """Positions that are masked after each step, of `start` at first."""

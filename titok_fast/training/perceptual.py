@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from titok_fast.models.checks import check_number
+from titok_fast.models.checks import NUMBER, check_kind
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -81,7 +81,7 @@ class Perceptual(nn.Module):
             raise ValueError(f"perceptual: {kind!r} is not one of {', '.join(KINDS)}")
         load, self._distance = KINDS[kind]
         self._weight = weight
-        check_number("weight", weight)
+        check_kind("weight", weight, NUMBER)
         try:
             self._network = load().eval().requires_grad_(False)
         except ImportError as error:
