@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
 import titok_fast
 from tests.conformance import FOLDER, expected, manifest, uniform, weights
@@ -286,6 +287,19 @@ def test_trains(model_type):
     loss = model(ids, torch.tensor([0, 1, 4, 5])).logsumexp(-1).mean()
     loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("model_type", ["ViT", "UViT"])
+def test_distributed_checkpoints(model_type):
+    """torch looks each name of the state_dict up among the attributes."""
+    model, other = small(model_type), small(model_type)
+    for parameter in other.parameters():
+        torch.nn.init.zeros_(parameter)
+    state = get_model_state_dict(model)
+    assert list(state) == list(model.state_dict())
+    set_model_state_dict(other, state)
+    ids, labels = torch.zeros(2, 9).long(), torch.tensor([0, 1])
+    assert torch.equal(other.logits(ids, labels), model.logits(ids, labels))
 
 
 def test_generates_in_several_threads_while_training():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -140,6 +141,14 @@ class SeparateSelfAttention(PackableMatrix):
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.register_state_dict_post_hook(self._split)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(self._join)  # type: ignore[no-untyped-call]
+
+    def __getattr__(self, name: str) -> Any:
+        # For those who look the names of the state_dict up, as torch.distributed.checkpoint does.
+        if name in _PARTS:
+            whole = self.in_proj_weight.detach(), self.in_proj_bias.detach()
+            weight, bias = (x.chunk(3)[_PARTS.index(name)] for x in whole)
+            return SimpleNamespace(weight=weight, bias=bias)
+        return super().__getattr__(name)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps [B, L, W] to [B, L, W], before the output projection."""
