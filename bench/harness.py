@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from titok_fast._contention import contention, other_cpus
-from titok_fast.models.packed import WIDENED
+from titok_fast.models.widened import WIDENED
 from titok_fast.ops import inspect
 from titok_fast.testing import cpu_isa, peak_extra_bytes, supported_isas
 

@@ -19,8 +19,8 @@ from titok_fast.models.blocks import (
     ResidualAttentionBlock,
     SeparateSelfAttention,
 )
+from titok_fast.models.convolutions import PackableConv
 from titok_fast.models.generate import Generator
-from titok_fast.models.maskgit_vqgan import PackableConv
 from titok_fast.models.pretrained import PretrainedModel
 
 # Of pixels, as a share of their norm. On a GPU PyTorch's float32 convolutions multiply in TF32, by

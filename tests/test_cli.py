@@ -20,7 +20,7 @@ from tests.conformance import manifest
 from titok_fast.images import read_image
 from titok_fast.metrics import psnr, ssim
 from titok_fast.models import IBQTokenizer, TiTok
-from titok_fast.models.packed import WIDENED
+from titok_fast.models.widened import WIDENED
 from titok_fast.tokens import TokenFile, fingerprint
 
 COMMAND = Path(sys.executable).with_name("titok-fast")

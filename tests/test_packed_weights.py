@@ -10,11 +10,13 @@ import torch.nn.functional as F
 
 import titok_fast
 import titok_fast.models.packed as packed_module
+import titok_fast.models.widened as widened_module
 from titok_fast import ARTransformer, IBQTokenizer, MaskGIT, MaskGITVQGAN, TiTok, pack_weights
+from titok_fast.models.convolutions import PackableConv, convolve
 from titok_fast.models.generate import pack_pair
 from titok_fast.models.ibq import ResidualBlock
-from titok_fast.models.maskgit_vqgan import PackableConv, convolve
-from titok_fast.models.packed import Conv, PackableLinear, _can_pack, gelu_of, packable, packed
+from titok_fast.models.packed import PackableLinear, _can_pack, gelu_of, packable, packed
+from titok_fast.models.widened import Conv
 from titok_fast.testing import relative_error
 from titok_fast.training.data import digits
 
@@ -134,9 +136,9 @@ def test_packed_layers_are_packed_only_within(tokenizer):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("widened", [True, False])
 def test_sixteen_bits_that_the_cpu_multiplies_slower_are_widened(dtype, widened, monkeypatch):
-    if not widened and packed_module.WIDENED.get(dtype) == 0:
+    if not widened and widened_module.WIDENED.get(dtype) == 0:
         pytest.skip(f"this CPU does not multiply {dtype}")
-    monkeypatch.setattr(packed_module, "WIDENED", {dtype: 0} if widened else {})
+    monkeypatch.setattr(widened_module, "WIDENED", {dtype: 0} if widened else {})
     layer = PackableLinear(96, 64).to(dtype)
     conv = Conv(8, 16, 3, stride=2).to(dtype)
     x, image = torch.randn(5, 96).to(dtype), torch.randn(2, 8, 9, 9).to(dtype)
@@ -160,23 +162,23 @@ def test_sixteen_bits_that_the_cpu_multiplies_slower_are_widened(dtype, widened,
 
 
 def test_few_rows_are_not_widened(monkeypatch):
-    monkeypatch.setattr(packed_module, "WIDENED", {torch.bfloat16: 128})
+    monkeypatch.setattr(widened_module, "WIDENED", {torch.bfloat16: 128})
     layer, conv = PackableLinear(96, 64).bfloat16(), Conv(8, 16, 3).bfloat16()
     x, image = torch.randn(1, 128, 96).bfloat16(), torch.randn(1, 8, 8, 16).bfloat16()
-    assert packed_module.widens(x, layer.weight) and packed_module.widens(image, conv.weight)
-    assert not packed_module.widens(x[:, 1:], layer.weight)
-    assert not packed_module.widens(image[:, :, 1:], conv.weight)
-    assert not packed_module.widens(x.float(), layer.weight.float())
-    assert not packed_module.widens(x.float(), layer.weight)
+    assert widened_module.widens(x, layer.weight) and widened_module.widens(image, conv.weight)
+    assert not widened_module.widens(x[:, 1:], layer.weight)
+    assert not widened_module.widens(image[:, :, 1:], conv.weight)
+    assert not widened_module.widens(x.float(), layer.weight.float())
+    assert not widened_module.widens(x.float(), layer.weight)
     with torch.autocast("cpu", torch.bfloat16):
-        assert not packed_module.widens(x, layer.weight)
+        assert not widened_module.widens(x, layer.weight)
 
 
 @pytest.mark.parametrize(
     ("shape", "parts"), [((384,), 1), ((385,), 2), ((2, 576), 3), ((1153,), 1)]
 )
 def test_many_rows_are_multiplied_in_parts(shape, parts, monkeypatch):
-    monkeypatch.setattr(packed_module, "_HAS_AMX", True)
+    monkeypatch.setattr(widened_module, "HAS_AMX", True)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     layer = PackableLinear(96, 40).bfloat16()
     layer.pack()

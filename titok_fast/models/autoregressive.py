@@ -35,8 +35,9 @@ from titok_fast.models.checks import (
     or_none,
     replaced,
 )
-from titok_fast.models.packed import Linear, PackableLinear, packed, untouched
+from titok_fast.models.packed import PackableLinear, packed, untouched
 from titok_fast.models.pretrained import PretrainedModel, Release, evaluating
+from titok_fast.models.widened import Linear
 from titok_fast.ops import sample_token
 from titok_fast.ops.decode_attention import MAX_HEAD_WIDTH
 from titok_fast.ops.decode_linear import MAX_ROWS

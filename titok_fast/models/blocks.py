@@ -12,14 +12,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from titok_fast.models.packed import (
-    Linear,
-    PackableLinear,
-    PackableMatrix,
-    gelu_of,
-    linear,
-    untouched,
-)
+from titok_fast.models.packed import PackableLinear, PackableMatrix, gelu_of, untouched
+from titok_fast.models.widened import Linear
 from titok_fast.ops.arguments import DTYPES
 from titok_fast.ops.attention import attention
 from titok_fast.ops.decode_attention import decode_attention
@@ -31,22 +25,6 @@ def attend(qkv: Tensor, num_heads: int, dropout: float = 0.0) -> Tensor:
     """`attention` of packed projections: [B, L, 3 W] to [B, L, W]."""
     qkv = rearrange(qkv, "b l (n h d) -> b l n h d", n=3, h=num_heads)  # [B, L, 3, H, Dh]
     return attention(qkv, dropout_p=dropout).flatten(2)
-
-
-class PointwiseConv(nn.Conv2d):
-    """A 1x1 convolution that rounds as a linear layer does; cuDNN's rounds float32 to TF32.
-
-    Args:
-        in_channels: of the input.
-        out_channels: of the output.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(in_channels, out_channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps [B, in_channels, H, W] to [B, out_channels, H, W]."""
-        return linear(x.movedim(1, -1), self.weight.flatten(1), self.bias).movedim(-1, 1)
 
 
 class MLP(nn.Sequential):

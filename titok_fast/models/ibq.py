@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titok_fast.layers import IndexPropagationQuantize
-from titok_fast.models.blocks import PointwiseConv
 from titok_fast.models.checks import (
     COUNT,
     COUNTS,
@@ -26,16 +25,17 @@ from titok_fast.models.checks import (
     check_tokens,
     one_of,
 )
-from titok_fast.models.maskgit_vqgan import (
+from titok_fast.models.convolutions import (
     PackableConv,
+    PointwiseConv,
     activated,
     added,
     convolve,
     group_norm,
     image_by_image,
 )
-from titok_fast.models.packed import Conv
 from titok_fast.models.pretrained import PretrainedModel, Release, evaluating
+from titok_fast.models.widened import Conv
 from titok_fast.ops import nearest_code
 
 _DDCONFIG = {

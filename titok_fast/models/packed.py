@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,69 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from titok_fast.ops import inspect
+from titok_fast.models import widened
+from titok_fast.models.widened import linear
 from titok_fast.ops.arguments import differentiated
-
-# None: this PyTorch does not say.
-_HAS_AMX = getattr(torch.cpu, "_is_amx_tile_supported", lambda: None)()
-
-
-def _widened() -> dict[torch.dtype, int]:
-    if platform.machine() not in ("x86_64", "AMD64"):
-        return {}
-    if not torch.backends.mkldnn.is_available():
-        return {torch.bfloat16: 0, torch.float16: 0}
-    bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    float16 = torch.ops.mkldnn._is_mkldnn_fp16_supported()
-    # PyTorch's loops take ten times as long as float32's products.
-    rows = {} if bfloat16 else {torch.bfloat16: 0}
-    rows |= {} if float16 else {torch.float16: 0}
-    # Of Intel's CPUs those that have float16, too, multiply bfloat16 at half float32's rate but for
-    # AMX, which a virtual machine may hide.
-    if bfloat16 and float16 and _HAS_AMX is False and "Intel" in inspect.cpu_name():
-        rows[torch.bfloat16] = 128
-    return rows
-
-
-# Of 16 bits, what this CPU multiplies slower than float32, and how many rows it takes for a product
-# to save the time that widening a weight costs.
-WIDENED = _widened()
-
-
-def widens(x: Tensor, weight: Tensor) -> bool:
-    """Whether a product of these on the CPU is to be taken in float32, and rounded once."""
-    if x.device.type != "cpu" or x.dtype not in WIDENED or x.dtype != weight.dtype:
-        return False
-    enough = x.numel() >= WIDENED[x.dtype] * weight.shape[1]
-    return enough and not torch.is_autocast_enabled("cpu")
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x W^T + b for x [..., in], W [out, in] and b [out]; [..., out]."""
-    if not widens(x, weight):
-        return F.linear(x, weight, bias)
-    bias = None if bias is None else bias.float()
-    return F.linear(x.float(), weight.float(), bias).to(x.dtype)
-
-
-class Linear(nn.Linear):
-    """`nn.Linear`; in float32, rounded once, where the CPU's product of 16 bits takes longer."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps [..., in_features] to [..., out_features]."""
-        return linear(x, self.weight, self.bias)
-
-
-class Conv(nn.Conv2d):
-    """`nn.Conv2d`; likewise."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps [B, in_channels, H, W] to [B, out_channels, H', W']."""
-        if not widens(x, self.weight):
-            return super().forward(x)
-        bias = None if self.bias is None else self.bias.float()
-        out: Tensor = self._conv_forward(x.float(), self.weight.float(), bias)
-        return out.to(x.dtype)
 
 
 class _Packed:
@@ -173,7 +112,7 @@ class PackableMatrix(Packable):
     def _arranged(self, weight: Tensor) -> Tensor | None:
         if not _can_pack(weight.dtype):
             return None
-        weight = weight.float() if weight.dtype in WIDENED else weight
+        weight = weight.float() if weight.dtype in widened.WIDENED else weight
         copy: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
         return copy
 
@@ -210,7 +149,7 @@ _ROWS, _OUTPUTS = 192, 768
 
 def _parts(x: Tensor, copy: Tensor) -> int:
     """How many parts of the rows of x to multiply apart."""
-    if not _HAS_AMX or x.dtype != torch.bfloat16 or copy.shape[0] > _OUTPUTS:
+    if not widened.HAS_AMX or x.dtype != torch.bfloat16 or copy.shape[0] > _OUTPUTS:
         return 1
     threads = torch.get_num_threads()
     parts = -(-x.shape[:-1].numel() // (_ROWS * threads))

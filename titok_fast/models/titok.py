@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from titok_fast.layers import VectorQuantizer
 from titok_fast.models.accelerated import capture
-from titok_fast.models.blocks import PointwiseConv, ResidualAttentionBlock
+from titok_fast.models.blocks import ResidualAttentionBlock
 from titok_fast.models.checks import (
     COUNT,
     FLAG,
@@ -26,14 +26,15 @@ from titok_fast.models.checks import (
     fits_heads,
     one_of,
 )
+from titok_fast.models.convolutions import PointwiseConv, image_by_image
 from titok_fast.models.maskgit_vqgan import (
     VQGAN_CODEBOOK_SIZE,
     VQGAN_CONFIG,
     PixelDecoder,
-    image_by_image,
 )
-from titok_fast.models.packed import Conv, Linear, untouched
+from titok_fast.models.packed import untouched
 from titok_fast.models.pretrained import PretrainedModel, Release
+from titok_fast.models.widened import Conv, Linear
 from titok_fast.ops.attention import MAX_LENGTH
 
 _SIZES: Mapping[str, Mapping[str, int]] = {
