@@ -14,10 +14,9 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from titok_fast.kernels._arithmetic import LOG2E, dot, interpreted, rounded
 from titok_fast.kernels._device import device_of
 from torch import Tensor
-
-_LOG2E = tl.constexpr(1.4426950408889634)
 
 # Integers of which no value is compiled into a kernel.
 _SIZES = (
@@ -28,24 +27,8 @@ _GRAD_STRIDES = ("grad_batch_stride", "grad_row_stride", "grad_head_stride")
 
 
 @triton.jit
-def _dot(a, b, acc, PRECISION: tl.constexpr):
-    if PRECISION == "widened":  # Triton's interpreter cannot multiply bfloat16
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
-    return tl.dot(a, b, acc, input_precision=PRECISION)
-
-
-@triton.jit
 def _product(a, b, PRECISION: tl.constexpr):
-    return _dot(a, b, tl.zeros([a.shape[0], b.shape[1]], tl.float32), PRECISION)
-
-
-@triton.jit
-def _round(x, dtype: tl.constexpr, PRECISION: tl.constexpr):
-    if PRECISION == "widened":  # its conversion to bfloat16 truncates
-        bits = x.to(tl.int32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
-        x = bits.to(tl.float32, bitcast=True)
-    return x.to(dtype)
+    return dot(a, b, tl.zeros([a.shape[0], b.shape[1]], tl.float32), PRECISION)
 
 
 @triton.jit
@@ -70,7 +53,7 @@ def _store(
     column = tl.arange(0, values.shape[1])
     where = base + row.to(tl.int64)[:, None] * row_stride + column[None, :]
     inside = (row < length)[:, None] & (column < D)[None, :]
-    tl.store(where, _round(values, base.dtype.element_ty, PRECISION), mask=inside)
+    tl.store(where, rounded(values, base.dtype.element_ty, PRECISION), mask=inside)
 
 
 @triton.jit
@@ -162,14 +145,14 @@ def _fwd_keys(
     scores = _scores(q, k, first_key, length, MASKED, PRECISION)
     new_top = tl.maximum(top, tl.max(scores, axis=1))
     # The difference first: large scores lose nothing to the scale.
-    shrink = tl.exp2((top - new_top) * (scale * _LOG2E))
-    p = tl.exp2((scores - new_top[:, None]) * (scale * _LOG2E))
+    shrink = tl.exp2((top - new_top) * (scale * LOG2E))
+    p = tl.exp2((scores - new_top[:, None]) * (scale * LOG2E))
     total = total * shrink + tl.sum(p, axis=1)
     if DROPOUT:
         kept = _kept(seed, item, heads, first_row, first_key, threshold, q.shape[0], KEYS)
         p = tl.where(kept, p, 0.0)
     v = _load(values, row_stride, first_key, length, KEYS, D, DIM)
-    acc = _dot(_round(p, v.dtype, PRECISION), v, acc * shrink[:, None], PRECISION)
+    acc = dot(rounded(p, v.dtype, PRECISION), v, acc * shrink[:, None], PRECISION)
     return new_top, total, acc
 
 
@@ -214,7 +197,7 @@ def _fwd_tile(
         )  # fmt: skip
     _store(acc * (keep_scale / total)[:, None], out, heads * D, first_row, length, D, PRECISION)
     row = first_row + tl.arange(0, ROWS)
-    tl.store(lse + row, top * (scale * _LOG2E) + tl.log2(total), mask=row < length)
+    tl.store(lse + row, top * (scale * LOG2E) + tl.log2(total), mask=row < length)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -289,14 +272,14 @@ def _bwd_query_keys(
 ):
     k = _load(keys, row_stride, first_key, length, KEYS, D, DIM)
     scores = _scores(q, k, first_key, length, MASKED, PRECISION)
-    p = tl.exp2(scores * (scale * _LOG2E) - lse[:, None])
+    p = tl.exp2(scores * (scale * LOG2E) - lse[:, None])
     v = _load(values, row_stride, first_key, length, KEYS, D, DIM)
     dp = _product(do, tl.trans(v), PRECISION)
     if DROPOUT:
         kept = _kept(seed, item, heads, first_row, first_key, threshold, q.shape[0], KEYS)
         dp = tl.where(kept, dp * keep_scale, 0.0)
     ds = p * (dp - delta[:, None])
-    return _dot(_round(ds, k.dtype, PRECISION), k, dq, PRECISION)
+    return dot(rounded(ds, k.dtype, PRECISION), k, dq, PRECISION)
 
 
 @triton.jit
@@ -382,7 +365,7 @@ def _bwd_key_rows(
     q = _load(query, row_stride, first_row, length, ROWS, D, DIM)
     row_lse = _load_lse(lse, first_row, length, ROWS)
     scores = _scores(k, q, 0, length, False, PRECISION)
-    p = tl.exp2(scores * (scale * _LOG2E) - row_lse[None, :])
+    p = tl.exp2(scores * (scale * LOG2E) - row_lse[None, :])
     do = _load(grad, grad_row_stride, first_row, length, ROWS, D, DIM)
     dp = _product(v, tl.trans(do), PRECISION)
     used = p
@@ -390,11 +373,11 @@ def _bwd_key_rows(
         kept = _kept(seed, item, heads, first_row, first_key, threshold, ROWS, k.shape[0])
         factor = tl.where(tl.trans(kept), keep_scale, 0.0)
         used, dp = p * factor, dp * factor
-    dv = _dot(_round(used, do.dtype, PRECISION), do, dv, PRECISION)
+    dv = dot(rounded(used, do.dtype, PRECISION), do, dv, PRECISION)
     row = first_row + tl.arange(0, ROWS)
     row_delta = tl.load(delta + row, mask=row < length, other=0.0)
     ds = p * (dp - row_delta[None, :])
-    dk = _dot(_round(ds, q.dtype, PRECISION), q, dk, PRECISION)
+    dk = dot(rounded(ds, q.dtype, PRECISION), q, dk, PRECISION)
     return dk, dv
 
 
@@ -728,12 +711,6 @@ def _dropout(dropout_p: float) -> tuple[int, float]:
     return min(round(dropout_p * 2**31), 2**31 - 1), 1 / (1 - dropout_p)
 
 
-def _interpreted(qkv: Tensor, options: dict[str, Any]) -> dict[str, Any]:
-    if qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16:
-        return {**options, "PRECISION": "widened"}
-    return options
-
-
 def launch_attention_fwd(
     qkv: Tensor, seed: Tensor | None, dropout_p: float
 ) -> tuple[Tensor, Tensor]:
@@ -754,7 +731,7 @@ def launch_attention_fwd(
     sizes = _sizes(qkv, tile)
     attention_fwd_kernel[(b * h * sizes[2],)](
         qkv, out, lse, lse if seed is None else seed, *sizes, d**-0.5, *_dropout(dropout_p),
-        **_interpreted(qkv, options),
+        **interpreted(qkv, options),
     )  # fmt: skip
     return out, lse
 
@@ -783,7 +760,7 @@ def launch_attention_bwd(
         sizes = _sizes(qkv, tile)
         attention_bwd_kernel[(b * h * sizes[2],)](
             qkv, out, grad, grad_qkv, lse, delta, lse if seed is None else seed, *sizes,
-            *grad_strides, d**-0.5, *_dropout(dropout_p), **_interpreted(qkv, options),
+            *grad_strides, d**-0.5, *_dropout(dropout_p), **interpreted(qkv, options),
         )  # fmt: skip
     return grad_qkv
 

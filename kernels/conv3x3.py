@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from titok_fast.kernels.attention import _interpreted, _round
+from titok_fast.kernels._arithmetic import interpreted, rounded
 from torch import Tensor
 
 _PIXELS = 64  # of a chunk
@@ -136,7 +136,7 @@ def norm_silu_kernel(
     h = (tl.load(x + where, inside, 0.0).to(tl.float32) - mean[None, :]) * factor[None, :]
     h += bias[None, :]
     h *= tl.sigmoid(h)
-    tl.store(out + where, _round(h, out.dtype.element_ty, PRECISION), inside)
+    tl.store(out + where, rounded(h, out.dtype.element_ty, PRECISION), inside)
 
 
 def _tile(channels: int, pixels: int) -> dict[str, Any]:
@@ -183,7 +183,7 @@ def launch_norm_silu(
     scales_kernel[(num_groups, batch)](
         moments, norm, scales, norm_eps, pixels, chunks, **_group(channels, num_groups)
     )
-    options = _interpreted(x, {**_tile(channels, _APPLIED), "PRECISION": "ieee"})
+    options = interpreted(x, {**_tile(channels, _APPLIED), "PRECISION": "ieee"})
     norm_silu_kernel[grid](x, scales, norm_bias, out, pixels, **options)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from titok_fast.kernels.attention import _LOG2E, _interpreted, _round
+from titok_fast.kernels._arithmetic import LOG2E, interpreted, rounded
 from torch import Tensor
 
 _LOWEST = tl.constexpr(-3e38)
@@ -74,7 +74,7 @@ def decode_attention_kernel(
     qkv += batch * qkv_stride
     turn = rotation + last * D
     q = _rotated(qkv, query_head, turn, channel, D)
-    k = _round(_rotated(qkv, key_head, turn, channel, D), dtype, PRECISION)
+    k = rounded(_rotated(qkv, key_head, turn, channel, D), dtype, PRECISION)
     v = tl.load(qkv + (key_head + kv_heads) * D + channel, inside, 0.0)
     keys += item * length * D
     values += item * length * D
@@ -84,7 +84,7 @@ def decode_attention_kernel(
     # An infinite score must not be a slot's maximum: infinities have no difference.
     first_score = tl.sum(q * k, axis=2, keep_dims=True)
     top = tl.maximum(first_score, _LOWEST) + tl.zeros([QUERIES, KEYS, 1], tl.float32)
-    total = tl.exp2((tl.where(slot == 0, first_score, float("-inf")) - top) * (scale * _LOG2E))
+    total = tl.exp2((tl.where(slot == 0, first_score, float("-inf")) - top) * (scale * LOG2E))
     acc = tl.where(slot == 0, total * v.to(tl.float32), 0.0)
     end = last.to(tl.int32)
     for first in tl.range(0, end, KEYS, num_stages=STAGES):
@@ -96,18 +96,18 @@ def decode_attention_kernel(
         score = tl.sum(q * old_k.to(tl.float32), axis=2, keep_dims=True)
         score = tl.where(key < end, score, float("-inf"))
         new_top = tl.maximum(top, score)
-        shrink = tl.exp2((top - new_top) * (scale * _LOG2E))
-        p = tl.exp2((score - new_top) * (scale * _LOG2E))
+        shrink = tl.exp2((top - new_top) * (scale * LOG2E))
+        p = tl.exp2((score - new_top) * (scale * LOG2E))
         total = total * shrink + p
         acc = acc * shrink + p * old_v.to(tl.float32)
         top = new_top
 
-    shrink = tl.exp2((top - tl.max(top, axis=1, keep_dims=True)) * (scale * _LOG2E))
+    shrink = tl.exp2((top - tl.max(top, axis=1, keep_dims=True)) * (scale * LOG2E))
     total = tl.sum(total * shrink, axis=1, keep_dims=True)
     acc = tl.sum(acc * shrink, axis=1, keep_dims=True) / total
     out += batch * kv_heads * (GROUP * D)
     where = query_head * D + channel
-    tl.store(out + where, _round(acc, dtype, PRECISION), inside & (group < GROUP))
+    tl.store(out + where, rounded(acc, dtype, PRECISION), inside & (group < GROUP))
 
 
 def _options(d: int, group: int, dtype: torch.dtype) -> dict[str, Any]:
@@ -148,7 +148,7 @@ def launch_decode_attention(
     options = _options(d, out.shape[1] // (kv_heads * d), qkv.dtype)
     decode_attention_kernel[(batch * kv_heads,)](
         qkv, keys, values, rotation, position, out, kv_heads, length, qkv.stride(0), d**-0.5,
-        **_interpreted(qkv, options),
+        **interpreted(qkv, options),
     )  # fmt: skip
 
 

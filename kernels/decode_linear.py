@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from titok_fast.kernels.attention import _dot, _interpreted, _round
+from titok_fast.kernels._arithmetic import dot, interpreted, rounded
 from torch import Tensor
 
 # Integers of which no value is compiled into the kernel; with ALIGNED in units of 8 elements.
@@ -109,11 +109,11 @@ def decode_linear_kernel(
             h *= _load(scale, row, scale_stride, start, width, "", ALIGNED, SLICES, DEPTH)
         if shift is not None:
             h += _load(shift, row, shift_stride, start, width, "", ALIGNED, SLICES, DEPTH)
-        h = _round(h, x.dtype.element_ty, PRECISION)
-        acc = _dot(h, tl.permute(w, [0, 2, 1]), acc, PRECISION)
+        h = rounded(h, x.dtype.element_ty, PRECISION)
+        acc = dot(h, tl.permute(w, [0, 2, 1]), acc, PRECISION)
         w = next_w
         if up_weight is not None:
-            up_acc = _dot(h, tl.permute(up, [0, 2, 1]), up_acc, PRECISION)
+            up_acc = dot(h, tl.permute(up, [0, 2, 1]), up_acc, PRECISION)
             up = next_up
 
     y = tl.sum(acc, axis=0)  # [ROWS, BLOCK_N]
@@ -126,7 +126,7 @@ def decode_linear_kernel(
         y *= tl.load(residual_scale + row * residual_scale_stride + column, inside, 0.0)
     if residual is not None:
         y += tl.load(residual + row * residual_stride + column, inside, 0.0)
-    tl.store(out + row * out_stride + column, _round(y, out.dtype.element_ty, PRECISION), inside)
+    tl.store(out + row * out_stride + column, rounded(y, out.dtype.element_ty, PRECISION), inside)
 
 
 def _options(batch: int, size: int, dtype: torch.dtype, aligned: bool, up: bool) -> dict[str, Any]:
@@ -194,7 +194,7 @@ def launch_decode_linear(
     options = _options(batch, size, x.dtype, aligned, up_weight is not None)
     decode_linear_kernel[(triton.cdiv(size, options["BLOCK_N"]),)](
         x, weight, norm, scale, shift, up_weight, residual, residual_scale, out, norm_eps,
-        batch, size, *units, *strides[5:], **_interpreted(x, options),
+        batch, size, *units, *strides[5:], **interpreted(x, options),
     )  # fmt: skip
 
 

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from titok_fast.kernels._arithmetic import LOG2E
 from titok_fast.kernels._device import device_of
 from titok_fast.kernels.nearest_code import DOT, _best_of, _exact_scores, _floats, _merge
 from torch import Tensor
 
-_LOG2E = tl.constexpr(1.4426950408889634)
 _NONE = tl.constexpr(2147483647)
 _LARGEST_NORM = tl.constexpr(1e15)  # of what float32 can square; the bounds skip what is above
 _SHIFT = tl.constexpr(15)  # weights of up to 2^15 keep small ones normal in fp16
@@ -416,15 +416,15 @@ def index_propagation_fwd_kernel(
         tl.store(to, largest, mask=inside)
         new_top = tl.maximum(top, largest)
         s -= new_top[:, None]
-        p = tl.exp2(s * _LOG2E + _SHIFT)
+        p = tl.exp2(s * LOG2E + _SHIFT)
         if SHARP:
             x = tl.maximum(s * inverse_t, _LOWEST)
-            q = tl.exp2(x * _LOG2E)
+            q = tl.exp2(x * LOG2E)
             step = tl.maximum((top - new_top) * inverse_t, _LOWEST)
-            factor = tl.exp2(step * _LOG2E)
+            factor = tl.exp2(step * LOG2E)
             weighted = factor * (weighted + sharp * step) + tl.sum(q * x, axis=1)
             sharp = factor * sharp + tl.sum(q, axis=1)
-        factor = tl.exp2((top - new_top) * _LOG2E)
+        factor = tl.exp2((top - new_top) * LOG2E)
         total = total * factor + tl.sum(p, axis=1)
         if MEAN:
             sums = _accumulate(p, e, e_low, sums * factor[:, None], PARTS)
@@ -707,7 +707,7 @@ def index_propagation_fwd_codes_kernel(
                 )
             x = (s * scale - top[None, :]) * inverse_t - log_sum[None, :]
             x = tl.where(x > _LOWEST, x, _LOWEST)  # no NaN from a row that is not in float
-            sums += tl.exp2(x * _LOG2E)
+            sums += tl.exp2(x * LOG2E)
         total += tl.sum(sums, axis=1)
     nans = tl.load(counts + last)
     total = tl.where(nans > 0, float("nan"), total / n)
@@ -756,7 +756,7 @@ def index_propagation_bwd_prepare_kernel(
 def _sharp(below, log_sum, inverse_t):
     # (s - top) / T from s - top, bounded so that a weight of 0 gives no NaN, and q.
     x = tl.maximum(below * inverse_t, _LOWEST)
-    return x, tl.exp2((x - log_sum) * _LOG2E)
+    return x, tl.exp2((x - log_sum) * LOG2E)
 
 
 @triton.jit
@@ -955,7 +955,7 @@ def index_propagation_bwd_z_kernel(
         g, g_low = _load(grads, first, last, 0, D, DEPTH, ROWS, PARTS, False)
     top = tl.load(own + _TOP)[:, None]
     # With the scale of the gradient, so that small ones stay normal in fp16.
-    log_sum = (tl.load(own + _LOG_SUM) * _LOG2E - tl.log2(down))[:, None]
+    log_sum = (tl.load(own + _LOG_SUM) * LOG2E - tl.log2(down))[:, None]
     score = tl.load(mean_score + row)[:, None]
     if SHARP:
         # The two softmaxes of a row in float have one top.
@@ -987,7 +987,7 @@ def index_propagation_bwd_z_kernel(
         if not EVEN:
             s = tl.where((within < k - code)[None, :], s, float("-inf"))
         below = s - top
-        p = tl.exp2(below * _LOG2E - log_sum)
+        p = tl.exp2(below * LOG2E - log_sum)
         ds = p * (slope * grad_scale - score)
         residual += tl.sum(ds, axis=1)
         if ENTROPY:
@@ -1189,14 +1189,14 @@ def index_propagation_bwd_codebook_kernel(
         slope *= grad_scale
         own = statistics + row.to(tl.int64) * 8
         top = tl.where(real, tl.load(own + _TOP), float("inf"))
-        log_sum = tl.load(own + _LOG_SUM) * _LOG2E - shift
+        log_sum = tl.load(own + _LOG_SUM) * LOG2E - shift
         score, rest = tl.load(mean_score + row), tl.load(residual + row)
         below = s - top[None, :]
         if PARTS == 1:  # half precision can do with fewer registers
-            p = tl.exp2(s * _LOG2E - (top * _LOG2E + log_sum)[None, :])
+            p = tl.exp2(s * LOG2E - (top * LOG2E + log_sum)[None, :])
             ds = p * (slope - (score + rest)[None, :])
         else:
-            p = tl.exp2(below * _LOG2E - log_sum[None, :])
+            p = tl.exp2(below * LOG2E - log_sum[None, :])
             ds = p * (slope - score[None, :] - rest[None, :])
         if SHARP:
             real &= tl.load(own + _IN_FLOAT) > 0
