@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -114,16 +114,6 @@ def without_gradient(case: Case) -> str | None:
     return "has no gradient" if case.direction == "backward" else None
 
 
-def own() -> Iterator[Provider]:
-    for provider in own_providers(prepare, gpu="triton", bf16=True):
-        if provider.name == "reference":
-            yield replace(provider, too_much=matrices)
-        elif provider.devices == ("cpu",):
-            yield replace(provider, too_much=without_gradient)
-        else:
-            yield provider
-
-
 def slow(case: Case, provider: Provider) -> bool:
     gpu_float32 = case.device == "cuda" and case.dtype == torch.float32
     return provider.name == "reference" or (gpu_float32 and provider.name.startswith("sdpa-"))
@@ -133,7 +123,16 @@ BENCH = Bench(
     op="attention",
     cases=cases,
     providers=(
-        *own(),
+        *own_providers(
+            prepare,
+            gpu="triton",
+            bf16=True,
+            too_much={
+                "cpu": without_gradient,
+                "cpu[isa]": without_gradient,
+                "reference": matrices,
+            },
+        ),
         Provider("sdpa", prepare("torch")),
         *(
             Provider(

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from bench import harness
 from bench.bench_nearest_code import matrices
-from bench.harness import Bench, Call, Provider, Relative, slower_isas
+from bench.harness import Bench, Call, Provider, Relative, own_providers
 from titok_fast import index_propagation
-from titok_fast.testing import cpu_isa, relative_error
+from titok_fast.testing import relative_error
 
 TEMPERATURE = 0.01
 SHAPES = (
@@ -156,6 +156,10 @@ def prepare(make: Callable[[], Quantize]) -> Callable[[Case, Tensor, Tensor, Ten
     return prepare
 
 
+def prepare_ours(backend: str) -> Callable[[Case, Tensor, Tensor, Tensor], Call]:
+    return prepare(partial(ours, backend))
+
+
 @lru_cache(maxsize=1)
 def targets(case: Case) -> Tensor:
     """A code for each row, as the classes of a linear cross-entropy."""
@@ -254,32 +258,17 @@ BENCH = Bench(
     op="index_propagation",
     cases=cases,
     providers=(
-        Provider("titok_fast-cpu", prepare(partial(ours, "cpu")), devices=("cpu",), ours=True),
-        *(
-            Provider(
-                f"titok_fast-cpu[{isa}]",
-                prepare(partial(ours, "cpu")),
-                devices=("cpu",),
-                ours=True,
-                setting=partial(cpu_isa, isa),
-                too_much=too_slow_on_cpu,
-            )
-            for isa in slower_isas()
-        ),
-        Provider(
-            "titok_fast-triton", prepare(partial(ours, "triton")), devices=("cuda",), ours=True
+        *own_providers(
+            prepare_ours,
+            gpu="triton",
+            bf16=True,
+            too_much={"cpu[isa]": too_slow_on_cpu, "reference": too_slow_for_reference},
         ),
         Provider(
             "titok_fast-streaming",
-            prepare(partial(ours, "streaming")),
+            prepare_ours("streaming"),
             ours=True,
             too_much=too_slow_on_cpu,
-        ),
-        Provider(
-            "reference",
-            prepare(partial(ours, "reference")),
-            ours=True,
-            too_much=too_slow_for_reference,
         ),
         Provider("official", prepare(lambda: official), too_much=matrices(12)),
         Provider("compiled", prepare(compiled), too_much=matrices(12)),

@@ -2,16 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from bench import harness
-from bench.harness import Bench, Call, Provider, slower_isas
+from bench.harness import Bench, Call, Provider, own_providers
 from titok_fast import nearest_code
-from titok_fast.testing import cpu_isa
 
 SHAPES = (
     (1024, 262144, 256, "l2"),  # IBQ, four 256 px images
@@ -196,30 +195,8 @@ BENCH = Bench(
     op="nearest_code",
     cases=cases,
     providers=(
-        Provider(
-            "titok_fast-cpu",
-            prepare_ours("cpu"),
-            devices=("cpu",),
-            ours=True,
-        ),
-        *(
-            Provider(
-                f"titok_fast-cpu[{isa}]",
-                prepare_ours("cpu"),
-                devices=("cpu",),
-                ours=True,
-                setting=partial(cpu_isa, isa),
-            )
-            for isa in slower_isas()
-        ),
-        Provider(
-            "titok_fast-triton",
-            prepare_ours("triton"),
-            devices=("cuda",),
-            ours=True,
-        ),
-        Provider(
-            "reference", prepare_ours("reference"), ours=True, too_much=too_much_for_reference
+        *own_providers(
+            prepare_ours, gpu="triton", bf16=True, too_much={"reference": too_much_for_reference}
         ),
         Provider("official", prepare_official, too_much=matrices(3)),
         Provider("compiled", prepare_compiled, too_much=matrices(3)),

@@ -12,7 +12,7 @@ import re
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
@@ -123,7 +123,11 @@ def slower_isas() -> tuple[str, ...]:
 
 
 def own_providers(
-    prepare: Callable[[str], Callable[..., Any]], *, gpu: str = "cuda", bf16: bool = False
+    prepare: Callable[[str], Callable[..., Any]],
+    *,
+    gpu: str = "cuda",
+    bf16: bool = False,
+    too_much: Mapping[str, Callable[[Any], str | None]] | None = None,
 ) -> tuple[Provider, ...]:
     """Each backend of an op, the CPU's also with slower instruction sets.
 
@@ -131,22 +135,30 @@ def own_providers(
         prepare: of a backend.
         gpu: the backend of CUDA tensors.
         bf16: whether AVX-512 BF16 runs other code than AVX-512F.
+        too_much: of providers by backend, "cpu[isa]" for all slower instruction sets.
     """
+    isas = [isa for isa in slower_isas() if bf16 or isa != "avx512"]
+    device = {"cpu": ("cpu",), gpu: ("cuda",)}
+
+    def provider(backend: str, name: str, limits: str = "", **options: Any) -> Provider:
+        if limit := (too_much or {}).get(limits or backend):
+            options["too_much"] = limit
+        devices = device.get(backend, ("cpu", "cuda"))
+        return Provider(name, prepare(backend), devices=devices, ours=True, **options)
+
     return (
-        Provider("titok_fast-cpu", prepare("cpu"), devices=("cpu",), ours=True),
+        provider("cpu", "titok_fast-cpu"),
         *(
-            Provider(
+            provider(
+                "cpu",
                 f"titok_fast-cpu[{isa}]",
-                prepare("cpu"),
-                devices=("cpu",),
-                ours=True,
+                "cpu[isa]",
                 setting=functools.partial(cpu_isa, isa),
             )
-            for isa in slower_isas()
-            if bf16 or isa != "avx512"
+            for isa in isas
         ),
-        Provider(f"titok_fast-{gpu}", prepare(gpu), devices=("cuda",), ours=True),
-        Provider("reference", prepare("reference"), ours=True),
+        provider(gpu, f"titok_fast-{gpu}"),
+        provider("reference", "reference"),
     )
 
 
