@@ -791,7 +791,7 @@ def _floats(device: torch.device, *sizes: int) -> list[Tensor]:
     return [part[:size] for part, size in zip(parts, sizes, strict=True)]
 
 
-def _prepare_options(d: int, padded_d: int, tile: Tile) -> dict[str, Any]:
+def _prepare_options(padded_d: int, tile: Tile) -> dict[str, Any]:
     width = triton.next_power_of_2(padded_d)
     rows = min(tile.span, max(1, 4096 // width))
     return {"WIDTH": width, "SPAN": tile.span, "ROWS": rows, "SUBS": tile.subs, "num_warps": 8}
@@ -891,7 +891,7 @@ def launch_nearest_code(
         halves = torch.empty((n + spans * tile.span, padded_d), dtype=torch.float16, device=device)
         z_half, code_half = halves[:n], halves[n:]
 
-    options = _prepare_options(d, padded_d, tile)
+    options = _prepare_options(padded_d, tile)
     nearest_code_prepare_kernel[(spans + triton.cdiv(n, options["ROWS"]),)](
         z, codebook, z_half, code_half, z_scale, z_norm, z_error, span_scale, span_bound,
         column, n, k, spans, z_stride, codebook_stride,

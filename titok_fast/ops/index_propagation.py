@@ -26,7 +26,8 @@ BACKENDS = {
     "cuda": ("triton", "streaming"),
     "meta": ("cpu", "triton", "streaming"),
 }
-SUPPORT = 256
+SUPPORT = 256  # codes of a row that are kept for the backward, of the CPU alone
+ENTROPY, MAX_PROBABILITY = 4, 5  # columns of the statistics; the others are the backend's
 
 Forward = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -325,10 +326,10 @@ class _IndexPropagation(torch.autograd.Function):
         if entropy:
             code_probability, share = mean_over_ranks(code_probability, z.shape[0], process_group)
             probability = code_probability.to(wide_dtype(z.device))
-            total = statistics[:, 4].sum(dtype=probability.dtype)
+            total = statistics[:, ENTROPY].sum(dtype=probability.dtype)
             sample_entropy = (total / max(1, z.shape[0])).float()
             batch_entropy = -(probability * (probability + EPS).log()).sum().float()
-        quantized, max_probability = codebook[indices], statistics[:, 5].clone()
+        quantized, max_probability = codebook[indices], statistics[:, MAX_PROBABILITY].clone()
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(indices, max_probability)
         ctx.save_for_backward(
