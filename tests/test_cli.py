@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from tests.conformance import manifest
-from titok_fast.images import read_image
+from titok_fast.images import read_image, write_png
 from titok_fast.metrics import psnr, ssim
 from titok_fast.models import IBQTokenizer, TiTok
 from titok_fast.models.widened import WIDENED
@@ -421,6 +421,41 @@ def test_every_kind_of_file_goes_through_every_command(titok_fast, tmp_path):
             "inspect", folder / name, "-o", tmp_path / "i.png", "--model", "titok-digits"
         )
         assert result.returncode == 0, result.err
+
+
+@pytest.mark.parametrize("command", ["decode", "reconstruct", "inspect"])
+def test_files_of_others_are_not_replaced(titok_fast, pictures, model, tmp_path, command):
+    output, source = tmp_path / "out", pictures
+    if command == "decode":
+        source = tmp_path / "t.npz"
+        titok_fast("encode", pictures, "-o", source, "--model", model, "--workers", 0)
+    elif command == "inspect":
+        source, output = pictures / "a" / "wave001.png", output / "a" / "wave001.png"
+    run = (command, source, "--model", model, "-o")
+    assert titok_fast(*run, output).returncode == 0
+    whole = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.png")}
+    assert titok_fast(*run, output).returncode == 0
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.png")} == whole
+
+    kept = tmp_path / "out" / "a" / "wave001.png"
+
+    for make in (
+        lambda path: shutil.copy(pictures / "a" / "wave001.png", path),
+        lambda path: path.write_text("notes"),
+        lambda path: path.symlink_to("nowhere"),
+        lambda path: write_png(path, torch.zeros(3, 2, 2), software="titok-fast generate"),
+        Path.mkdir,
+    ):
+        kept.unlink()
+        make(kept)
+        before = kept.lstat()[:7]  # the times of reading aside
+        for path in whole.keys() - {kept}:
+            path.unlink(missing_ok=True)
+        result = titok_fast(*run, output)
+        assert result.returncode == 2 and len(result.err.strip().splitlines()) == 1
+        words = f"--output: {kept} is there and not from titok-fast {command}, allowed is another"
+        assert words in result.err
+        assert kept.lstat()[:7] == before and [*(tmp_path / "out").rglob("*.png")] == [kept]
 
 
 def test_decode_stays_in_its_folder(titok_fast, model, tmp_path):

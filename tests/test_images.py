@@ -13,6 +13,7 @@ from titok_fast.images import (
     find_images,
     grid,
     load_images,
+    png_software,
     read_image,
     read_pixels,
     to_float,
@@ -256,6 +257,19 @@ def test_png_round_trip(tmp_path):
     np.testing.assert_array_equal(back, (pixels * 255).round().numpy().astype(np.uint8))
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["a.png"]
     assert to_image(torch.full((3, 1, 1), 2.0)).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_a_png_file_says_what_wrote_it(tmp_path):
+    pixels = torch.rand(3, 9, 7)
+    for name, image in (("a", pixels), ("b", pixels), ("c", to_image(pixels))):
+        write_png(tmp_path / f"{name}.png", image, software="some command")
+        assert png_software(tmp_path / f"{name}.png") == "some command"
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
+    write_png(tmp_path / "plain.png", pixels)
+    (tmp_path / "noise.png").write_bytes(b"\x89PNG")
+    to_image(pixels).save(tmp_path / "a.jpg")
+    for name in ("plain.png", "noise.png", "absent.png", "a.jpg"):
+        assert png_software(tmp_path / name) is None
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

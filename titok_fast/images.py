@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -329,10 +330,35 @@ def to_image(pixels: Tensor) -> Image.Image:
     return Image.fromarray(values.permute(1, 2, 0).cpu().numpy())
 
 
-def write_png(path: str | os.PathLike[str], pixels: Tensor) -> None:
-    """Write [3, H, W], uint8 or in [0, 1]; the file appears whole or not at all."""
+def write_png(
+    path: str | os.PathLike[str],
+    pixels: Tensor | Image.Image,
+    *,
+    software: str | None = None,
+) -> None:
+    """Write an image as a PNG file, which appears whole or not at all.
+
+    Args:
+        path: of the file.
+        pixels: [3, H, W], uint8 or in [0, 1], or an image.
+        software: what the file says wrote it, see `png_software`.
+    """
+    image = to_image(pixels) if isinstance(pixels, Tensor) else pixels
+    info = PngInfo()
+    if software is not None:
+        info.add_text("Software", software)
     with replacing(Path(path)) as temporary:
-        to_image(pixels).save(temporary, format="PNG")
+        image.save(temporary, format="PNG", pnginfo=info)
+
+
+def png_software(path: str | os.PathLike[str]) -> str | None:
+    """The `software` of a file from `write_png`; None for any other, or one without."""
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            software: str | None = image.info.get("Software")
+            return software
+    except Exception:  # as in `read_pixels`
+        return None
 
 
 def grid(rows: Iterable[Iterable[Tensor]], *, gap: int = 2, scale: int = 1) -> Tensor:

@@ -25,7 +25,7 @@ from rich.progress import (
 from rich.text import Text
 from torch import Tensor
 
-from titok_fast.images import ImageBatch, load_images, to_float, write_png
+from titok_fast.images import ImageBatch, load_images, png_software, to_float, write_png
 from titok_fast.models import IBQTokenizer, Tokenizer, load_tokenizer
 from titok_fast.models.auto import TOKENIZERS, releases
 from titok_fast.models.checks import Options, replaced
@@ -206,6 +206,15 @@ def png_names(image_ids: Iterable[str]) -> list[str]:
     return names
 
 
+def check_pictures(paths: Iterable[Path], software: str) -> None:
+    """Raises ValueError if one of the files is there and `software` did not write it."""
+    for path in paths:
+        if os.path.lexists(path) and png_software(path) != software:
+            raise ValueError(
+                f"--output: {path} is there and not from {software}, allowed is another place"
+            )
+
+
 class _Speed(ProgressColumn):
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
@@ -270,9 +279,11 @@ class PngWriter:
 
     Args:
         threads: their number, at least one.
+        software: what the files say wrote them.
     """
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, software: str | None = None) -> None:
+        self._software = software
         self._pool = ThreadPoolExecutor(max(1, threads))
         self._pending: list[Future[None]] = []
 
@@ -288,7 +299,7 @@ class PngWriter:
         """Write pictures [3, H, W], once those of the call before are written."""
         self._wait()
         self._pending = [
-            self._pool.submit(write_png, path, picture)
+            self._pool.submit(write_png, path, picture, software=self._software)
             for path, picture in zip(paths, pictures, strict=True)
         ]
 

@@ -8,7 +8,6 @@ import torch
 import typer
 from torch import Tensor
 
-from titok_fast._files import replacing
 from titok_fast.analysis import code_colors, codebook, token_changes
 from titok_fast.cli.common import (
     DEFAULT_MODEL,
@@ -24,12 +23,13 @@ from titok_fast.cli.common import (
     PngWriter,
     Revision,
     Workers,
+    check_pictures,
     default_workers,
     png_names,
     say,
 )
 from titok_fast.cli.drawing import TokenLabels, draw
-from titok_fast.images import find_images, grid, read_pixels
+from titok_fast.images import find_images, grid, read_pixels, write_png
 from titok_fast.metrics import psnr, ssim
 from titok_fast.models import TiTok
 
@@ -47,12 +47,14 @@ def reconstruct(
 ) -> None:
     """Encode and decode images: a picture of each beside its reconstruction, PSNR and SSIM."""
     files = find_images(paths)
+    pictures = [output / name for name in png_names(file.image_id for file in files)]
+    software = "titok-fast reconstruct"
+    check_pictures(pictures, software)
     network = Network.load(model, revision, device, dtype, image_size)
-    names = png_names(file.image_id for file in files)
     workers = default_workers(workers, network.device)
     values: list[tuple[float, float]] = []
     density = 0.0
-    with Counter("reconstruct", len(files)) as counter, PngWriter(workers) as writer:
+    with Counter("reconstruct", len(files)) as counter, PngWriter(workers, software) as writer:
         for batch in network.images([file.path for file in files], batch_size, workers):
             counter.skip(batch.errors)
             if not batch.indices:
@@ -66,7 +68,7 @@ def reconstruct(
                     strict=True)
             )  # fmt: skip
             writer.write(
-                [output / names[i] for i in batch.indices],
+                [pictures[i] for i in batch.indices],
                 [grid([pair]) for pair in zip(originals, decoded, strict=True)],
             )
             for i, (peak, structure) in zip(batch.indices, quality, strict=True):
@@ -97,6 +99,8 @@ def inspect(
     """Draw an image, its reconstruction, its tokens, and what each token changes."""
     if output.suffix != ".png":
         raise ValueError(f"--output: got suffix {output.suffix!r}, allowed is .png")
+    software = "titok-fast inspect"
+    check_pictures([output], software)
     network = Network.load(model, revision, device, dtype)
     tokenizer = network.model
     if not isinstance(tokenizer, TiTok):
@@ -110,8 +114,7 @@ def inspect(
         f"{_bits_per_pixel(network, tokens):.4g} bits per pixel, PSNR {quality:.1f} dB"
     )
     labels = _labels(tokenizer, tokens, changes.replacements, replacement)
-    with replacing(output) as temporary:
-        draw(images[0].cpu(), changes, labels, title).save(temporary, format="PNG")
+    write_png(output, draw(images[0].cpu(), changes, labels, title), software=software)
     say(f"{image} to {output}")
 
 

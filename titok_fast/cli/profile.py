@@ -17,6 +17,7 @@ from titok_fast.cli.common import (
     say,
 )
 from titok_fast.cli.profile_chart import draw_profile, duration
+from titok_fast.images import write_png
 from titok_fast.profiling import BASELINES, MODELS, Measurement, Profile
 from titok_fast.profiling import profile as measure
 
@@ -70,8 +71,7 @@ def profile(
     if output is not None:
         with replacing(output / "profile.json") as temporary:
             temporary.write_text(json.dumps(_json(result), indent=2) + "\n")
-        with replacing(output / "profile.png") as temporary:
-            draw_profile(result, headline(result)).save(temporary, format="PNG")
+        write_png(output / "profile.png", draw_profile(result, headline(result)))
         say(f"profile.json, profile.png and traces to {output}")
 
 

@@ -24,6 +24,7 @@ from titok_fast.cli.common import (
     PngWriter,
     Revision,
     Workers,
+    check_pictures,
     default_workers,
     png_names,
     say,
@@ -120,6 +121,9 @@ def decode(
 ) -> None:
     """Turn a token file into PNG files, with the model that made it."""
     file = TokenFile.load(tokens)
+    paths = [output / name for name in png_names(file.image_ids)]
+    software = "titok-fast decode"
+    check_pictures(paths, software)
     source = file.model if model is None else model
     if revision is None and source == file.model:
         revision = file.revision
@@ -128,11 +132,10 @@ def decode(
         made = _identity(file.model, file.revision, file.fingerprint)
         given = _identity(network.name, network.revision, network.fingerprint)
         raise ValueError(f"{tokens}: made with {made}, cannot be decoded with {given}")
-    paths = [output / name for name in png_names(file.image_ids)]
     kind = np.float32 if file.codebook_size is None else np.int64
     with (
         Counter("decode", len(paths)) as counter,
-        PngWriter(default_workers(workers, network.device)) as writer,
+        PngWriter(default_workers(workers, network.device), software) as writer,
     ):
         for start in range(0, len(paths), batch_size):
             values = file.tokens[start : start + batch_size].astype(kind)
