@@ -332,6 +332,10 @@ def test_a_killed_encode_resumes(titok_fast, model, tmp_path):
         while not list(parts.glob("[0-9]*.npz")):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.005)
+        process.send_signal(signal.SIGSTOP)
+        second = titok_fast(*command)
+        assert second.returncode == 2 and len(second.err.strip().splitlines()) == 1
+        assert ".parts: another run is writing to it" in second.err
     finally:
         process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL

@@ -112,6 +112,10 @@ def test_a_killed_run_resumes_with_the_same_images(titok_fast, tmp_path):
         while not (out / "000007.png").exists():
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.005)
+        process.send_signal(signal.SIGSTOP)
+        second = titok_fast(*command("killed"))
+        assert second.returncode == 2 and len(second.err.strip().splitlines()) == 1
+        assert ".parts: another run is writing to it" in second.err
     finally:
         process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL

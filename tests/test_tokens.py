@@ -1,7 +1,9 @@
 """Token files keep what they are given, refuse what is not theirs, and survive interruption."""
 
+import errno
 import io
 import json
+import os
 import pickle
 import zipfile
 
@@ -318,6 +320,40 @@ def test_parts_of_other_settings_are_refused(tmp_path):
     (parts.folder / "manifest.json").write_text("{")
     with pytest.raises(ValueError, match="not readable, delete its folder"):
         Parts(output, SETTINGS)
+
+
+def refused(output):
+    """Whether another process may not write the parts of `output`."""
+    child = os.fork()
+    if child == 0:
+        try:
+            Parts(output, SETTINGS)
+        except ValueError as error:
+            os._exit(7 if "another run is writing to it" in str(error) else 1)
+        os._exit(0)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status in (0, 7)
+    return status == 7
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_two_runs_do_not_write_the_same_parts(tmp_path, count):
+    parts = Parts(tmp_path / "t.npz", SETTINGS)
+    parts.add(range(count), np.zeros((count, 2), int))
+    assert refused(tmp_path / "t.npz")
+    assert not refused(tmp_path / "u.npz")
+    assert len(parts.load()[0]) == count
+    parts.remove()
+    assert not refused(tmp_path / "t.npz")
+
+
+def test_locks_may_be_missing(tmp_path, monkeypatch):
+    def missing(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.lockf", missing)
+    Parts(tmp_path / "t.npz", SETTINGS).remove()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_damaged_parts_are_made_anew(tmp_path):

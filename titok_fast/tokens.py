@@ -1,11 +1,12 @@
 """Token files: the tokens of many images, and what is needed to trust and to decode them."""
 
+import fcntl
 import hashlib
 import json
 import os
-import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -318,7 +319,8 @@ class Parts:
     """What an unfinished run has made so far, in the hidden folder `.NAME.parts` beside its output.
 
     `manifest.json` holds the run's settings; each `<index>.npz` the tokens of some images by
-    their position in the run. A file that was damaged is made anew.
+    their position in the run. A file that was damaged is made anew. `lock` is locked by the process
+    that writes them, until it ends.
 
     Args:
         output: the token file to be.
@@ -326,7 +328,8 @@ class Parts:
         interval: seconds between two files.
 
     Raises:
-        ValueError: when the folder was left by a run with other settings.
+        ValueError: when the folder was left by a run with other settings, or another process
+            writes to it.
         OSError: when it cannot be written.
     """
 
@@ -338,12 +341,12 @@ class Parts:
         self._written = -interval
         self._indices: list[int] = []
         self._tokens: list[Array] = []
+        self._lock = _locked(self.folder / "lock")
         manifest = self.folder / "manifest.json"
         if manifest.exists() and any(self.folder.glob("[0-9]*.npz")):
             check_settings(manifest, settings)
             return
-        if self.folder.exists():  # nothing was done yet, or its removal was interrupted
-            shutil.rmtree(self.folder)
+        self._clear()  # nothing was done yet, or its removal was interrupted
         write_settings(manifest, settings)
 
     def add(self, indices: Iterable[int], tokens: Array) -> None:
@@ -383,5 +386,38 @@ class Parts:
 
     def remove(self) -> None:
         """Deletes the folder."""
-        (self.folder / "manifest.json").unlink()  # first, so that a rest is recognised as such
-        shutil.rmtree(self.folder)
+        self._clear()
+        (self.folder / "lock").unlink(missing_ok=True)
+        self._lock.close()
+        with suppress(OSError):  # another run may have begun
+            self.folder.rmdir()
+
+    def _clear(self) -> None:
+        """Deletes all but the lock."""
+        manifest = self.folder / "manifest.json"
+        manifest.unlink(missing_ok=True)  # first, so that a rest is recognised as such
+        for path in self.folder.iterdir():
+            if path.name != "lock":
+                path.unlink()
+
+
+def _locked(path: Path) -> IO[bytes]:
+    """A file of this process alone, while it is open; made with its folder if missing.
+
+    Raises:
+        ValueError: when another process has it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "ab")  # noqa: SIM115
+    try:
+        # One of flock would outlive a run that is killed, in its workers.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        free = os.path.samestat(os.fstat(file.fileno()), os.stat(path))  # else just deleted
+    except (BlockingIOError, PermissionError, FileNotFoundError):
+        free = False
+    except OSError:  # a file system without locks
+        free = True
+    if not free:
+        file.close()
+        raise ValueError(f"{path.parent}: another run is writing to it, wait until it ends")
+    return file
