@@ -21,7 +21,7 @@ from titok_fast.images import read_image, write_png
 from titok_fast.metrics import psnr, ssim
 from titok_fast.models import IBQTokenizer, TiTok
 from titok_fast.models.widened import WIDENED
-from titok_fast.tokens import TokenFile, fingerprint
+from titok_fast.tokens import Parts, TokenFile, fingerprint
 
 COMMAND = Path(sys.executable).with_name("titok-fast")
 ENVIRONMENT = os.environ | {
@@ -367,6 +367,37 @@ def test_a_run_that_failed_at_the_end_has_nothing_to_repeat(
     again = titok_fast(*command)
     assert again.returncode == 0 and "8 of 8 images were done before" in again.out
     assert len(TokenFile.load(tmp_path / "t.npz").tokens) == 8
+
+
+@pytest.mark.parametrize("damage", ["cut", "deleted", "folder"])
+def test_lost_tokens_are_encoded_again(titok_fast, pictures, model, tmp_path, monkeypatch, damage):
+    whole, tokens = tmp_path / "whole.npz", tmp_path / "t.npz"
+    command = ("encode", pictures, "--model", model, "--workers", 0, "--batch-size", 3, "-o")
+    (pictures / "b" / "wave003.png").write_bytes(b"broken")
+    assert titok_fast(*command, whole).returncode == 3
+    flush = Parts.flush
+
+    def damaging(self):
+        flush(self)
+        first = self.folder / "000000000.npz"
+        if damage == "cut":
+            os.truncate(first, 10)
+        elif damage == "deleted":
+            first.unlink(missing_ok=True)
+        elif self.folder.exists():
+            shutil.rmtree(self.folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Parts, "flush", damaging)
+        result = titok_fast(*command, tokens)
+    lost = 7 if damage == "folder" else 3
+    assert result.returncode == 2 and not tokens.exists()
+    words = f".t.npz.parts: tokens of {lost} images are gone or damaged, repeat the command"
+    assert words in result.err
+    again = titok_fast(*command, tokens)
+    assert again.returncode == 3
+    assert tokens.read_bytes() == whole.read_bytes()
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_decode_refuses_the_tokens_of_another_model(

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from titok_fast.models import ARTransformer, IBQTokenizer, MaskGIT, TiTok
-from titok_fast.tokens import TokenFile, fingerprint
+from titok_fast.tokens import Parts, TokenFile, fingerprint
 
 COMMAND = Path(sys.executable).with_name("titok-fast")
 ENVIRONMENT = os.environ | {
@@ -139,6 +139,27 @@ def test_a_killed_run_resumes_with_the_same_images(titok_fast, tmp_path):
     assert npz.read_bytes() == (tmp_path / "once.npz").read_bytes()
     assert contents(out).items() > pictures.items()
     assert not list(out.glob(".*")) and not list(tmp_path.glob(".*"))
+
+
+def test_lost_tokens_are_generated_again(titok_fast, tmp_path, monkeypatch):
+    def command(name):
+        output = tmp_path / name
+        return *DIGITS, "--count", 6, "--batch-size", 3, "-o", output, "--npz", f"{output}.npz"
+
+    flush = Parts.flush
+
+    def damaging(self):
+        flush(self)
+        os.truncate(self.folder / "000000000.npz", 10)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Parts, "flush", damaging)
+        result = titok_fast(*command("a"))
+    assert result.returncode == 2 and not (tmp_path / "a" / "tokens.npz").exists()
+    assert ".parts: tokens of 3 images are gone or damaged, repeat the command" in result.err
+    assert titok_fast(*command("a")).returncode == titok_fast(*command("b")).returncode == 0
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
 
 
 def test_a_finished_run_has_nothing_to_repeat(titok_fast, tmp_path):

@@ -401,8 +401,12 @@ class _Run:
 
     def _token_file(self, network: Network, classes: Tensor, num_classes: int) -> TokenFile:
         numbers, tokens = self._parts.load()
-        if tokens is None:
-            raise RuntimeError(f"{self._parts.folder}: its files are gone, repeat the command")
+        lost = len(self._paths) - len(numbers)
+        if tokens is None or lost:
+            raise RuntimeError(
+                f"{self._parts.folder}: tokens of {lost} images are gone or damaged, repeat the "
+                "command"
+            )
         return TokenFile(
             tokens=arranged(network.model, torch.from_numpy(tokens)).numpy(),
             image_ids=[path.name for path in self._paths],

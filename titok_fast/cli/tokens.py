@@ -78,6 +78,11 @@ def encode(
                 counter.advance(len(batch.indices))
     parts.flush()
     kept, values = parts.load()
+    lost = len(files) - counter.skipped - len(kept)
+    if lost:
+        raise RuntimeError(
+            f"{parts.folder}: tokens of {lost} images are gone or damaged, repeat the command"
+        )
     if values is None:
         say(f"no image could be read, {output} is not written")
     else:
