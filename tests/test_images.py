@@ -1,6 +1,7 @@
 """Image files are found, read as the official evaluation reads them, and written whole."""
 
 import os
+import signal
 import zlib
 
 import numpy as np
@@ -234,6 +235,27 @@ def test_images_are_loaded_in_order_and_errors_are_values(tmp_path, workers):
             assert pixels.shape == (3, 8, 8) and bool((pixels == index).all())
     messages = [message for batch in batches for message in batch.errors]
     assert len(messages) == 4 and "3.png: not a readable image" in messages[0]
+
+
+def test_shared_memory_may_be_full(tmp_path, monkeypatch):
+    def full(*_):
+        raise RuntimeError("unable to allocate shared memory")
+
+    def late(*_):
+        raise TimeoutError
+
+    for i in range(5):
+        write_png(tmp_path / f"{i}.png", torch.full((3, 9, 9), i / 255))
+    paths = [str(tmp_path / f"{i}.png") for i in range(5)]
+    monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", full)
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(30)
+    try:
+        batches = list(load_images(paths, 8, batch_size=2, workers=1))
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    assert [batch.pixels[:, 0, 0, 0].tolist() for batch in batches] == [[0, 1], [2, 3], [4]]
 
 
 def test_workers_start_after_the_threads_of_this_process(tmp_path):

@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from titok_fast._files import replacing
 
@@ -150,17 +150,16 @@ def load_images(
             raise ValueError(f"{name}: got {value}, allowed is a positive int")
     # The others start in seconds; a worker touches neither CUDA nor this process's threads.
     context = "fork" if workers and sys.platform == "linux" else None
-    return iter(
-        DataLoader(
-            _ImageFiles(paths, size, interpolation),
-            batch_size=batch_size,
-            num_workers=workers,
-            collate_fn=_collate,
-            pin_memory=pin_memory,
-            multiprocessing_context=context,
-            worker_init_fn=_ignore_interrupt,
-        )
+    loader = DataLoader(
+        _ImageFiles(paths, size, interpolation),
+        batch_size=batch_size,
+        num_workers=workers,
+        collate_fn=_collate,
+        pin_memory=pin_memory,
+        multiprocessing_context=context,
+        worker_init_fn=_ignore_interrupt,
     )
+    return (batch._replace(pixels=torch.as_tensor(batch.pixels)) for batch in loader)
 
 
 class _ImageFiles(Dataset[tuple[int, Tensor | str]]):
@@ -183,10 +182,16 @@ class _ImageFiles(Dataset[tuple[int, Tensor | str]]):
 
 def _collate(items: list[tuple[int, Tensor | str]]) -> ImageBatch:
     read = [(index, item) for index, item in items if isinstance(item, Tensor)]
+    pixels: Any = torch.zeros(0, 3, 0, 0)
+    if read:
+        pixels = torch.stack([pixels for _, pixels in read])
+        if get_worker_info() is not None:
+            try:
+                pixels.share_memory_()
+            except RuntimeError:  # it is full: arrays go through a pipe
+                pixels = pixels.numpy()
     return ImageBatch(
-        [index for index, _ in read],
-        torch.stack([pixels for _, pixels in read]) if read else torch.zeros(0, 3, 0, 0),
-        [item for _, item in items if isinstance(item, str)],
+        [index for index, _ in read], pixels, [item for _, item in items if isinstance(item, str)]
     )
 
 
