@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from tests.conformance import manifest
+from titok_fast.cli.common import png_names
 from titok_fast.images import read_image, write_png
 from titok_fast.metrics import psnr, ssim
 from titok_fast.models import IBQTokenizer, TiTok
@@ -504,6 +505,22 @@ def test_decode_stays_in_its_folder(titok_fast, model, tmp_path):
     assert written == {
         "up.png", "absolute.png", "a/same.png", "a/same-2.png", "image.png", "c_d.png",
     }  # fmt: skip
+
+
+def test_long_names_are_cut(titok_fast, pictures, model, tmp_path):
+    names = ["x" * 255, "x" * 252 + ".gz", "x" * 251 + ".png", "\u00fc" * 127, "y" * 251, "y" * 253]
+    names += ["a/" + "x" * 255, "z" * 300 + "/b.png"]
+    expected = ["x" * 251, "x" * 249 + "-2", "x" * 249 + "-3", "\u00fc" * 125, "y" * 251]
+    expected += ["y" * 249 + "-2", "a/" + "x" * 251, "z" * 255 + "/b"]
+    assert png_names(names) == [f"{name}.png" for name in expected]
+
+    folder = tmp_path / "long"
+    folder.mkdir()
+    for i, name in enumerate(("x" * 251 + ".png", "x" * 251 + ".bmp", "\u00e9" * 125 + "a.jpg")):
+        shutil.copy(pictures / "b" / f"wave00{i}.png", folder / name)
+    result = titok_fast("reconstruct", folder, "--model", model, "-o", tmp_path / "out")
+    assert result.returncode == 0, result.err
+    assert len(list((tmp_path / "out").iterdir())) == 3
 
 
 def test_a_folder_may_have_the_name_of_a_picture(titok_fast, model, tmp_path):

@@ -34,6 +34,7 @@ from titok_fast.tokens import fingerprint
 out = Console()
 errors = Console(stderr=True)
 
+_NAME_BYTES = 255  # of a file, at most
 SKIPPED = 3  # exit code when some images could not be read
 
 Paths = Annotated[
@@ -185,7 +186,8 @@ def png_names(image_ids: Iterable[str]) -> list[str]:
     """A distinct file name below a folder for each image: its id with suffix .png.
 
     An id that leads out of the folder is cut to its last part, as is one below a folder of the name
-    of another's file; equal names get a number.
+    of another's file; equal names get a number. Parts are cut to the length that a file's name may
+    have.
     """
     taken: set[str] = set()
     folders: set[str] = set()
@@ -194,16 +196,25 @@ def png_names(image_ids: Iterable[str]) -> list[str]:
         path = PurePosixPath(re.sub(r"[\\\0]", "_", image_id))
         if path.is_absolute() or ".." in path.parts or not path.name:
             path = PurePosixPath(path.name if path.name not in ("", "..") else "image")
-        if any(str(folder) in taken for folder in path.parents):
-            path = PurePosixPath(path.name)
-        stem, name, count = path.with_suffix(""), str(path.with_suffix(".png")), 1
+        folder = PurePosixPath(*(_cut(part) for part in path.parent.parts))
+        if any(str(parent) in taken for parent in (folder, *folder.parents)):
+            folder = PurePosixPath()
+        name, count = str(folder / _cut(path.stem, ".png")), 1
         while name in taken or name in folders:
             count += 1
-            name = f"{stem}-{count}.png"
+            name = str(folder / _cut(path.stem, f"-{count}.png"))
         taken.add(name)
-        folders.update(map(str, path.parents))
+        folders.update(map(str, (folder, *folder.parents)))
         names.append(name)
     return names
+
+
+def _cut(stem: str, suffix: str = "") -> str:
+    """Both, of the stem as many characters as fit into a file's name."""
+    length = _NAME_BYTES - len(suffix)
+    if len(os.fsencode(stem)) > length:
+        stem = os.fsencode(stem)[:length].decode("utf-8", "ignore")
+    return stem + suffix
 
 
 def check_pictures(paths: Iterable[Path], software: str) -> None:
