@@ -639,6 +639,46 @@ def test_errors_are_one_line(titok_fast, pictures, model, tmp_path, command, opt
     assert [p.name for p in tmp_path.iterdir()] == ["pictures"]
 
 
+@pytest.mark.parametrize(
+    ("command", "place", "words"),
+    [
+        (
+            "encode {set} --model absent",
+            "-o {folder}",
+            "--output: {folder} is a folder, allowed is a file",
+        ),
+        (
+            "encode {set} --model absent",
+            "-o {file}/new/t.npz",
+            "--output: {file} is not a folder, nothing can be",
+        ),
+        ("decode {tokens}", "-o {file}/new", "--output: {file} is not a folder"),
+        ("reconstruct {set} --model absent", "-o {file}", "--output: {file} is not a folder"),
+        ("inspect {set}/a --model absent", "-o {file}/p.png", "--output: {file} is not a folder"),
+        ("generate --tokenizer absent", "-o {file}", "--output: {file} is not a folder"),
+        (
+            "generate --tokenizer absent",
+            "--npz {folder}",
+            "--npz: {folder} is a folder, allowed is a file",
+        ),
+        ("train {set} --init absent", "-o {file}", "--output: {file} is not a folder"),
+        ("convert absent", "-o {file}", "--output: {file} is not a folder"),
+        ("profile", "-o {file}", "--output: {file} is not a folder"),
+        ("kernels", "--json {folder}", "--json: {folder} is a folder, allowed is a file"),
+    ],
+)
+def test_places_where_no_file_can_be(titok_fast, pictures, tmp_path, command, place, words):
+    """They are found before any work: even whether there is a model."""
+    names = {name: tmp_path / f"{name}.npz" for name in ("folder", "file", "tokens")}
+    names["folder"].mkdir()
+    names["file"].touch()
+    TokenFile(np.zeros((1, 2), int), ["a"], "absent", "", 32, 256).save(names["tokens"])
+    line = f"{command} {place}".format(set=pictures, **names)
+    result = titok_fast(*line.split())
+    assert result.returncode == 2 and words.format(**names) in result.err
+    assert len(result.err.strip().splitlines()) == 1
+
+
 def test_wrong_token_files_are_one_line(titok_fast, pictures, model, tmp_path):
     result = titok_fast("encode", pictures, "-o", tmp_path / "t.pt", "--model", model)
     assert result.returncode == 2 and "allowed are .npz and .safetensors" in result.err

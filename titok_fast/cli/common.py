@@ -217,13 +217,28 @@ def _cut(stem: str, suffix: str = "") -> str:
     return stem + suffix
 
 
+def check_place(flag: str, path: Path) -> None:
+    """Raises ValueError where no file can be: in place of a folder, or below a file.
+
+    Args:
+        flag: that names the place.
+        path: of the file.
+    """
+    if path.is_dir():
+        raise ValueError(f"{flag}: {path} is a folder, allowed is a file")
+    around = next((folder for folder in path.parents if os.path.lexists(folder)), Path())
+    if not around.is_dir():
+        raise ValueError(f"{flag}: {around} is not a folder, nothing can be below it")
+
+
 def check_pictures(paths: Iterable[Path], software: str) -> None:
-    """Raises ValueError if one of the files is there and `software` did not write it."""
+    """Raises ValueError if one of the files cannot be, or is there and not from `software`."""
     for path in paths:
         if os.path.lexists(path) and png_software(path) != software:
             raise ValueError(
                 f"--output: {path} is there and not from {software}, allowed is another place"
             )
+        check_place("--output", path)
 
 
 class _Speed(ProgressColumn):

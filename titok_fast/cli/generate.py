@@ -29,6 +29,7 @@ from titok_fast.cli.common import (
     Network,
     PngWriter,
     Workers,
+    check_place,
     check_seed,
     default_workers,
     flag,
@@ -120,6 +121,10 @@ def generate(
         raise ValueError(f"--npz: got suffix {npz.suffix!r}, allowed is .npz")
     if output is not None and npz is not None and npz.resolve() == home.resolve():
         raise ValueError(f"--npz: got {npz}, which is the token file")
+    if output is not None:
+        check_place("--output", output / "tokens.npz")
+    if npz is not None:
+        check_place("--npz", npz)
     check_seed(seed)
     if count is not None and count < 1:
         raise ValueError(f"--count: got {count}, allowed is a positive number")

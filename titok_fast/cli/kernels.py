@@ -12,7 +12,7 @@ import typer
 from rich.progress import track
 
 from titok_fast._files import replacing
-from titok_fast.cli.common import errors, say
+from titok_fast.cli.common import check_place, errors, say
 from titok_fast.ops import inspect
 from titok_fast.ops.inspect import KernelReport
 
@@ -46,6 +46,8 @@ def kernels(
     """Compile the GPU kernels ahead of time: registers, spills, shared memory, occupancy."""
     capabilities = [ARCHITECTURES[name] for name in _known("--arch", arch, list(ARCHITECTURES))]
     ops = _known("--op", op, inspect.OPS)
+    if json_file is not None:
+        check_place("--json", json_file)
     start = time.perf_counter()
     configurations = inspect.triton_configurations(
         capabilities, [name for name in ops if name in inspect.TRITON_OPS], main=main

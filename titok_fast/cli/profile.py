@@ -11,6 +11,7 @@ from titok_fast.cli.common import (
     DEFAULT_MODEL,
     Device,
     Dtype,
+    check_place,
     errors,
     named_device,
     named_dtype,
@@ -51,6 +52,8 @@ def profile(
     ] = None,
 ) -> None:  # fmt: skip
     """Measure a sampler, and a diffusion model beside it, on the same device."""
+    if output is not None:
+        check_place("--output", output / "profile.json")
     result = measure(
         model,
         baseline=None if baseline == "none" else baseline,

@@ -25,6 +25,7 @@ from titok_fast.cli.common import (
     Revision,
     Workers,
     check_pictures,
+    check_place,
     default_workers,
     png_names,
     say,
@@ -48,6 +49,7 @@ def encode(
 ) -> None:
     """Turn images into a token file; the same command finishes what an interrupted one began."""
     check_suffix(output)
+    check_place("--output", output)
     files = find_images(paths)
     network = Network.load(model, revision, device, dtype, image_size)
     parts = Parts(

@@ -16,6 +16,7 @@ import typer
 from titok_fast._distributed import rank_and_size
 from titok_fast.cli.common import (
     Device,
+    check_place,
     check_seed,
     default_workers,
     flag,
@@ -186,6 +187,7 @@ def train(
     if dtype not in DTYPES:
         raise ValueError(f"--dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
     check_seed(seed)
+    check_place("--output", output / SETTINGS_FILE)
     kind, weights, config = _source(model, init)
     name = kind.__name__
     optimization = _optimization(
