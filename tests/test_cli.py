@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -299,6 +300,20 @@ def test_a_broken_image_is_named_and_skipped(titok_fast, pictures, model, tmp_pa
     np.testing.assert_array_equal(after.tokens, before.tokens[kept])
     assert after.class_names == ["a", "b", "c"]
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("limit", [1000, 600])
+def test_large_images_are_read_without_a_warning(
+    titok_fast, pictures, model, tmp_path, monkeypatch, limit
+):
+    """Of 1,440 pixels; Pillow warns above its limit and refuses twice as many."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+    command = ("encode", pictures / "a", "-o", tmp_path / "t.npz", "--model", model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        result = titok_fast(*command, "--workers", 0)
+    assert result.returncode == (0 if limit == 1000 else 3), result.err
+    assert limit == 1000 or "exceeds limit of 1200 pixels" in result.err
 
 
 def test_only_broken_images_make_no_file(titok_fast, model, tmp_path):

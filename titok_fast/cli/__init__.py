@@ -1,8 +1,10 @@
 """The titok-fast command."""
 
 import sys
+import warnings
 
 import typer
+from PIL import Image
 
 from titok_fast.cli.common import errors, say
 from titok_fast.cli.convert import convert
@@ -28,6 +30,8 @@ for command in (
 
 def main() -> None:
     """Run the command; what the user can mend is one line on stderr, not a traceback."""
+    # They are read all the same. Not where they are: a filter is no thread's own.
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     try:
         app()
     except (ArithmeticError, OSError, RuntimeError, TypeError, ValueError) as error:
