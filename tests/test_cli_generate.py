@@ -466,6 +466,25 @@ def test_other_weights_are_refused(titok_fast, tmp_path, ibq_pair, monkeypatch, 
     assert f"{2 if finished else 1} of 2 images were done before" in again.out
 
 
+def test_a_path_may_be_spelled_otherwise(titok_fast, tmp_path, ibq_pair, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for i, name in ((4, "tokenizer"), (6, "generator")):
+        shutil.copytree(ibq_pair[i], name)
+    start = (*ibq_pair[:3], "--labels", "4,9", "--tokenizer")
+    assert titok_fast(
+        *start, "tokenizer", "--generator", "generator", "-o", "out", "--npz", "a.npz"
+    ).returncode == 0  # fmt: skip
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for tokenizer, generator, npz in (
+        ("./tokenizer", "./generator", tmp_path / "a.npz"),
+        ("~/tokenizer", "~/generator", "out/../a.npz"),
+        ("tokenizer", tmp_path / "generator", "./a.npz"),
+    ):
+        result = titok_fast(*start, tokenizer, "--generator", generator, "-o", "out", "--npz", npz)
+        assert result.returncode == 0, result.err
+        assert "2 of 2 images were done before" in result.out
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -3,7 +3,7 @@
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -141,9 +141,7 @@ class Network:
         place, kind = named_device(device), named_dtype(dtype)
         model = load_tokenizer(source, revision=revision)
         size = _image_size(model, image_size)
-        name = source
-        if source not in releases(TOKENIZERS) and Path(source).expanduser().exists():
-            name = str(Path(source).expanduser().resolve())
+        name = resolved(source, releases(TOKENIZERS))
         mark = fingerprint(model)
         return cls(model.to(place).cast(kind), name, revision, mark, size, place, kind)
 
@@ -171,6 +169,17 @@ class Network:
             padding = images.new_zeros(batch_size - count, *images.shape[1:])
             images = torch.cat([images, padding])
         return self.model.encode(images)[:count]
+
+
+def resolved(source: str, names: Container[str]) -> str:
+    """Where a model is, as files record it: its name, an absolute path or a Hub id.
+
+    Args:
+        source: as given.
+        names: of releases.
+    """
+    path = Path(source).expanduser()
+    return str(path.resolve()) if source not in names and path.exists() else source
 
 
 def default_workers(workers: int | None, device: torch.device) -> int:

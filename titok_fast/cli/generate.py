@@ -35,6 +35,7 @@ from titok_fast.cli.common import (
     flag,
     named_device,
     option,
+    resolved,
     say,
     with_options,
 )
@@ -182,7 +183,7 @@ def generate(
         settings={
             "--model": model,
             "--tokenizer": None if tokenizer is None else network.name,
-            "--generator": generator,
+            "--generator": generator and resolved(generator, names.generator_class.releases),
             "tokenizer weights": _digest(network.model.state_dict().values()),
             "generator weights": _digest(transformer.state_dict().values()),
             "--labels": labels,
@@ -335,7 +336,7 @@ class _Run:
         self._settings = settings
         self._paths: list[Path] = []
         last = []
-        options = {**settings, "--npz": None if npz is None else str(npz)}
+        options = {**settings, "--npz": None if npz is None else str(npz.resolve())}
         if folder is not None:
             self._paths = [folder / f"{i:06d}.png" for i in range(count)]
             last = [folder / "sheet.png", folder / "tokens.npz"]
