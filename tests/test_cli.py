@@ -635,12 +635,12 @@ def test_inspect_latents_and_a_wrong_suffix(titok_fast, pictures, vae, tmp_path)
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--model", "titok-xxl"], "titok-xxl"),
+        (["--model", "titok-xxl"], "--model: titok-xxl does not exist"),
         (["--model", "{model}", "--dtype", "int8"], "--dtype: 'int8' is not one of float32"),
         (["--model", "{model}", "--device", "tpu9"], "--device: 'tpu9' is not auto, cpu, cuda"),
         (["--model", "{model}", "--device", "meta"], "--device: 'meta' is not auto, cpu, cuda"),
         (["--model", "{model}", "--device", "xpu"], "--device: 'xpu' is not auto, cpu, cuda"),
-        (["--model", "{model}", "--revision", "v2"], "revision: 'v2'"),
+        (["--model", "{model}", "--revision", "v2"], "--revision: 'v2' applies"),
         (["absent*.png"], "PATHS: 'absent*.png' is not a file"),
     ],
 )
@@ -692,6 +692,31 @@ def test_places_where_no_file_can_be(titok_fast, pictures, tmp_path, command, pl
     result = titok_fast(*line.split())
     assert result.returncode == 2 and words.format(**names) in result.err
     assert len(result.err.strip().splitlines()) == 1
+
+
+def test_what_names_no_model_is_named_by_its_option(titok_fast, pictures, model, tmp_path):
+    def refused(option, *arguments):
+        result = titok_fast(*arguments)
+        assert result.returncode == 2 and f"error: {option}: " in result.err, result.err
+        assert len(result.err.strip().splitlines()) == 1
+
+    tokens, absent = tmp_path / "t.npz", tmp_path / "absent"
+    TokenFile(np.zeros((1, 2), int), ["a"], str(absent), "", 32, 256).save(tokens)
+    refused("--model", "decode", tokens, "-o", tmp_path / "out")
+    refused("--model", "inspect", pictures, "-o", tmp_path / "p.png", "--model", absent)
+    refused("CHECKPOINT", "convert", absent, "-o", tmp_path / "out")
+    train = ("train", pictures, "-o", tmp_path / "out")
+    refused("--init", *train, "--init", absent)
+    refused("--model", "train", tokens, "-o", tmp_path / "out", "--model", absent)
+    generator = ("train", tokens, "-o", tmp_path / "out", "--model", "maskgit-digits")
+    held_out = ("--held-out", tmp_path / "u.npz", "--samples-with", absent)
+    TokenFile(np.ones((1, 2), int), ["a"], str(absent), "", 32, 256).save(held_out[1])
+    refused("--samples-with", *generator, *held_out)
+    generate = ("generate", "--model", "titok-digits", "-o", tmp_path / "out")
+    refused("--tokenizer", *generate, "--tokenizer", absent)
+    refused("--generator", *generate, "--generator", absent)
+    refused("--replacement", "inspect", pictures / "wave000.png", "-o", tmp_path / "p.png",
+            "--model", model, "--replacement", "best")  # fmt: skip
 
 
 def test_wrong_token_files_are_one_line(titok_fast, pictures, model, tmp_path):

@@ -508,4 +508,6 @@ def test_a_generator_of_other_tokens_is_refused(titok_fast, tmp_path, ibq_pair):
         tmp_path / "out", "--tokenizer", ibq_pair[4],
     )  # fmt: skip
     assert result.returncode == 2
-    assert "generator: got one of 16 tokens of 256 codes, allowed is 16 tokens of 64" in result.err
+    assert (
+        "--generator: got one of 16 tokens of 256 codes, allowed is 16 tokens of 64" in result.err
+    )

@@ -235,7 +235,10 @@ def test_without_diffusers(titok_fast, monkeypatch):
     command = ("profile", "--model", "titok-digits", "--device", "cpu", "--no-compile")
     result = titok_fast(*command)
     assert result.returncode == 2 and len(result.err.strip().splitlines()) == 1
-    assert "'dit-xl-2' needs diffusers, run pip install 'titok_fast[profile]'" in result.err
+    assert (
+        "--baseline: 'dit-xl-2' needs diffusers, run pip install 'titok_fast[profile]'"
+        in result.err
+    )
     alone = titok_fast(*command, "--baseline", "none", "--steps", 2)
     assert alone.returncode == 0, alone.err
     row = alone.out.splitlines()[2].split()
@@ -245,13 +248,13 @@ def test_without_diffusers(titok_fast, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--model", "titok-xxl"], "model: 'titok-xxl' is not one of 'titok-l-32', 'titok-b-64'"),
-        (["--baseline", "sdxl"], "baseline: 'sdxl' is not one of 'dit-xl-2'"),
+        (["--model", "titok-xxl"], "--model: 'titok-xxl' is not one of 'titok-l-32', 'titok-b-64'"),
+        (["--baseline", "sdxl"], "--baseline: 'sdxl' is not one of dit-xl-2, none"),
         (
             ["--baseline-steps", "4", "--measured-steps", "5"],
-            "measured_steps: got 5, allowed is 1 ",
+            "--measured-steps: got 5, allowed is 1 ",
         ),
-        (["--baseline", "none", "--steps", "0"], "steps: got 0, allowed is a positive int"),
+        (["--baseline", "none", "--steps", "0"], "--steps: got 0, allowed is a positive int"),
         (["--dtype", "int8"], "--dtype: 'int8' is not one of float32"),
         (["--device", "tpu9"], "--device: 'tpu9' is not auto, cpu, cuda"),
     ],

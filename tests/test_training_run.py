@@ -1193,6 +1193,9 @@ def test_the_command_trains_the_second_stage(titok_fast, pictures, tmp_path):
     assert moved.abs().max() > 0
     state = torch.load(tmp_path / "second" / STATE_FILE, weights_only=True)
     assert state["helper"]["_extra_state"]["optimizer"]["state"]  # the discriminator learned
+    absent = (*source[:2], "--proxy", tmp_path / "absent")
+    refused = titok_fast("train", folder, *absent, "-o", tmp_path / "other")
+    assert refused.returncode == 2 and "error: --proxy: " in refused.err
     without = titok_fast("train", folder, *source[:-2], *options[2:], "-o", tmp_path / "second")
     assert without.returncode == 2 and "--adversarial-weight 0.1 now None" in without.err
     other = titok_fast("train", folder, *source, "--kl-weight", 3, "-o", tmp_path / "other")

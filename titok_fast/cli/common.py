@@ -78,13 +78,21 @@ def flag(name: str) -> str:
 
 
 @contextmanager
-def flags() -> Iterator[None]:
-    """Within it, an error that begins with the name of a field begins with that of its option."""
+def flags(*fields: str, **names: str) -> Iterator[None]:
+    """Within it, an error that begins with the name of a field begins with that of its option.
+
+    Args:
+        *fields: those whose option is `flag` of it; all others too where nothing is given.
+        **names: the options of others.
+    """
+    known = {**{field: flag(field) for field in fields}, **names}
     try:
         yield
-    except ValueError as error:
+    except (OSError, RuntimeError, ValueError) as error:
         name, _, reason = str(error).partition(":")
-        raise ValueError(f"{flag(name)}:{reason}") from None
+        if known and name not in known:
+            raise
+        raise ValueError(f"{known.get(name) or flag(name)}:{reason}") from None
 
 
 def with_options(default: Options, kind: str, **given: Any) -> Options:
@@ -136,10 +144,12 @@ class Network:
         device: str,
         dtype: str,
         image_size: int | None = None,
+        option: str = "--model",
     ) -> "Network":
-        """Load the model that the options name."""
+        """Load the model that the options name; `option` is that of the source."""
         place, kind = named_device(device), named_dtype(dtype)
-        model = load_tokenizer(source, revision=revision)
+        with flags("revision", path_or_hub_id=option):
+            model = load_tokenizer(source, revision=revision)
         size = _image_size(model, image_size)
         name = resolved(source, releases(TOKENIZERS))
         mark = fingerprint(model)

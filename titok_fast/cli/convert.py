@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from titok_fast.cli.common import check_place, say
+from titok_fast.cli.common import check_place, flags, say
 from titok_fast.models.auto import MODELS, model_class, releases
 from titok_fast.models.convert import EMA_PREFIX
 from titok_fast.models.pretrained import CONFIG_FILE, WEIGHTS_FILE, load_weights, locate
@@ -35,8 +35,9 @@ def convert(
     if model is not None and model not in names:
         raise ValueError(f"--model: {model!r} is not one of {', '.join(names)}")
     check_place("--output", output / CONFIG_FILE)
-    path, config = locate(checkpoint, names, config=model)
-    converted, sources = load_weights(model_class(config, MODELS), path, config)
+    with flags(path_or_hub_id="CHECKPOINT"):
+        path, config = locate(checkpoint, names, config=model)
+        converted, sources = load_weights(model_class(config, MODELS), path, config)
     _check_output(output, converted.config)
     converted.save_pretrained(output)
     averages = sum(source.startswith(EMA_PREFIX) for source in sources.values())

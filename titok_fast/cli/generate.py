@@ -33,6 +33,7 @@ from titok_fast.cli.common import (
     check_seed,
     default_workers,
     flag,
+    flags,
     named_device,
     option,
     resolved,
@@ -136,10 +137,19 @@ def generate(
     if capture and (ids is not None or named_device(device).type != "cuda"):
         raise ValueError("--capture: allowed on a GPU and without --ids")
     names = PAIRS[model]
-    network = Network.load(tokenizer or names.tokenizer, None, device, dtype)
-    transformer = names.generator_class.from_pretrained(
-        generator or names.generator, dtype=network.dtype, device=network.device
+    network = Network.load(
+        tokenizer or names.tokenizer,
+        None,
+        device,
+        dtype,
+        option="--tokenizer" if tokenizer else "--model",
     )
+    with flags(path_or_hub_id="--generator" if generator else "--model"):
+        transformer = names.generator_class.from_pretrained(
+            generator or names.generator, dtype=network.dtype, device=network.device
+        )
+    with flags("generator"):
+        size = image_size(network.model, transformer)
     pack_pair(network.model, transformer)
     sampling = with_options(
         transformer.sampling,
@@ -179,7 +189,7 @@ def generate(
         home,
         output,
         npz,
-        shape=(count, image_size(network.model, transformer)),
+        shape=(count, size),
         settings={
             "--model": model,
             "--tokenizer": None if tokenizer is None else network.name,

@@ -25,6 +25,7 @@ from titok_fast.cli.common import (
     Workers,
     check_pictures,
     default_workers,
+    flags,
     png_names,
     say,
 )
@@ -107,7 +108,8 @@ def inspect(
         raise ValueError(f"--model: {network.name} is not a TiTok, which inspect draws")
     images = network.to_device(read_pixels(image, network.image_size)[None])
     tokens = network.encode(images, 1)[0]
-    changes = token_changes(tokenizer, tokens, replacement=replacement, batch_size=batch_size)
+    with flags("replacement"):
+        changes = token_changes(tokenizer, tokens, replacement=replacement, batch_size=batch_size)
     quality = float(psnr(changes.reconstruction[None], images.cpu()))
     title = (
         f"{image.name} as {len(tokens)} tokens of {Path(network.name).name}: "

@@ -13,6 +13,7 @@ from titok_fast.cli.common import (
     Dtype,
     check_place,
     errors,
+    flags,
     named_device,
     named_dtype,
     say,
@@ -54,20 +55,23 @@ def profile(
     """Measure a sampler, and a diffusion model beside it, on the same device."""
     if output is not None:
         check_place("--output", output / "profile.json")
-    result = measure(
-        model,
-        baseline=None if baseline == "none" else baseline,
-        batch_size=batch_size,
-        device=named_device(device),
-        dtype=named_dtype(dtype),
-        steps=steps,
-        baseline_steps=baseline_steps,
-        measured_steps=measured_steps,
-        compiled=compile,
-        pretrained=pretrained,
-        folder=output,
-        notify=lambda text: say(text, errors),
-    )
+    if baseline not in (*BASELINES, "none"):
+        raise ValueError(f"--baseline: {baseline!r} is not one of {', '.join(BASELINES)}, none")
+    with flags("model", "baseline", "steps", "measured_steps", path_or_hub_id="--model"):
+        result = measure(
+            model,
+            baseline=None if baseline == "none" else baseline,
+            batch_size=batch_size,
+            device=named_device(device),
+            dtype=named_dtype(dtype),
+            steps=steps,
+            baseline_steps=baseline_steps,
+            measured_steps=measured_steps,
+            compiled=compile,
+            pretrained=pretrained,
+            folder=output,
+            notify=lambda text: say(text, errors),
+        )
     say(headline(result))
     for line in _lines(result):
         say(line)

@@ -281,7 +281,8 @@ def train(
         if weights is None:
             network = kind.from_config(config)
         else:
-            network = kind.from_pretrained(weights, config=config, dtype=torch.float32)
+            with flags(path_or_hub_id="--init"):
+                network = kind.from_pretrained(weights, config=config, dtype=torch.float32)
         helper = None if adversary is None else Adversary(adversary).to(place)
     task: Task
     evaluated: Task | None = None
@@ -327,7 +328,8 @@ def _source(model: str | None, init: str | None) -> tuple[type[Trained], Path | 
     if (model is None) == (init is None):
         raise ValueError("--model: allowed is either it or --init")
     if init is not None:
-        weights, config = locate(init, names)
+        with flags(path_or_hub_id="--init"):
+            weights, config = locate(init, names)
         return model_class(config, KINDS), weights, config
     if model not in names:
         raise ValueError(
@@ -458,7 +460,8 @@ def _decoder(name: str | None, data: Data) -> Tokenizer | None:
         return None
     if not isinstance(data, TokenFile):
         raise ValueError(f"--samples-with: got {name!r}, allowed for a generator")
-    model = load_tokenizer(name)
+    with flags(path_or_hub_id="--samples-with"):
+        model = load_tokenizer(name)
     if predicts_proxies(model.config):
         raise ValueError(f"--samples-with: got {name}, a first-stage model, which makes no pixels")
     mark = fingerprint(model)
@@ -476,7 +479,8 @@ def _staged(
     """The tokenizer as its stage begins, and the VQGAN that gives the first one's proxy codes."""
     if not (isinstance(network, TiTok) and predicts_proxies(network.config)):
         return network, None
-    vqgan = MaskGITVQGAN.from_pretrained(proxy)
+    with flags(path_or_hub_id="--proxy"):
+        vqgan = MaskGITVQGAN.from_pretrained(proxy)
     return (tokenizer.second_stage(network, vqgan), None) if second_stage else (network, vqgan)
 
 
