@@ -5,7 +5,9 @@ import io
 import json
 import os
 import pickle
+import resource
 import zipfile
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ import torch
 from safetensors.numpy import save_file
 
 from tests.conformance import manifest
+from titok_fast.images import write_png
 from titok_fast.models import IBQTokenizer, TiTok
 from titok_fast.tokens import Parts, TokenFile, fingerprint
 
@@ -255,6 +258,21 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
         token_file(model="other").save(tmp_path / "t.npz")
     assert (tmp_path / "t.npz").read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["t.npz"]
+
+
+@pytest.mark.parametrize("name", ["t.npz", "t.safetensors", "t.png"])
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path, name):
+    path, before = tmp_path / name, resource.getrlimit(resource.RLIMIT_FSIZE)
+    pixels = torch.rand(3, 64, 64)
+    write = partial(write_png, pixels=pixels) if name == "t.png" else token_file().save
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large") as caught:
+            write(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert str(path) in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_fingerprint_is_that_of_the_encoder():

@@ -33,5 +33,9 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         temporary.chmod(mode)
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno is not None and error.filename is None:  # of a write: it names no file
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)

@@ -14,7 +14,7 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from titok_fast._files import replacing
@@ -129,7 +129,10 @@ class TokenFile:
                 for name, lines in texts.items():
                     arrays[name] = np.frombuffer(json.dumps(lines).encode(), np.uint8)
                 # The header's fields come out of a hash map: in one, their order is fixed.
-                save_file(arrays, temporary, metadata={FORMAT: json.dumps(fields)})
+                try:
+                    save_file(arrays, temporary, metadata={FORMAT: json.dumps(fields)})
+                except SafetensorError as error:
+                    raise OSError(f"{path}: {error}") from None
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "TokenFile":
