@@ -4,6 +4,7 @@ import copy
 import functools
 import gc
 import json
+import logging
 
 import pytest
 import torch
@@ -460,6 +461,22 @@ def test_hub(by_name, tmp_path, monkeypatch):
         with pytest.raises(FileNotFoundError, match=r"cannot get config\.json of owner/name from"):
             TiTok.from_pretrained("owner/name")
     assert torch.equal(loaded.latent_tokens, model.latent_tokens)
+
+
+@pytest.mark.parametrize("level", [logging.DEBUG, logging.WARNING])
+def test_attempts_to_download_are_not_told(monkeypatch, caplog, level):
+    logger = logging.getLogger("huggingface_hub.utils._http")
+
+    def download(*_, **__):
+        logger.warning("Retrying in 1s [Retry 1/5].")
+        raise LocalEntryNotFoundError("no connection")
+
+    monkeypatch.setattr(pretrained, "hf_hub_download", download)
+    caplog.set_level(level, "huggingface_hub")
+    with pytest.raises(FileNotFoundError, match="no connection"):
+        TiTok.from_pretrained("owner/absent")
+    assert len(caplog.records) == (1 if level == logging.DEBUG else 0)
+    assert logger.getEffectiveLevel() == level
 
 
 def test_hub_ids_are_the_released_repositories():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -346,6 +347,10 @@ def _is_hub_id(name: str) -> bool:
 
 def _download(hub_id: str, filenames: Sequence[str], revision: str | None) -> Path:
     """The first of the files that the repository has."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    if level == logging.WARNING:  # its default, of a line for each attempt
+        logger.setLevel(logging.ERROR)
     try:
         for filename in filenames[:-1]:
             with suppress(EntryNotFoundError):
@@ -357,6 +362,8 @@ def _download(hub_id: str, filenames: Sequence[str], revision: str | None) -> Pa
         raise FileNotFoundError(
             f"path_or_hub_id: cannot get {' or '.join(filenames)} of {where} from the Hub: {reason}"
         ) from error
+    finally:
+        logger.setLevel(level)
 
 
 def _weights_in(folder: Path) -> Path:
