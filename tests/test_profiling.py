@@ -209,7 +209,7 @@ def test_command(titok_fast, small_baseline, tmp_path, measured_steps):
 def test_compiled_runs_compile_both_models(small_baseline, monkeypatch):
     compiled = Counter()
     monkeypatch.setattr(
-        torch.nn.Module, "compile", lambda module: compiled.update([type(module).__name__])
+        torch.nn.Module, "compile", lambda module, **_: compiled.update([type(module).__name__])
     )
     result = profiling.profile("titok-digits", steps=2, baseline_steps=2, batch_size=1)
     assert [(m.model, m.mode) for m in result.measurements] == [
