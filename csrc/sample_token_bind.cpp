@@ -61,7 +61,7 @@ void bind_sample_token(py::module_& m) {
   define(m, "sample_token_cpu", titok::sample_token_cpu);
 #ifdef TITOK_FAST_CUDA
   m.def("sample_token_cuda_workspace", &titok::sample_token_cuda_workspace, py::arg("batch"),
-        py::arg("vocabulary"));
+        py::arg("vocabulary"), py::arg("filtered"));
   define(m, "sample_token_cuda", titok::sample_token_cuda);
 #endif
 }

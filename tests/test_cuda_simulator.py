@@ -55,3 +55,9 @@ def test_no_order_changes_a_bit(op, monkeypatch):
             results[-1] += (tokens,)
     for result in results[1:]:
         assert all(torch.equal(a, e) for a, e in zip(result, results[0], strict=True))
+
+
+def test_a_draw_without_a_filter_keeps_no_lists():
+    size = simulation.cuda_simulator().sample_token_cuda_workspace
+    assert size(64, 2**18, filtered=True) > 64 * 2**18 * 16
+    assert size(64, 2**18, filtered=False) < 64 * 2**15

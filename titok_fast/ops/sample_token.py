@@ -82,7 +82,9 @@ def _run(
         size = extension.sample_token_cpu_workspace(batch, vocabulary, threads)
         run, stream = extension.sample_token_cpu, 0
     else:
-        size = extension.sample_token_cuda_workspace(batch, vocabulary)
+        (top_k, tensor_k), (top_p, tensor_p) = values["top_k"], values["top_p"]
+        filtered = tensor_k or tensor_p or 0 < top_k < vocabulary or top_p < 1
+        size = extension.sample_token_cuda_workspace(batch, vocabulary, bool(filtered))
         run, stream = extension.sample_token_cuda, torch.cuda.current_stream().cuda_stream
     workspace = torch.empty(size, dtype=torch.uint8, device=cond.device)
     tokens = torch.empty(batch, dtype=torch.int64, device=cond.device)
