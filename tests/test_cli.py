@@ -19,11 +19,12 @@ from PIL import Image
 
 from tests.conformance import manifest
 from titok_fast.cli.common import png_names
+from titok_fast.cli.runs import Parts
 from titok_fast.images import read_image, write_png
 from titok_fast.metrics import psnr, ssim
 from titok_fast.models import IBQTokenizer, TiTok
 from titok_fast.models.widened import WIDENED
-from titok_fast.tokens import Parts, TokenFile, fingerprint
+from titok_fast.tokens import TokenFile, fingerprint
 
 COMMAND = Path(sys.executable).with_name("titok-fast")
 ENVIRONMENT = os.environ | {

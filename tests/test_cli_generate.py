@@ -14,8 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
+from titok_fast.cli.runs import Parts
 from titok_fast.models import ARTransformer, IBQTokenizer, MaskGIT, TiTok
-from titok_fast.tokens import Parts, TokenFile, fingerprint
+from titok_fast.tokens import TokenFile, fingerprint
 
 COMMAND = Path(sys.executable).with_name("titok-fast")
 ENVIRONMENT = os.environ | {

@@ -1,12 +1,9 @@
 """Token files: the tokens of many images, and what is needed to trust and to decode them."""
 
-import fcntl
 import hashlib
 import json
 import os
-import time
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -24,7 +21,6 @@ FORMAT = "titok_fast.tokens"
 VERSION = 1
 
 Array = npt.NDArray[Any]
-Setting = str | int | float | bool | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,7 +212,8 @@ def _check_names(name: str, names: Sequence[str]) -> None:
 _Contents = tuple[dict[str, Array], dict[str, list[str]], dict[str, str]]
 
 
-def _arrays(file: IO[bytes]) -> dict[str, Array]:
+def read_arrays(file: IO[bytes]) -> dict[str, Array]:
+    """The arrays of an .npz file; raises for anything else, and for one that is damaged."""
     archive = np.load(file, allow_pickle=False)
     if not isinstance(archive, np.lib.npyio.NpzFile):
         raise ValueError("it is a single array")
@@ -229,7 +226,7 @@ def _arrays(file: IO[bytes]) -> dict[str, Array]:
 
 
 def _read_npz(file: IO[bytes]) -> _Contents:
-    members = _arrays(file)
+    members = read_arrays(file)
     texts: dict[str, list[str]] = {}
     fields = {}
     for name in list(members):
@@ -291,136 +288,3 @@ def raw_bytes(tensor: torch.Tensor) -> memoryview:
     """A tensor's numbers as they lie in memory, row by row, to be hashed."""
     flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
     return flat.numpy().data
-
-
-def write_settings(path: Path, settings: Mapping[str, Setting]) -> None:
-    """Writes the settings of a run as JSON."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-
-
-def changed(old: Mapping[str, Setting], settings: Mapping[str, Setting]) -> str:
-    """What is not as it was, name by name; "" where nothing is."""
-    names = [name for name in settings if old.get(name) != settings[name]]
-    return ", ".join(f"{name} {old.get(name)} now {settings[name]}" for name in names)
-
-
-def check_settings(path: Path, settings: Mapping[str, Setting]) -> None:
-    """Raises ValueError unless `write_settings` wrote the same to the path."""
-    try:
-        changes = changed(json.loads(path.read_text(encoding="utf-8")), settings)
-    except (AttributeError, OSError, ValueError):
-        raise ValueError(f"{path}: not readable, delete its folder to start anew") from None
-    if changes:
-        raise ValueError(
-            f"{path.parent}: left by a run with other settings ({changes}); "
-            "repeat those to finish it, or delete the folder to start anew"
-        )
-
-
-class Parts:
-    """What an unfinished run has made so far, in the hidden folder `.NAME.parts` beside its output.
-
-    `manifest.json` holds the run's settings; each `<index>.npz` the tokens of some images by
-    their position in the run. A file that was damaged is made anew. `lock` is locked by the process
-    that writes them, until it ends.
-
-    Args:
-        output: the token file to be.
-        settings: everything that the tokens depend on, as JSON values.
-        interval: seconds between two files.
-
-    Raises:
-        ValueError: when the folder was left by a run with other settings, or another process
-            writes to it.
-        OSError: when it cannot be written.
-    """
-
-    def __init__(
-        self, output: Path, settings: Mapping[str, Setting], *, interval: float = 2.0
-    ) -> None:
-        self.folder = output.with_name(f".{output.name}.parts")
-        self._interval = interval
-        self._written = -interval
-        self._indices: list[int] = []
-        self._tokens: list[Array] = []
-        self._lock = _locked(self.folder / "lock")
-        manifest = self.folder / "manifest.json"
-        if manifest.exists() and any(self.folder.glob("[0-9]*.npz")):
-            check_settings(manifest, settings)
-            return
-        self._clear()  # nothing was done yet, or its removal was interrupted
-        write_settings(manifest, settings)
-
-    def add(self, indices: Iterable[int], tokens: Array) -> None:
-        """Keeps the tokens [n, ...] of n images; writes them once the interval has passed."""
-        self._indices += indices
-        self._tokens.append(tokens)
-        if time.monotonic() - self._written >= self._interval:
-            self.flush()
-
-    def flush(self) -> None:
-        """Writes what has not been written."""
-        if self._indices:
-            with (
-                replacing(self.folder / f"{self._indices[0]:09d}.npz") as temporary,
-                open(temporary, "wb") as file,
-            ):
-                np.savez(file, indices=self._indices, tokens=np.concatenate(self._tokens))
-        self._indices, self._tokens, self._written = [], [], time.monotonic()
-
-    def load(self) -> tuple[Array, Array | None]:
-        """All that is written: positions [n] int64, ascending, and tokens [n, ...] or None."""
-        indices, tokens = [], []
-        for path in sorted(self.folder.glob("[0-9]*.npz")):
-            try:
-                with open(path, "rb") as file:
-                    part = _arrays(file)
-                some, values = part["indices"], part["tokens"]
-            except Exception:  # as in `TokenFile.load`
-                path.unlink()
-                continue
-            indices.append(some)
-            tokens.append(values)
-        if not indices:
-            return np.zeros(0, np.int64), None
-        positions, first = np.unique(np.concatenate(indices), return_index=True)
-        return positions, np.concatenate(tokens)[first]
-
-    def remove(self) -> None:
-        """Deletes the folder."""
-        self._clear()
-        (self.folder / "lock").unlink(missing_ok=True)
-        self._lock.close()
-        with suppress(OSError):  # another run may have begun
-            self.folder.rmdir()
-
-    def _clear(self) -> None:
-        """Deletes all but the lock."""
-        manifest = self.folder / "manifest.json"
-        manifest.unlink(missing_ok=True)  # first, so that a rest is recognised as such
-        for path in self.folder.iterdir():
-            if path.name != "lock":
-                path.unlink()
-
-
-def _locked(path: Path) -> IO[bytes]:
-    """A file of this process alone, while it is open; made with its folder if missing.
-
-    Raises:
-        ValueError: when another process has it.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = open(path, "ab")  # noqa: SIM115
-    try:
-        # One of flock would outlive a run that is killed, in its workers.
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        free = os.path.samestat(os.fstat(file.fileno()), os.stat(path))  # else just deleted
-    except (BlockingIOError, PermissionError, FileNotFoundError):
-        free = False
-    except OSError:  # a file system without locks
-        free = True
-    if not free:
-        file.close()
-        raise ValueError(f"{path.parent}: another run is writing to it, wait until it ends")
-    return file

@@ -40,6 +40,7 @@ from titok_fast.cli.common import (
     say,
     with_options,
 )
+from titok_fast.cli.runs import Parts, Setting, changed, write_settings
 from titok_fast.images import grid, read_pixels, to_float, write_png
 from titok_fast.models import MaskGIT
 from titok_fast.models.generate import (
@@ -51,7 +52,7 @@ from titok_fast.models.generate import (
     pack_pair,
 )
 from titok_fast.models.maskgit import GUIDANCE_DECAYS, RULES, SCHEDULES
-from titok_fast.tokens import Parts, Setting, TokenFile, changed, raw_bytes, write_settings
+from titok_fast.tokens import TokenFile, raw_bytes
 
 SHEET = 16  # images along a side of the contact sheet, at most
 

@@ -30,8 +30,9 @@ from titok_fast.cli.common import (
     png_names,
     say,
 )
+from titok_fast.cli.runs import Parts
 from titok_fast.images import ImageFile, find_images, to_uint8
-from titok_fast.tokens import Array, Parts, TokenFile, check_suffix
+from titok_fast.tokens import Array, TokenFile, check_suffix
 
 
 def encode(

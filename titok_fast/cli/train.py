@@ -26,6 +26,7 @@ from titok_fast.cli.common import (
     say,
     with_options,
 )
+from titok_fast.cli.runs import Setting, check_settings, write_settings
 from titok_fast.images import ImageFile, find_images
 from titok_fast.models import ARTransformer, IBQTokenizer, MaskGIT, MaskGITVQGAN, TiTok, compile
 from titok_fast.models.auto import (
@@ -38,14 +39,7 @@ from titok_fast.models.auto import (
 from titok_fast.models.checks import DECAY, NUMBER, check_kind
 from titok_fast.models.generate import Generator
 from titok_fast.models.pretrained import CONFIG_FILE, WEIGHTS_FILE, locate
-from titok_fast.tokens import (
-    Setting,
-    TokenFile,
-    check_settings,
-    fingerprint,
-    raw_bytes,
-    write_settings,
-)
+from titok_fast.tokens import TokenFile, fingerprint, raw_bytes
 from titok_fast.training import generator, tokenizer
 from titok_fast.training.adversary import Adversary, AdversaryOptions
 from titok_fast.training.generator import GeneratorTask, config_for
