@@ -1,4 +1,4 @@
-"""Token files keep what they are given, and refuse what is not theirs."""
+"""Token files keep what they are given and refuse what is not theirs."""
 
 import io
 import pickle
