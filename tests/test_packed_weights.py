@@ -393,6 +393,26 @@ def test_a_fused_optimizer_ends_the_copies(tokenizer, compiled):
     assert count(copy.deepcopy(tokenizer)) == 0 and pickle.dumps(tokenizer)
 
 
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+def test_a_fused_step_with_gradients_of_ones_own_ends_the_copies(tokenizer, kind):
+    """No backward pass has put them there."""
+    images = digits("test")[0][:4]
+    pack_weights(tokenizer.train())
+    weights = [p for p in tokenizer.parameters() if p.requires_grad]
+    optimizer = kind(weights, lr=0.01, fused=True)
+    gradients = torch.autograd.grad(
+        tokenizer(images)[0].square().mean(), weights, allow_unused=True
+    )
+    for weight, gradient in zip(weights, gradients, strict=True):
+        weight.grad = gradient
+    optimizer.step()
+    optimizer.zero_grad()
+    with torch.no_grad():
+        latents = tokenizer.latents(images)
+        pack_weights(tokenizer)
+        assert relative_error(tokenizer.latents(images), latents) < 1e-4
+
+
 def test_a_weight_that_is_thawed_is_not_trusted(tokenizer):
     images = digits("test")[0][:4]
     pack_weights(tokenizer.train().requires_grad_(False))

@@ -61,8 +61,9 @@ def pack_weights(model: Model) -> Model:
     order, most for small batches, and 3x3 convolutions run as `conv3x3` does. It takes twice the
     memory for weights, of convolutions 2.8 times (4.6 where the CPU multiplies float32 in place of
     their 16 bits, and twice that of linear layers then). A weight that changes afterwards is used
-    in its own order until it is packed again; a change through `weight.data` is not seen, and must
-    be followed by another call. A linear layer is not packed where PyTorch has no oneDNN. One that
+    in its own order until it is packed again; a change through `weight.data`, or of single entries
+    of a weight that was made under `torch.inference_mode`, is not seen, and must be followed by
+    another call. A linear layer is not packed where PyTorch has no oneDNN. One that
     is replaced, by an adapter say, or has a forward hook is called as it is; a weight with a
     gradient, which an optimizer is about to change, is not packed.
     `ARTransformer.generate` has no use for it: it reads weights as they are for up to 16 rows, and

@@ -2,30 +2,54 @@
 
 from __future__ import annotations
 
+import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from titok_fast.models import widened
 from titok_fast.models.widened import linear
 from titok_fast.ops.arguments import differentiated
+
+# Set once an optimizer, of which PyTorch's fused ones leave a weight's version as it is, may have
+# moved the weight.
+_moved_of: MutableMapping[Tensor, threading.Event] = WeakTensorKeyDictionary()
+
+
+def _note_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    for group in optimizer.param_groups:
+        for weight in group["params"]:
+            if moved := _moved_of.get(weight):
+                moved.set()
+
+
+@functools.cache
+def _watch_optimizers() -> None:
+    register_optimizer_step_post_hook(_note_step)
 
 
 class _Packed:
     """A copy of a weight in another order; a copy or a pickle of a model leaves it out."""
 
     def __init__(self, weight: Tensor, copy: Tensor) -> None:
-        self._moved, self._watch = threading.Event(), None
+        moved = _moved_of.get(weight)
+        if moved is None or moved.is_set():
+            moved = threading.Event()
+        self._moved, self._watch = moved, None
         self.copy = copy
         self.of = self._state(weight)
-        if weight.requires_grad and weight.is_leaf and not weight.is_inference():
-            # PyTorch's fused optimizers leave the version as it is.
-            moved = self._moved  # alone, so that a weight keeps no copy of it alive
+        if weight.is_inference():
+            return
+        _watch_optimizers()
+        _moved_of[weight] = moved
+        if weight.requires_grad and weight.is_leaf:  # for optimizers that are none of PyTorch's
             self._watch = weight.register_post_accumulate_grad_hook(lambda _: moved.set())
 
     def __del__(self) -> None:
