@@ -168,6 +168,9 @@ def changed(tiny, **layers):
         (lambda m: m.decode(torch.zeros(1, 4).long()), ValueError, r"allowed is \[B, h, w\]"),
         (lambda m: m.decode(torch.full((1, 2, 2), 1024)), ValueError, r"\[1024, 1024\], allowed"),
         (lambda m: IBQTokenizer.from_config({"n_embed": 4}), ValueError, "lacks embed_dim, ddcon"),
+        (lambda m: changed(m, out_ch=1), ValueError, "out_ch is 1, allowed is in_channels 3"),
+        (lambda m: changed(m, attn_resolutions=["x"]), ValueError, r"attn_resolutions is \['x'\]"),
+        (lambda m: changed(m, resamp_with_conv=False), ValueError, "resamp_with_conv is False"),
         (
             lambda m: changed(m, ch_mult=[]),
             ValueError,

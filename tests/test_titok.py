@@ -605,6 +605,7 @@ def test_methods_of_other_variants_refuse():
             "num_heads, positive",
         ),
         (variant("vq", finetune_decoder=True), ValueError, "finetune_decoder is true"),
+        (variant("stage2", vit_dec_patch_size=8), ValueError, "patch_size is 8, allowed is 16"),
         ({"dataset": {"preprocessing": {"crop_size": 32}}}, ValueError, "lacks token_size"),
         (variant("vq") | {"model": []}, ValueError, r"config: model is \[\], allowed is a mapping"),
         (variant("vq") | {"model": {"vq_model": 3}}, ValueError, r"config: model\.vq_model is 3"),

@@ -125,6 +125,8 @@ def test_shuffled():
     for epoch in epochs:
         assert len(epoch.unique()) == 9
     assert not torch.equal(*epochs)
+    with pytest.raises(ValueError, match="count: got 2, allowed is at least batch_size 3"):
+        next(shuffled(2, 3, torch.Generator()))
 
 
 def test_losses():
@@ -167,6 +169,22 @@ def test_fit():
     assert f"loss {sum(losses[150:]) / 50:.5f}" in lines[1]
     with pytest.raises(FloatingPointError, match="loss: got nan at step 0"):
         fit([weight], lambda step: weight.sum() * torch.nan, Optimization(3, 0.1))
+
+
+def test_weight_decay_spares_vectors_and_what_is_named():
+    matrix, vector, table = (nn.Parameter(torch.ones(shape)) for shape in ((2, 2), (2,), (3, 2)))
+
+    def loss_at(step):
+        return 0.0 * (matrix.sum() + vector.sum() + table.sum())
+
+    fit([matrix, vector, table], loss_at, Optimization(3, 0.1), undecayed=[table])
+    assert bool((matrix < 1).all()) and bool((vector == 1).all()) and bool((table == 1).all())
+
+
+@pytest.mark.parametrize("betas", [(0.9,), (), (0.9, 0.99, 0.5), 0.9, (0.9, 1.0)])
+def test_betas_are_two(betas):
+    with pytest.raises(ValueError, match=r"betas: got .*, allowed is two numbers from 0, below 1"):
+        Optimization(3, 0.1, betas=betas)
 
 
 def test_a_short_recipe_improves():

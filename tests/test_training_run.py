@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from titok_fast.images import read_image, read_pixels, to_uint8
 from titok_fast.metrics import codebook_usage, psnr
 from titok_fast.models import ARTransformer, IBQTokenizer, MaskGIT, MaskGITVQGAN, TiTok
+from titok_fast.models.maskgit_vqgan import VQGAN_CONFIG
 from titok_fast.models.titok import DiagonalGaussian
 from titok_fast.tokens import TokenFile, fingerprint
 from titok_fast.training.adversary import (
@@ -368,6 +369,22 @@ def test_the_loss_of_the_next_token():
     logits = model.logits(tokens[:, :-1], labels)
     expected = [-F.log_softmax(logits, -1)[b, t, tokens[b, t]] for b in range(4) for t in range(9)]
     torch.testing.assert_close(next_token_loss(logits, tokens), sum(expected) / 36)
+
+
+def test_weight_decay_is_that_of_the_official_code(kind, tmp_path, monkeypatch):
+    """1d-tokenizer decays no embedding, SEED-Voken all of its transformer."""
+    spared = []
+    monkeypatch.setattr(
+        "titok_fast.training.run.fit", lambda *_, undecayed, **__: spared.extend(undecayed)
+    )
+    model = generator(kind)
+    run(GeneratorTask(model, token_file()), Optimization(2, 1e-3), Options(batch_size=4), tmp_path)
+    names = {name for name, p in model.named_parameters() if any(p is each for each in spared)}
+    assert ("embeddings.weight" in names or "model.embeddings.word_embeddings.weight" in names) == (
+        kind is MaskGIT
+    )
+    assert not any("mlp" in name and "weight" in name for name in names)
+    assert bool(names) == (kind is MaskGIT)
 
 
 def test_images_without_a_class_have_none(kind):
@@ -1042,7 +1059,7 @@ def test_the_second_stage_begins_where_the_first_ended(vqgan, pictures):
     with pytest.raises(ValueError, match="vqgan: got a code for 4 x 4 pixels, allowed is 16 x 16"):
         second_stage(first, vqgan)
     with pytest.raises(ValueError, match="vqgan: its decoder has other shapes"):
-        second_stage(titok(), vqgan)
+        second_stage(first, MaskGITVQGAN.from_config({**VQGAN_CONFIG, "hidden_channels": 32}))
 
 
 IBQ = {

@@ -36,7 +36,7 @@ from titok_fast.models.auto import (
     model_class,
     releases,
 )
-from titok_fast.models.checks import DECAY, NUMBER, check_kind
+from titok_fast.models.checks import DECAY, NUMBER, check_kind, found_at
 from titok_fast.models.generate import Generator
 from titok_fast.models.pretrained import CONFIG_FILE, WEIGHTS_FILE, locate
 from titok_fast.tokens import TokenFile, fingerprint, raw_bytes
@@ -90,12 +90,14 @@ def train(
     micro_batch_size: Annotated[
         int | None, option("Images that a process takes at a time.", "all of its share")
     ] = None,
-    learning_rate: Annotated[float | None, option("Its peak.", THE_MODELS)] = None,
+    learning_rate: Annotated[
+        float | None, option("Of which warm-up and cosine leave a share.", THE_MODELS)
+    ] = None,
     warmup_steps: Annotated[
-        int | None, option("Steps until the peak.", "the model's, at most a tenth of --steps")
+        int | None, option("Over which it rises.", "the model's, at most a tenth of --steps")
     ] = None,
     final_fraction: Annotated[
-        float | None, option("Part of the peak at which the cosine ends.", THE_MODELS)
+        float | None, option("Part of it at which the cosine ends.", THE_MODELS)
     ] = None,
     beta1: Annotated[float | None, option("Of AdamW.", THE_MODELS)] = None,
     beta2: Annotated[float | None, option("Of AdamW.", THE_MODELS)] = None,
@@ -105,7 +107,8 @@ def train(
         float | None, option("Of the average of the weights; 0 for none.", THE_MODELS)
     ] = None,
     label_dropout: Annotated[
-        float | None, option("Share of labels left out, for guidance (MaskGIT).", "0.1")
+        float | None,
+        option("Labels left out, for guidance (MaskGIT).", "the model's, 0.1"),
     ] = None,
     label_smoothing: Annotated[
         float | None, option("Probability spread over all tokens (MaskGIT).", "0.1")
@@ -242,7 +245,11 @@ def train(
     losses = _losses(
         kind,
         allowed,
-        label_dropout=label_dropout,
+        label_dropout=(
+            found_at(config, "model.generator.class_label_dropout")
+            if label_dropout is None
+            else label_dropout
+        ),
         label_smoothing=label_smoothing,
         unmasked_weight=unmasked_weight,
         pixel_loss=pixel_loss,

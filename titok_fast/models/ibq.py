@@ -60,9 +60,13 @@ _KINDS_OF_LAYERS = {
     "ch": WIDTH,
     "ch_mult": COUNTS,
     "num_res_blocks": COUNT,
-    "attn_resolutions": Kind("a list", lambda value: isinstance(value, list)),
+    "attn_resolutions": Kind(
+        "a list of ints",
+        lambda value: isinstance(value, list) and all(map(COUNT.fits, value)),
+    ),
     "dropout": SHARE,
 }
+_FIXED_LAYERS = {"resamp_with_conv": one_of(True), "give_pre_end": one_of(False)}
 _KINDS_OF_QUANTIZER = {
     "beta": NUMBER,
     "use_entropy_loss": FLAG,
@@ -293,7 +297,14 @@ class IBQTokenizer(PretrainedModel):
         super().__init__(config)
         optional = {**_KINDS_OF_QUANTIZER, "remap": one_of(None)}
         config = check_section(self.config, "", _KINDS, optional, model="IBQTokenizer")
-        layers = check_section(config, "ddconfig", _KINDS_OF_LAYERS, model="IBQTokenizer")
+        layers = check_section(
+            config, "ddconfig", _KINDS_OF_LAYERS, _FIXED_LAYERS, model="IBQTokenizer"
+        )
+        if layers["out_ch"] != layers["in_channels"]:
+            raise ValueError(
+                f"config: ddconfig.out_ch is {layers['out_ch']}, allowed is in_channels "
+                f"{layers['in_channels']}"
+            )
         width = config["embed_dim"]
         self.encoder = IBQEncoder(layers)
         self.decoder = IBQDecoder(layers)

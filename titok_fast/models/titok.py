@@ -592,3 +592,8 @@ def _check_config(config: Mapping[str, Any]) -> None:
             "config: model.vq_model.finetune_decoder is true (its default), allowed is false "
             "unless the model is_legacy with quantize_mode 'vq'"
         )
+    if vq.get("finetune_decoder", True) and vq["vit_dec_patch_size"] != 16:
+        raise ValueError(
+            f"config: model.vq_model.vit_dec_patch_size is {vq['vit_dec_patch_size']}, allowed is "
+            "16, by which the pixel decoder enlarges, with finetune_decoder"
+        )

@@ -175,6 +175,8 @@ def shuffled(count: int, batch_size: int, generator: torch.Generator) -> Iterato
     Yields:
         [batch_size] int64.
     """
+    if count < batch_size:
+        raise ValueError(f"count: got {count}, allowed is at least batch_size {batch_size}")
     while True:
         yield from torch.randperm(count, generator=generator).split(batch_size)[
             : count // batch_size

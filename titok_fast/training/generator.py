@@ -16,7 +16,7 @@ from titok_fast.models.checks import SHARE, check_fields
 from titok_fast.models.generate import Generator, arranged, image_size
 from titok_fast.tokens import TokenFile
 from titok_fast.training.data import mask_tokens
-from titok_fast.training.loop import Optimization
+from titok_fast.training.loop import UNDECAYED, Optimization
 from titok_fast.training.losses import masked_token_loss, next_token_loss
 from titok_fast.training.run import Options, Task
 from titok_fast.training.tokenizer import predicts_proxies
@@ -103,6 +103,7 @@ class GeneratorTask(Task):
             if predicts_proxies(tokenizer.config):
                 raise ValueError("tokenizer: got one of the first stage, which makes no pixels")
         self.model, self.count = model.train(), len(file.tokens)
+        self.undecayed = UNDECAYED if isinstance(model, MaskGIT) else ()
         self._losses, self._tokenizer = losses, tokenizer
         self._tokens = torch.from_numpy(file.tokens.reshape(self.count, -1).astype(np.int32))
         labels = torch.full([self.count], 0 if model.num_classes == 1 else -1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,7 +22,12 @@ from titok_fast.models.checks import (
     check_fields,
 )
 
-_BETAS = Kind("two numbers from 0, below 1", lambda betas: all(map(DECAY.fits, betas)))
+_BETAS = Kind(
+    "two numbers from 0, below 1",
+    lambda betas: isinstance(betas, Sequence) and [*map(DECAY.fits, betas)] == [True, True],
+)
+# Parts of names: of these 1d-tokenizer decays no parameter.
+UNDECAYED = ("bias", "embed", "latent_tokens", "ln", "mask_token", "norm")
 
 
 @dataclass(frozen=True)
@@ -31,9 +36,10 @@ class Optimization:
 
     Attributes:
         steps: number of optimizer steps.
-        learning_rate: its peak, after the warm-up.
+        learning_rate: of which a step takes the share that warm-up and cosine leave, both from the
+            first step; all of it only where the warm-up is short.
         warmup_steps: steps over which the learning rate rises linearly from zero.
-        final_fraction: part of the peak at which the cosine ends.
+        final_fraction: part of it at which the cosine ends.
         betas: decay of AdamW's two averages.
         weight_decay: decay of the matrices; vectors, such as biases and norms, are not decayed.
         clip_norm: largest norm of the gradient of all parameters together.
@@ -78,6 +84,7 @@ def fit(
     loss_at: Callable[[int], Tensor],
     optimization: Optimization,
     *,
+    undecayed: Iterable[nn.Parameter] = (),
     keeper: Keeper | None = None,
     log_every: int = 0,
     log: Callable[[str], None] = print,
@@ -89,6 +96,7 @@ def fit(
         loss_at: the loss of a step in [0, steps), a scalar; called once for each, in order. It may
             add gradients of its own, of which the loss it returns is then free.
         optimization: how to move them.
+        undecayed: those that weight decay leaves alone, beside the vectors.
         keeper: None keeps nothing.
         log_every: steps between two log lines, each with the mean loss since the last; 0 for none.
         log: takes each line.
@@ -100,9 +108,13 @@ def fit(
         FloatingPointError: when a loss or a gradient is not finite.
     """
     moved = [parameter for parameter in parameters if parameter.requires_grad]
+    spared = {*undecayed, *(p for p in moved if p.ndim <= 1)}
     groups = [
-        {"params": [p for p in moved if p.ndim > 1], "weight_decay": optimization.weight_decay},
-        {"params": [p for p in moved if p.ndim <= 1], "weight_decay": 0.0},
+        {
+            "params": [p for p in moved if p not in spared],
+            "weight_decay": optimization.weight_decay,
+        },
+        {"params": [p for p in moved if p in spared], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, betas=optimization.betas, fused=True)
     losses: list[float] = []

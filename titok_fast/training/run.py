@@ -42,11 +42,13 @@ class Task(ABC):
         model: in float32 and training mode, on its device.
         count: number of examples.
         helper: what learns beside the model; None if nothing does.
+        undecayed: parts of the names of parameters that weight decay leaves alone, beside vectors.
     """
 
     model: PretrainedModel
     count: int
     helper: Helper | None = None
+    undecayed: Sequence[str] = ()
 
     @abstractmethod
     def batch(self, rows: Tensor, generator: torch.Generator) -> Any:
@@ -238,6 +240,11 @@ def run(
             model.parameters(),
             loss_at,
             optimization,
+            undecayed=[
+                parameter
+                for name, parameter in model.named_parameters()
+                if any(part in name for part in task.undecayed)
+            ],
             keeper=keeper,
             log_every=options.log_every if rank == 0 else 0,
             log=log,
@@ -337,6 +344,8 @@ class _Keeper:
                 torch._foreach_lerp_(
                     list(average.parameters()), list(model.parameters()), 1 - decay
                 )
+                for kept, buffer in zip(average.buffers(), model.buffers(), strict=True):
+                    kept.copy_(buffer)
         failure: Exception | None = None
         if self._evaluator is not None and self._due(steps):
             try:

@@ -18,7 +18,7 @@ from titok_fast.metrics import psnr
 from titok_fast.models import IBQTokenizer, MaskGITVQGAN, TiTok, Tokenizer
 from titok_fast.models.checks import NUMBER, check_fields, found_at, one_of
 from titok_fast.training.adversary import Adversary
-from titok_fast.training.loop import Optimization
+from titok_fast.training.loop import UNDECAYED, Optimization
 from titok_fast.training.losses import PIXEL_LOSSES, proxy_code_loss, tokenizer_loss
 from titok_fast.training.run import Options, Task
 
@@ -151,6 +151,7 @@ class TokenizerTask(Task):
         if not paths:
             raise ValueError("paths: got no file")
         self.model, self.count = model.train(), len(paths)
+        self.undecayed = UNDECAYED if isinstance(model, TiTok) else ()
         self._paths, self._perceptual = list(paths), perceptual
         self.helper = self._adversary = adversary
         self._losses = losses or LOSSES[type(model)]
