@@ -31,8 +31,8 @@ constexpr double kLargestSquare = 1e36;
 constexpr double kSmallSquare = 1e-24;
 constexpr double kSquareMargin = 1.0001;
 constexpr double kTinySquare = 1e-37;  // what float32 may flush of a smaller one
-// bfloat16 moves each factor by at most 2^-9 of itself.
-constexpr double kRounding = kTerms == 2 ? 0x1.01p-9 : 0.0;
+// bfloat16 moves each factor by at most 2^-8 of itself.
+constexpr double kRounding = kTerms == 2 ? 0x1.01p-8 : 0.0;
 constexpr float kSmallestPeak = 1e-30f;      // of values that are worth a scale in bytes
 constexpr int64_t kMostByteTerms = 1 << 16;  // keeps the sums of products inside int32
 // A second coarse pass costs as much as rescoring one in so many codes.

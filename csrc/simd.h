@@ -865,11 +865,14 @@ inline Native::V exp2(Native::V x) {
   return S::zero_below(S::mul(p, S::scale(S::broadcast(1.0f), shifted)), x, kLowest);
 }
 
-// v sigmoid(v).
+// v sigmoid(v); 0 below -88; NaN stays, and -inf is one.
 inline Native::V silu(Native::V v) {
   using S = Native;
-  const S::V power = S::min(S::broadcast(88.0f), S::sub(S::broadcast(0.0f), v));
-  return S::quotient(v, S::add(S::broadcast(1.0f), exp(power)));
+  constexpr float kLowest = -88.0f;
+  const S::V zero = S::broadcast(0.0f);
+  const S::V power = S::min(S::broadcast(-kLowest), S::sub(zero, v));
+  const S::V product = S::quotient(v, S::add(S::broadcast(1.0f), exp(power)));
+  return S::fmadd(S::min(zero, v), zero, S::zero_below(product, v, kLowest));
 }
 
 }  // namespace simd

@@ -296,6 +296,19 @@ def test_half_inputs_err_no_more_than_eager(backend, device, small, dtype):
             )
 
 
+@pytest.mark.parametrize("dtype", HALVES)
+def test_rows_of_one_code_are_added_in_float32(backend, device, small, dtype):
+    n = 300 if small else 4000
+    z, codebook = rows_and_codes(n, 2, 16, dtype=dtype, device=device)
+    codebook.requires_grad_()
+    probe = 1 + torch.randn(n, 16, dtype=torch.float32).to(device, dtype)
+    result = propagate(z, codebook, backend=backend)
+    (result.codes * probe).sum().backward()
+    right = torch.zeros(2, 16, dtype=torch.float64, device=device)
+    right.index_add_(0, result.indices, probe.double())
+    assert relative_error(codebook.grad, right) < 3 * torch.finfo(dtype).eps
+
+
 def test_reference_is_the_official_arithmetic():
     z, codebook = (x.double().requires_grad_() for x in rows_and_codes(12, 90, 7))
     probe = torch.randn(12, 7, dtype=torch.float64)

@@ -497,6 +497,8 @@ BAD = [
     ({"cond_logits": torch.zeros(2, 3, 4).double()}, TypeError, "cond_logits: dtype torch.float64"),
     ({"cond_logits": torch.zeros(2, 3, 4).to_sparse()}, TypeError, "cond_logits: layout torch.sp"),
     ({"mask_id": 2**63}, ValueError, "mask_id: 9223372036854775808 is not an int64"),
+    ({"softmax_temperature": 1e-46}, ValueError, "softmax_temperature: 1e-46 is not positive"),
+    ({"softmax_temperature": 1e300}, ValueError, "softmax_temperature: 1e+300 is not finite in"),
     ({"token_temperature": 10**400}, ValueError, "token_temperature: 1000000"),
     ({"cond_logits": torch.zeros(2, 3)}, ValueError, "cond_logits: expected [B, L, V] with V >= 1"),
     ({"cond_logits": torch.zeros(2, 3, 0)}, ValueError, "cond_logits: expected [B, L, V] with V >"),

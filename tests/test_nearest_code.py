@@ -405,6 +405,33 @@ def test_flushed_subnormals(flushed_subnormals):
             assert int(nearest_code(z, codebook, metric="dot")) == 0
 
 
+@pytest.mark.parametrize("metric", ["dot", "l2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_rounding_of_factors_at_its_worst(metric, dtype):
+    """To bfloat16, by nearly 2^-8 of each: half of the row up, half of it down."""
+    z = torch.tensor([[257 / 256] * 65 + [259 / 256] * 64])
+    down, up = z.clone(), z.clone()
+    down[:, 65:], up[:, :65] = 0, 0
+    codebook = torch.cat([up.expand(13, -1), -100 * z, down]).to(dtype)
+    z = z.to(dtype)
+    expected = nearest_code(z, codebook, metric=metric, backend="reference")
+    assert int(expected) == 14
+    for isa in supported_isas():
+        with cpu_isa(isa):
+            assert torch.equal(nearest_code(z, codebook, metric=metric), expected)
+
+
+@pytest.mark.parametrize("d", [1, 2, 3, 5])
+def test_one_long_code_and_rows_halfway_to_it(d):
+    z, codebook = torch.randn(3200, d), torch.randn(64, d)
+    codebook[-1] *= 1000
+    z = z + codebook[-1] / 2
+    expected = nearest_code(z, codebook, backend="reference")
+    for isa in supported_isas():
+        with cpu_isa(isa):
+            assert torch.equal(nearest_code(z, codebook), expected)
+
+
 def test_subnormal_codes(flushed_subnormals):
     z, bits = torch.ones(5000, 1), torch.full((40, 1), 700_000, dtype=torch.int32)
     bits[17] = 1_400_000

@@ -1,7 +1,6 @@
 """What the ops share of their arguments: dtypes, checks and how they are passed to C++."""
 
 import math
-import sys
 from contextlib import AbstractContextManager, nullcontext
 from numbers import Integral, Real
 from typing import Any
@@ -11,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_LARGEST = sys.float_info.max
+_LARGEST = torch.finfo(torch.float32).max
 Number = float | Tensor
 Count = int | Tensor
 
@@ -87,7 +86,7 @@ def check_number(
         kind = "an int" if whole else "a float"
         raise TypeError(f"{name}: expected {kind} or a Tensor, got {type(value).__name__}")
     if not whole and not -_LARGEST <= value <= _LARGEST:
-        raise ValueError(f"{name}: {value} is not finite")
+        raise ValueError(f"{name}: {value} is not finite in float32")
 
 
 def check_sizes(**sizes: object) -> None:

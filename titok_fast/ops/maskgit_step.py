@@ -85,7 +85,7 @@ def _check(
     if not 0 <= fixed.get("num_masked", 0) <= length:
         raise ValueError(f"num_masked: {fixed['num_masked']} is not in [0, L = {length}]")
     check_counters(fixed)
-    if not fixed.get("softmax_temperature", 1.0) > 0:
+    if not fixed.get("softmax_temperature", 1.0) >= 2**-149:  # of float32
         raise ValueError(f"softmax_temperature: {fixed['softmax_temperature']} is not positive")
     for name in ("token_temperature", "confidence_temperature"):
         if fixed.get(name, 0.0) < 0:

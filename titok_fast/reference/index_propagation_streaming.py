@@ -17,9 +17,10 @@ def wide_dtype(device: torch.device) -> torch.dtype:
 def add_rows(target: Tensor, indices: Tensor, values: Tensor) -> None:
     """target[indices[n]] += values[n], in an order that never changes, also on a GPU.
 
-    All rows of one index are first summed into the first of them; the zeros that are left in the
-    others may then arrive in any order.
+    All rows of one index are first summed into the first of them, 16 bits in float32; the zeros
+    that are left in the others may then arrive in any order.
     """
+    values = values.to(torch.promote_types(values.dtype, torch.float32))
     n = indices.shape[0]
     first = torch.full((target.shape[0],), n, dtype=torch.int64, device=indices.device)
     first.scatter_reduce_(0, indices, torch.arange(n, device=indices.device), "amin")
