@@ -417,13 +417,8 @@ class _Run:
         self._parts.remove()
 
     def _token_file(self, network: Network, classes: Tensor, num_classes: int) -> TokenFile:
-        numbers, tokens = self._parts.load()
-        lost = len(self._paths) - len(numbers)
-        if tokens is None or lost:
-            raise RuntimeError(
-                f"{self._parts.folder}: tokens of {lost} images are gone or damaged, repeat the "
-                "command"
-            )
+        numbers, tokens = self._parts.whole(len(self._paths))
+        assert tokens is not None  # of one image at least
         return TokenFile(
             tokens=arranged(network.model, torch.from_numpy(tokens)).numpy(),
             image_ids=[path.name for path in self._paths],

@@ -111,6 +111,20 @@ class Parts:
         positions, first = np.unique(np.concatenate(indices), return_index=True)
         return positions, np.concatenate(tokens)[first]
 
+    def whole(self, count: int) -> tuple[Array, Array | None]:
+        """As `load`, of `count` images.
+
+        Raises:
+            RuntimeError: when the tokens of some are missing.
+        """
+        positions, tokens = self.load()
+        lost = count - len(positions)
+        if lost:
+            raise RuntimeError(
+                f"{self.folder}: tokens of {lost} images are gone or damaged, repeat the command"
+            )
+        return positions, tokens
+
     def remove(self) -> None:
         """Deletes the folder."""
         self._clear()

@@ -80,12 +80,7 @@ def encode(
                 parts.add(todo[batch.indices].tolist(), tokens.cpu().numpy())
                 counter.advance(len(batch.indices))
     parts.flush()
-    kept, values = parts.load()
-    lost = len(files) - counter.skipped - len(kept)
-    if lost:
-        raise RuntimeError(
-            f"{parts.folder}: tokens of {lost} images are gone or damaged, repeat the command"
-        )
+    kept, values = parts.whole(len(files) - counter.skipped)
     if values is None:
         say(f"no image could be read, {output} is not written")
     else:
