@@ -6,24 +6,7 @@
 namespace titok {
 namespace {
 
-const AttentionKernel& kernel(DType dtype) {
-#if defined(__x86_64__)
-  switch (active_isa()) {
-    case Isa::amx:
-      return dtype == DType::bfloat16 ? attention_amx : attention_avx512bf16;
-    case Isa::avx512bf16:
-      return attention_avx512bf16;
-    case Isa::avx512vnni:
-    case Isa::avx512:
-      return attention_avx512;
-    case Isa::avx2:
-      return attention_avx2;
-    default:
-      break;
-  }
-#endif
-  return attention_portable;
-}
+const AttentionKernel& kernel(DType dtype) { return TITOK_OF_ISA_AND_DTYPE(attention, dtype); }
 
 AttentionPlan make_plan(const AttentionKernel& kernel, int64_t length, int64_t width) {
   AttentionPlan plan{};
@@ -49,10 +32,9 @@ void attention_cpu(const AttentionArgs& args) {
   if (args.batch == 0) return;
   const AttentionKernel& set = kernel(args.dtype);
   const AttentionPlan plan = make_plan(set, args.length, args.width);
-  // A thread may have to be woken: give each at least a million operations.
   const double work = 4.0 * static_cast<double>(args.batch * args.heads) *
                       static_cast<double>(args.length * args.length * args.width);
-  const int threads = static_cast<int>(std::max(1.0, std::min<double>(args.threads, work / 1e6)));
+  const int threads = threads_for(work, 1e6, args.threads);
   Team::run(threads, args.threads,
             [&](const Team::Member& member) { set.run(args, plan, member); });
 }

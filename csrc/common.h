@@ -85,7 +85,7 @@ class Team {
     };
     __attribute__((always_inline)) Range share(int64_t count, int64_t grain = 1) const {
       const int64_t grains = (count + grain - 1) / grain;
-      const auto bound = [&](int64_t i) {
+      const auto bound = [&](int64_t i) __attribute__((always_inline)) {
         const int64_t at = grains * i / size * grain;
         return at < count ? at : count;
       };

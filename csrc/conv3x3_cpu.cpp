@@ -6,24 +6,7 @@
 namespace titok {
 namespace {
 
-const Conv3x3Kernel& kernel(DType dtype) {
-#if defined(__x86_64__)
-  switch (active_isa()) {
-    case Isa::amx:
-      return dtype == DType::bfloat16 ? conv3x3_amx : conv3x3_avx512bf16;
-    case Isa::avx512bf16:
-      return conv3x3_avx512bf16;
-    case Isa::avx512vnni:
-    case Isa::avx512:
-      return conv3x3_avx512;
-    case Isa::avx2:
-      return conv3x3_avx2;
-    default:
-      break;
-  }
-#endif
-  return conv3x3_portable;
-}
+const Conv3x3Kernel& kernel(DType dtype) { return TITOK_OF_ISA_AND_DTYPE(conv3x3, dtype); }
 
 constexpr int64_t parts_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
@@ -58,11 +41,10 @@ Conv3x3Plan make_plan(const Conv3x3Args& args) {
   plan.patch_rows = parts_of(plan.height, 2);
   plan.patch_columns = parts_of(plan.width, 2);
 
-  // A thread may have to be woken: give each at least 4 MFLOP.
   const double work = 32.0 *
                       static_cast<double>(args.batch * plan.patch_rows * plan.patch_columns) *
                       static_cast<double>(args.channels * args.outputs);
-  plan.threads = static_cast<int>(std::max(1.0, std::min<double>(args.threads, work / 4e6)));
+  plan.threads = threads_for(work, 4e6, args.threads);
 
   int64_t blocks = 0, pixel_bytes = 16 * plan.summed_channels, input_bytes = 0, product_bytes = 0;
   if (direct) {

@@ -6,22 +6,7 @@
 namespace titok {
 namespace {
 
-DecodeAttentionRun kernel() {
-#if defined(__x86_64__)
-  switch (active_isa()) {
-    case Isa::amx:
-    case Isa::avx512bf16:
-    case Isa::avx512vnni:
-    case Isa::avx512:
-      return decode_attention_avx512;
-    case Isa::avx2:
-      return decode_attention_avx2;
-    default:
-      break;
-  }
-#endif
-  return decode_attention_portable;
-}
+DecodeAttentionRun kernel() { return TITOK_OF_ISA(decode_attention); }
 
 DecodeAttentionPlan make_plan(int64_t length, int64_t width, int threads) {
   DecodeAttentionPlan plan{};
@@ -41,10 +26,9 @@ std::size_t decode_attention_cpu_workspace(int64_t length, int64_t width, int th
 void decode_attention_cpu(const DecodeAttentionArgs& args) {
   if (args.batch == 0) return;
   DecodeAttentionPlan plan = make_plan(args.length, args.width, args.threads);
-  // A thread may have to be woken: give each at least 64 thousand products.
   const double work = 2.0 * static_cast<double>(args.batch * args.heads) *
                       static_cast<double>((args.position + 1) * args.width);
-  plan.threads = static_cast<int>(std::max(1.0, std::min<double>(args.threads, work / 65536)));
+  plan.threads = threads_for(work, 65536, args.threads);
   const DecodeAttentionRun run = kernel();
   Team::run(plan.threads, args.threads,
             [&](const Team::Member& member) { run(args, plan, member); });

@@ -6,24 +6,7 @@
 namespace titok {
 namespace {
 
-DecodeLinearRun kernel(DType dtype) {
-#if defined(__x86_64__)
-  switch (active_isa()) {
-    case Isa::amx:
-      return dtype == DType::bfloat16 ? decode_linear_amx : decode_linear_avx512bf16;
-    case Isa::avx512bf16:
-      return decode_linear_avx512bf16;
-    case Isa::avx512vnni:
-    case Isa::avx512:
-      return decode_linear_avx512;
-    case Isa::avx2:
-      return decode_linear_avx2;
-    default:
-      break;
-  }
-#endif
-  return decode_linear_portable;
-}
+DecodeLinearRun kernel(DType dtype) { return TITOK_OF_ISA_AND_DTYPE(decode_linear, dtype); }
 
 DecodeLinearPlan make_plan(int64_t batch, int64_t width, int64_t size, int threads) {
   DecodeLinearPlan plan{};
@@ -31,9 +14,8 @@ DecodeLinearPlan make_plan(int64_t batch, int64_t width, int64_t size, int threa
   plan.tiles = static_cast<std::size_t>(batch * plan.padded_width) * sizeof(float);
   const int64_t tile_rows = active_isa() == Isa::amx ? round_up(batch, 16) : 0;
   plan.thread_bytes = plan.tiles + static_cast<std::size_t>(tile_rows * plan.padded_width * 2);
-  // A thread may have to be woken: give each at least 64 thousand weights.
   const double work = static_cast<double>(width) * static_cast<double>(size);
-  plan.threads = static_cast<int>(std::max(1.0, std::min<double>(threads, work / 65536)));
+  plan.threads = threads_for(work, 65536, threads);
   return plan;
 }
 

@@ -20,7 +20,7 @@ template <class T>
 struct Value {
   T number;
   const T* tensor;
-  TITOK_BOTH T get() const { return tensor ? *tensor : number; }
+  TITOK_BOTH __attribute__((always_inline)) T get() const { return tensor ? *tensor : number; }
 };
 
 // Unnamed: a copy compiled for one instruction set must never be linked into the path of another.

@@ -42,8 +42,7 @@ struct IndexPropagationArgs {
   double* code_probability;  // [k], forward only
 
   // Backward only.
-  const float* grad;  // [n, d], rows grad_stride elements apart
-  int64_t grad_stride;
+  const float* grad;          // [n, d]
   double sample_weight;       // dL / d(mean entropy)
   const double* code_weight;  // [k]
   void* grad_z;               // [n, d], like z

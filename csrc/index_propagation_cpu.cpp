@@ -11,22 +11,7 @@ constexpr int64_t kRows = 2048;  // bounds the table of maxima and the packed ro
 constexpr int64_t kPanelChunks = 8;
 
 const IndexPropagationKernels& kernels(DType dtype) {
-#if defined(__x86_64__)
-  switch (active_isa()) {
-    case Isa::amx:
-      return dtype == DType::bfloat16 ? index_propagation_amx : index_propagation_avx512bf16;
-    case Isa::avx512bf16:
-      return index_propagation_avx512bf16;
-    case Isa::avx512vnni:
-    case Isa::avx512:
-      return index_propagation_avx512;
-    case Isa::avx2:
-      return index_propagation_avx2;
-    default:
-      break;
-  }
-#endif
-  return index_propagation_portable;
+  return TITOK_OF_ISA_AND_DTYPE(index_propagation, dtype);
 }
 
 IndexPropagationPlan make_plan(const IndexPropagationKernels& set, int64_t n, int64_t k, int64_t d,
@@ -38,9 +23,8 @@ IndexPropagationPlan make_plan(const IndexPropagationKernels& set, int64_t n, in
   plan.rows = round_up(std::min<int64_t>(std::max<int64_t>(n, 1), kRows), set.row_group);
   plan.panel = kIndexPropagationChunk * (n <= plan.rows ? 1 : kPanelChunks);
   const int64_t state_rows = backward ? round_up(n, set.row_group) : plan.rows;
-  // A thread may have to be woken: give each at least 4 MFLOP.
   const double work = 4.0 * n * k * d;
-  plan.threads = static_cast<int>(std::max(1.0, std::min<double>(threads, work / 4e6)));
+  plan.threads = threads_for(work, 4e6, threads);
 
   Workspace workspace;
   const auto take = [&](int64_t bytes) { return workspace.take(bytes); };

@@ -508,16 +508,18 @@ struct Propagation {
       }
       member.barrier();
       if (sharp_float) add_columns(rows);
+      // Pass by pass: the counts of 2^23 rows could overflow.
+      for (int64_t k = codes.begin; args.entropy && !sharp_float && k < codes.end; ++k) {
+        const double sparse = static_cast<double>(counts()[k]) / kFixedPoint;
+        args.code_probability[k] += sparse / static_cast<double>(args.n);
+        counts()[k] = 0;
+      }
       member.barrier();
     }
     if (!args.entropy) return;
     bool has_nan = false;
     for (int64_t r = 0; r < args.n; ++r) has_nan = has_nan || std::isnan(statistics(r)[kEntropy]);
-    for (int64_t k = codes.begin; k < codes.end; ++k) {
-      const double sparse = static_cast<double>(counts()[k]) / kFixedPoint;
-      args.code_probability[k] += sparse / static_cast<double>(args.n);
-      if (has_nan) args.code_probability[k] = kNaN;
-    }
+    for (int64_t k = codes.begin; has_nan && k < codes.end; ++k) args.code_probability[k] = kNaN;
   }
 
   // ---- backward ----
@@ -575,7 +577,7 @@ struct Propagation {
       row.log_sum = kept[kLogSum];
       row.sharp_log_sum = kept[kSharpLogSum];
       row.entropy = kept[kEntropy];
-      const float* g = args.grad + r * args.grad_stride;
+      const float* g = args.grad + r * d();
       double dot = 0.0;
       for (int64_t i = 0; i < d(); ++i) {
         dot += static_cast<double>(g[i]) * args.mean_code[r * d() + i];
@@ -638,7 +640,7 @@ struct Propagation {
     for (int64_t r = 0; r < args.n; ++r) {
       const int64_t k = args.indices[r];
       if (k < codes.begin || k >= codes.end) continue;
-      add_scaled(1.0f, args.grad + r * args.grad_stride, chosen_grad() + chosen()[k] * d());
+      add_scaled(1.0f, args.grad + r * d(), chosen_grad() + chosen()[k] * d());
     }
   }
 
@@ -649,7 +651,7 @@ struct Propagation {
     };
     for (int64_t r = mine.begin; r < mine.end; ++r) {
       float* tile = pairs_a() + r / kPairs * kTileRows * plan.words;
-      const float* grad = args.grad + (group.first + r) * args.grad_stride;
+      const float* grad = args.grad + (group.first + r) * d();
       pack_row(z_or_null(r), r % kPairs, tile);
       pack_row(r < group.rows ? grad : nullptr, kPairs + r % kPairs, tile);
       if (kTurned || r % kTerms != 0) continue;

@@ -47,7 +47,6 @@ void maskgit_step_cuda(const MaskgitStepArgs& args);
 struct MaskgitStepPlan {
   int64_t padded;  // vocabulary rounded up to whole chunks
   std::size_t sums, keys, thread_bytes;
-  int threads;
 };
 
 // One per instruction set; see maskgit_step_simd.h.

@@ -6,31 +6,15 @@
 namespace titok {
 namespace {
 
-MaskgitStepRun kernel() {
-#if defined(__x86_64__)
-  switch (active_isa()) {
-    case Isa::amx:
-    case Isa::avx512bf16:
-    case Isa::avx512vnni:
-    case Isa::avx512:
-      return maskgit_step_avx512;
-    case Isa::avx2:
-      return maskgit_step_avx2;
-    default:
-      break;
-  }
-#endif
-  return maskgit_step_portable;
-}
+MaskgitStepRun kernel() { return TITOK_OF_ISA(maskgit_step); }
 
-MaskgitStepPlan make_plan(int64_t length, int64_t vocabulary, int threads) {
+MaskgitStepPlan make_plan(int64_t length, int64_t vocabulary) {
   MaskgitStepPlan plan{};
   plan.padded = round_up(vocabulary, draw::kChunk);
   plan.sums = static_cast<std::size_t>(plan.padded) * sizeof(float);
   plan.keys = plan.sums + static_cast<std::size_t>(plan.padded / draw::kChunk) * 8;
   plan.thread_bytes =
       static_cast<std::size_t>(round_up(static_cast<int64_t>(plan.keys) + length * 8, 64));
-  plan.threads = threads;
   return plan;
 }
 
@@ -57,15 +41,14 @@ void mask_again(const MaskgitStepArgs& args, int64_t b, uint64_t* keys) {
 }  // namespace
 
 std::size_t maskgit_step_cpu_workspace(int64_t length, int64_t vocabulary, int threads) {
-  return make_plan(length, vocabulary, threads).thread_bytes * static_cast<std::size_t>(threads);
+  return make_plan(length, vocabulary).thread_bytes * static_cast<std::size_t>(threads);
 }
 
 void maskgit_step_cpu(const MaskgitStepArgs& args) {
   if (args.batch * args.length == 0) return;
-  // A thread may have to be woken: give each at least 64 thousand logits.
   const double work = static_cast<double>(args.batch * args.length) * args.vocabulary;
-  const int threads = static_cast<int>(std::max(1.0, std::min<double>(args.threads, work / 65536)));
-  const MaskgitStepPlan plan = make_plan(args.length, args.vocabulary, threads);
+  const int threads = threads_for(work, 65536, args.threads);
+  const MaskgitStepPlan plan = make_plan(args.length, args.vocabulary);
   const MaskgitStepRun sample = kernel();
   Team::run(threads, args.threads, [&](const Team::Member& member) {
     sample(args, plan, member);

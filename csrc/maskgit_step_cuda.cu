@@ -285,7 +285,7 @@ void launch(const MaskgitStepArgs& args) {
   };
   const bool aligned = is_aligned_as(args.cond, args.cond_strides) &&
                        is_aligned_as(args.uncond, args.uncond_strides);
-  const auto positions = static_cast<unsigned>(args.batch * args.length);
+  const int64_t positions = args.batch * args.length;
   const int64_t step = kWarps * Share<T>::kStep;
   const int steps = static_cast<int>((args.vocabulary + step - 1) / step);
   const std::size_t bytes = steps * step * sizeof(float);
@@ -296,8 +296,7 @@ void launch(const MaskgitStepArgs& args) {
     launch_kernel(maskgit_step_draw_kernel<T, false>, positions, kThreads, 0, args.stream, args,
                   steps, aligned);
   }
-  launch_kernel(maskgit_step_mask_kernel, static_cast<unsigned>(args.batch), kThreads, 0,
-                args.stream, args);
+  launch_kernel(maskgit_step_mask_kernel, args.batch, kThreads, 0, args.stream, args);
 }
 
 }  // namespace

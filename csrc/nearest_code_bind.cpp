@@ -34,8 +34,8 @@ void bind_nearest_code(py::module_& m) {
          std::uintptr_t indices, std::uintptr_t distances, std::uintptr_t rescored,
          std::uintptr_t workspace, int threads) {
         titok::NearestCodeArgs args{};
-        args.z = reinterpret_cast<const void*>(z);
-        args.codebook = reinterpret_cast<const void*>(codebook);
+        args.z = titok::pointer<const void>(z);
+        args.codebook = titok::pointer<const void>(codebook);
         args.z_stride = z_stride;
         args.codebook_stride = codebook_stride;
         args.n = n;
@@ -43,10 +43,10 @@ void bind_nearest_code(py::module_& m) {
         args.d = d;
         args.dtype = titok::parse_dtype(dtype);
         args.metric = parse_metric(metric);
-        args.indices = reinterpret_cast<int64_t*>(indices);
-        args.distances = reinterpret_cast<float*>(distances);
-        args.rescored = reinterpret_cast<int64_t*>(rescored);
-        args.workspace = reinterpret_cast<void*>(workspace);
+        args.indices = titok::pointer<int64_t>(indices);
+        args.distances = titok::pointer<float>(distances);
+        args.rescored = titok::pointer<int64_t>(rescored);
+        args.workspace = titok::pointer<void>(workspace);
         args.threads = threads;
         py::gil_scoped_release release;
         titok::nearest_code_cpu(args);

@@ -48,9 +48,8 @@ NearestCodePlan make_plan(const NearestCodeKernels& kernels, int64_t n, int64_t 
   }
   plan.block_vectors = std::max(plan.block_vectors, tile_vectors);
 
-  // A thread may have to be woken: give each at least 1.5 MFLOP of coarse search.
   const double work = 2.0 * n * k * d;
-  plan.threads = static_cast<int>(std::max(1.0, std::min<double>(threads, work / 1.5e6)));
+  plan.threads = threads_for(work, 1.5e6, threads);
 
   // Table and factors within 8 MB more than min(n, 1024) * k / 128 floats, at most 256 MB; z within
   // 2 MB.

@@ -28,8 +28,8 @@ struct SampleTokenArgs {
 
 std::size_t sample_token_cpu_workspace(int64_t batch, int64_t vocabulary, int threads);
 void sample_token_cpu(const SampleTokenArgs& args);
-// `filtered`: whether top-k or top-p may leave a token out.
-std::size_t sample_token_cuda_workspace(int64_t batch, int64_t vocabulary, bool filtered);
+// Reads batch, vocabulary, top_k and top_p alone.
+std::size_t sample_token_cuda_workspace(const SampleTokenArgs& args);
 void sample_token_cuda(const SampleTokenArgs& args);
 
 // What one thread keeps at the head of its workspace, behind it a row of logits, the sums of its

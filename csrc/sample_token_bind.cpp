@@ -60,8 +60,17 @@ void bind_sample_token(py::module_& m) {
         py::arg("vocabulary"), py::arg("threads"));
   define(m, "sample_token_cpu", titok::sample_token_cpu);
 #ifdef TITOK_FAST_CUDA
-  m.def("sample_token_cuda_workspace", &titok::sample_token_cuda_workspace, py::arg("batch"),
-        py::arg("vocabulary"), py::arg("filtered"));
+  m.def(
+      "sample_token_cuda_workspace",
+      [](int64_t batch, int64_t vocabulary, const Pair<int64_t>& top_k, const Pair<float>& top_p) {
+        titok::SampleTokenArgs args{};
+        args.batch = batch;
+        args.vocabulary = vocabulary;
+        args.top_k = value(top_k);
+        args.top_p = value(top_p);
+        return titok::sample_token_cuda_workspace(args);
+      },
+      py::arg("batch"), py::arg("vocabulary"), py::arg("top_k"), py::arg("top_p"));
   define(m, "sample_token_cuda", titok::sample_token_cuda);
 #endif
 }

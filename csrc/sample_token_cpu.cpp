@@ -10,29 +10,13 @@ namespace {
 // to do than to draw: they wait for each other between passes.
 constexpr int64_t kShared = int64_t{1} << 17;
 
-SampleTokenRun kernel() {
-#if defined(__x86_64__)
-  switch (active_isa()) {
-    case Isa::amx:
-    case Isa::avx512bf16:
-    case Isa::avx512vnni:
-    case Isa::avx512:
-      return sample_token_avx512;
-    case Isa::avx2:
-      return sample_token_avx2;
-    default:
-      break;
-  }
-#endif
-  return sample_token_portable;
-}
+SampleTokenRun kernel() { return TITOK_OF_ISA(sample_token); }
 
 SampleTokenPlan make_plan(int64_t batch, int64_t vocabulary, int threads) {
-  // A thread may have to be woken: give each at least 64 thousand logits.
   const double work = static_cast<double>(batch) * static_cast<double>(vocabulary);
   const double most = vocabulary >= kShared ? threads : std::min<double>(threads, batch);
   SampleTokenPlan plan{};
-  plan.threads = static_cast<int>(std::max(1.0, std::min(most, work / 65536)));
+  plan.threads = threads_for(work, 65536, most);
   plan.chunks = round_up(vocabulary, draw::kChunk) / draw::kChunk;
   Workspace workspace;
   const auto take = [&](int64_t bytes) { return workspace.take(bytes); };

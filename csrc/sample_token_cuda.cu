@@ -30,7 +30,17 @@ struct Plan {
   std::size_t largest, sums, bins, list, row_bytes;
 };
 
-Plan make_plan(int64_t batch, int64_t vocabulary, bool filtered) {
+// The filters that may leave a token out; of one whose number is a tensor only the device knows.
+struct Filters {
+  bool top_k, top_p;
+};
+
+Filters filters_of(const SampleTokenArgs& args) {
+  return {args.top_k.tensor || draw::has_top_k(args), args.top_p.tensor || draw::has_top_p(args)};
+}
+
+Plan make_plan(const SampleTokenArgs& args, const Filters& filters) {
+  const int64_t batch = args.batch, vocabulary = args.vocabulary;
   const int64_t grains = round_up(vocabulary, kGrain) / kGrain;
   const int64_t per_block = std::max<int64_t>(1, batch * grains / kBlocks);
   Plan plan{};
@@ -46,7 +56,8 @@ Plan make_plan(int64_t batch, int64_t vocabulary, bool filtered) {
   plan.largest = take(plan.blocks * sizeof(uint64_t));
   plan.sums = take(plan.blocks * sizeof(uint64_t));
   plan.bins = take((draw::kLastBin + 1) * sizeof(draw::Bin));
-  if (filtered) plan.list = take(static_cast<std::size_t>(vocabulary) * sizeof(draw::Listed));
+  if (filters.top_k || filters.top_p)
+    plan.list = take(static_cast<std::size_t>(vocabulary) * sizeof(draw::Listed));
   plan.row_bytes = at;
   return plan;
 }
@@ -412,15 +423,12 @@ __global__ void __launch_bounds__(kThreads, 4)
 template <class T>
 void launch(const SampleTokenArgs& args) {
   // A kernel whose work only the device can rule out returns at once there.
-  const bool top_k =
-      args.top_k.tensor || (args.top_k.number > 0 && args.top_k.number < args.vocabulary);
-  const bool top_p = args.top_p.tensor || args.top_p.number < 1.0f;
-  const Plan plan = make_plan(args.batch, args.vocabulary, top_k || top_p);
+  const auto [top_k, top_p] = filters_of(args);
+  const Plan plan = make_plan(args, {top_k, top_p});
   const bool aligned = is_aligned(static_cast<const T*>(args.cond), args.cond_stride) &&
                        is_aligned(static_cast<const T*>(args.uncond), args.uncond_stride);
-  const auto blocks = static_cast<unsigned>(args.batch * plan.blocks);
   const auto run = [&](auto* kernel) {
-    launch_kernel(kernel, blocks, kThreads, 0, args.stream, args, plan, aligned);
+    launch_kernel(kernel, args.batch * plan.blocks, kThreads, 0, args.stream, args, plan, aligned);
   };
   run(sample_token_largest_kernel<T>);
   if (top_k || top_p) run(sample_token_bins_kernel<T>);
@@ -431,8 +439,8 @@ void launch(const SampleTokenArgs& args) {
 
 }  // namespace
 
-std::size_t sample_token_cuda_workspace(int64_t batch, int64_t vocabulary, bool filtered) {
-  return make_plan(batch, vocabulary, filtered).row_bytes * static_cast<std::size_t>(batch);
+std::size_t sample_token_cuda_workspace(const SampleTokenArgs& args) {
+  return make_plan(args, filters_of(args)).row_bytes * static_cast<std::size_t>(args.batch);
 }
 
 void sample_token_cuda(const SampleTokenArgs& args) {

@@ -1,6 +1,7 @@
 // What this machine can run: the CPU's vector instructions and the GPU code inside this build.
 #pragma once
 
+#include <algorithm>
 #include <string>
 
 namespace titok {
@@ -17,10 +18,42 @@ Isa active_isa();
 // Throws std::invalid_argument for an unknown name or a set this CPU lacks; "" restores detection.
 void force_isa(const std::string& name);
 
+// The variant of an op for the set in use. TITOK_OF_ISA is for an op that has it for AVX2 and for
+// AVX-512F, TITOK_OF_ISA_AND_DTYPE for one that also has AVX-512 BF16 and, for bfloat16, AMX.
+#if defined(__x86_64__)
+template <class T>
+const T& of_isa(const T& portable, const T& avx2, const T& avx512, const T& avx512bf16,
+                const T& amx) {
+  switch (active_isa()) {
+    case Isa::amx:
+      return amx;
+    case Isa::avx512bf16:
+      return avx512bf16;
+    case Isa::avx512vnni:
+    case Isa::avx512:
+      return avx512;
+    case Isa::avx2:
+      return avx2;
+    default:
+      return portable;
+  }
+}
+#define TITOK_OF_ISA(op) of_isa(op##_portable, op##_avx2, op##_avx512, op##_avx512, op##_avx512)
+#define TITOK_OF_ISA_AND_DTYPE(op, dtype)                        \
+  of_isa(op##_portable, op##_avx2, op##_avx512, op##_avx512bf16, \
+         (dtype) == DType::bfloat16 ? op##_amx : op##_avx512bf16)
+#else
+#define TITOK_OF_ISA(op) (op##_portable)
+#define TITOK_OF_ISA_AND_DTYPE(op, dtype) (op##_portable)
+#endif
+
+// As many of `most` threads as have at least `least` of the work: one may have to be woken.
+inline int threads_for(double work, double least, double most) {
+  return static_cast<int>(std::max(1.0, std::min(most, work / least)));
+}
+
 struct CudaCode {
-  int device_capability;  // 10 * major + minor of the device
   int binary_capability;  // of the machine code that the driver loads for this build
-  int ptx_capability;     // of the PTX it was compiled from
   const char* error;      // nullptr, or why this build's code cannot run there
 };
 // Asks the driver which of this build's code it would run on `device`.

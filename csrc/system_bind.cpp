@@ -18,9 +18,7 @@ void bind_system(py::module_& m) {
   m.def("cuda_code", [](int device) {
     const CudaCode code = cuda_code(device);
     py::dict result;
-    result["device_capability"] = code.device_capability;
     result["binary_capability"] = code.binary_capability;
-    result["ptx_capability"] = code.ptx_capability;
     result["error"] = code.error ? py::object(py::str(code.error)) : py::none();
     return result;
   });

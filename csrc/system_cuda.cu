@@ -13,14 +13,11 @@ CudaCode cuda_code(int device) {
   int previous = 0;
   TITOK_CHECK_CUDA(cudaGetDevice(&previous));
   TITOK_CHECK_CUDA(cudaSetDevice(device));
-  cudaDeviceProp properties;
-  TITOK_CHECK_CUDA(cudaGetDeviceProperties(&properties, device));
   cudaFuncAttributes attributes{};
   const cudaError_t status = cudaFuncGetAttributes(&attributes, system_probe_kernel);
   cudaGetLastError();
   TITOK_CHECK_CUDA(cudaSetDevice(previous));
-  return {10 * properties.major + properties.minor, attributes.binaryVersion, attributes.ptxVersion,
-          status == cudaSuccess ? nullptr : cudaGetErrorString(status)};
+  return {attributes.binaryVersion, status == cudaSuccess ? nullptr : cudaGetErrorString(status)};
 }
 
 int cuda_runtime_version() {

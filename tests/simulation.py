@@ -76,7 +76,7 @@ def as_cpu_ops(order: int) -> SimpleNamespace:
         maskgit_step_cpu_workspace=lambda length, vocabulary, threads: 0,
         sample_token_cpu=simulator.sample_token_cuda,
         sample_token_cpu_workspace=lambda batch, vocabulary, threads: (
-            simulator.sample_token_cuda_workspace(batch, vocabulary, filtered=True)
+            simulator.sample_token_cuda_workspace(batch, vocabulary, (0, 0), (0.0, 0))
         ),
         philox4x32=simulator.philox4x32,
     )

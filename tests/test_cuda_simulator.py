@@ -59,5 +59,8 @@ def test_no_order_changes_a_bit(op, monkeypatch):
 
 def test_a_draw_without_a_filter_keeps_no_lists():
     size = simulation.cuda_simulator().sample_token_cuda_workspace
-    assert size(64, 2**18, filtered=True) > 64 * 2**18 * 16
-    assert size(64, 2**18, filtered=False) < 64 * 2**15
+    off, tensor = (0, 0), (0, 1)  # of a number in a tensor only the device knows
+    for top_k, top_p in (((5, 0), (1.0, 0)), (off, (0.9, 0)), (tensor, (1.0, 0)), (off, (1.0, 1))):
+        assert size(64, 2**18, top_k, top_p) > 64 * 2**18 * 16
+    for top_k, top_p in ((off, (1.0, 0)), ((2**18, 0), (1.0, 0)), (off, (1 - 1e-9, 0))):
+        assert size(64, 2**18, top_k, top_p) < 64 * 2**15

@@ -684,6 +684,14 @@ def test_meta_tensors_give_shapes():
     assert sample_entropy.shape == batch_entropy.shape == ()
 
 
+def test_one_code_may_have_all_of_many_rows():
+    """2^23 weights of 1 fill a counter of 40 bits behind the point."""
+    with torch.no_grad():
+        z, codebook = torch.full((2**23 + 5, 1), 2.0), torch.full((1, 1), 2.0)
+        *_, sample_entropy, batch_entropy = index_propagation(z, codebook, backend="cpu")
+    assert float(sample_entropy) == 0 and float(batch_entropy) == pytest.approx(-1e-5, rel=1e-3)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [

@@ -2,12 +2,15 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from tests import drawing
 from tests.drawing import DTYPES, chi_square, many_draws
 from titok_fast import sample_token
+from titok_fast.ops import inspect
+from titok_fast.ops.sample_token import BACKENDS
 from titok_fast.reference.maskgit_step import sharpness, wide_weights
 from titok_fast.reference.sample_token import top_p_weights
 
@@ -160,6 +163,28 @@ def test_top_k_of_one_is_the_argmax(backend, device):
 
 def test_flushed_subnormals(flushed_subnormals):
     test_top_k_of_one_is_the_argmax("cpu", "cpu")
+
+
+def test_numbers_of_numpy_are_numbers():
+    cond = torch.randn(3, 50)
+    plain = {"temperature": 0.5, "top_k": 5, "top_p": 0.75, "seed": 3, "step": 2}
+    numbers = {
+        "temperature": np.float32(0.5), "top_k": np.int32(5), "top_p": np.float64(0.75),
+        "seed": np.uint64(3), "step": np.int64(2),
+    }  # fmt: skip
+    assert torch.equal(sample_token(cond, **numbers), sample_token(cond, **plain))
+    with pytest.raises(TypeError, match="top_k: expected an int or a Tensor, got float"):
+        sample_token(cond, **plain | {"top_k": np.float32(5)})
+
+
+def test_auto_is_the_reference_on_a_gpu_without_cuda_ops(monkeypatch):
+    choose = inspect.choose_or_reference
+    monkeypatch.setattr(inspect, "why_not", lambda *_: None)
+    assert choose("auto", "cuda", BACKENDS) == "cuda"
+    missing = {"cuda": "this build has no CUDA C++ ops"}  # and Triton's are no help
+    monkeypatch.setattr(inspect, "why_not", lambda backend, _: missing.get(backend))
+    assert choose("auto", "cuda", BACKENDS) == "reference"
+    assert choose("cuda", "cuda", BACKENDS) == "cuda"  # which then says what is missing
 
 
 def test_no_filter_is_a_wide_filter(backend, device):

@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -13,6 +14,11 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _LARGEST = torch.finfo(torch.float32).max
 Number = float | Tensor
 Count = int | Tensor
+
+
+def python_number(value: Any) -> Any:
+    """A number of NumPy's as Python's; anything else as it is."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def strided(name: str, tensor: object) -> Tensor:

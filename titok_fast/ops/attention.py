@@ -16,6 +16,7 @@ from titok_fast.ops.arguments import (
     differentiated,
     dtype_name,
     on_device,
+    python_number,
 )
 
 BACKENDS: dict[str, tuple[str, ...]] = {
@@ -257,6 +258,7 @@ def attention(
     Source: "Attention Is All You Need" (arXiv 1706.03762, section 3.2), computed block by block
     as in FlashAttention-2 (arXiv 2307.08691).
     """
+    dropout_p, seed = python_number(dropout_p), python_number(seed)
     _check(qkv, dropout_p, seed, backend)
     qkv, device = qkv.to(autocast_dtype(qkv) or qkv.dtype), qkv.device.type
     order = BACKENDS | {device: BACKENDS.get(device, ("torch",))}

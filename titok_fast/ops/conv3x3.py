@@ -16,6 +16,8 @@ from titok_fast.ops.arguments import (
     check_tensor,
     dtype_name,
     on_device,
+    python_number,
+    without_autocast,
 )
 
 BACKENDS: dict[str, tuple[str, ...]] = {
@@ -182,7 +184,7 @@ def _run(
         x = x.contiguous(memory_format=torch.channels_last)
         if upsample:
             x = F.interpolate(x, scale_factor=2.0)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             result = F.conv2d(x, weight, bias, padding=1)
         result = result if residual is None else result.add_(residual)
         return _pixels(result).permute(0, 3, 1, 2)
@@ -299,6 +301,7 @@ def conv3x3(
     Source: Winograd's minimal filtering (arXiv 1509.09308), GroupNorm (arXiv 1803.08494).
     """
     others = {"bias": bias, "norm": norm, "norm_bias": norm_bias, "residual": residual}
+    num_groups, norm_eps = python_number(num_groups), python_number(norm_eps)
     _check(x, weight, packed, others, num_groups, norm_eps, upsample, backend)
     chosen = inspect.choose_or_reference(backend, x.device.type, BACKENDS)
     if chosen == "reference":

@@ -12,6 +12,7 @@ from titok_fast.ops.arguments import (
     dense_rows,
     dtype_name,
     on_device,
+    python_number,
 )
 
 BACKENDS: dict[str, tuple[str, ...]] = {
@@ -166,6 +167,7 @@ def decode_attention(
     Source: "Attention Is All You Need" (arXiv 1706.03762, section 3.2), rotary embedding
     (arXiv 2104.09864), grouped queries (arXiv 2305.13245).
     """
+    position = python_number(position)
     _check(qkv, keys, values, rotation, position, backend)
     if not isinstance(position, Tensor):
         position = torch.full((), position, dtype=torch.int64, device=qkv.device)

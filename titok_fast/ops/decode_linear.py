@@ -14,6 +14,7 @@ from titok_fast.ops.arguments import (
     dense_rows,
     dtype_name,
     on_device,
+    python_number,
 )
 
 BACKENDS: dict[str, tuple[str, ...]] = {
@@ -178,6 +179,7 @@ def decode_linear(
         "residual": residual,
         "residual_scale": residual_scale,
     }
+    norm_eps = python_number(norm_eps)
     _check(x, weight, norm_eps, others, backend)
     chosen = inspect.choose_or_reference(backend, x.device.type, BACKENDS)
     if chosen == "reference":

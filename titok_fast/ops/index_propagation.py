@@ -1,6 +1,5 @@
 """Index back-propagation quantization: schemas, checks, backends, autograd, public function."""
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +14,7 @@ from titok_fast.ops.arguments import (
     differentiated,
     dtype_name,
     on_device,
+    python_number,
     without_autocast,
 )
 from titok_fast.ops.nearest_code import check_rows_and_codes, nearest_code
@@ -36,8 +36,8 @@ def check_temperature(name: str, temperature: float) -> None:
     """TypeError or ValueError unless it is a positive, finite number."""
     if not isinstance(temperature, int | float):
         raise TypeError(f"{name}: expected a float, got {type(temperature).__name__}")
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"{name}: {temperature} is not positive and finite")
+    if not 2**-126 <= temperature < 2**128:  # a normal number of float32
+        raise ValueError(f"{name}: {temperature} is not positive and finite in float32")
 
 
 def check_process_group(process_group: object) -> None:
@@ -166,7 +166,6 @@ def _cpu_bwd(
     workspace = torch.empty(size, dtype=torch.uint8, device="cpu")
     extension.index_propagation_bwd_cpu(
         grad=grad.data_ptr(),
-        grad_stride=d,
         z=z.data_ptr(),
         z_stride=z.stride(0),
         codebook=codebook.data_ptr(),
@@ -422,6 +421,7 @@ def propagate(
             softmax is not computed.
     """
     z, codebook = (x.to(dtype) if (dtype := autocast_dtype(x)) else x for x in (z, codebook))
+    temperature = python_number(temperature)
     _check(z, codebook, temperature, process_group, backend)
     device = z.device.type
     order = BACKENDS | {device: BACKENDS.get(device, ("streaming",))}

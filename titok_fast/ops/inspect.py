@@ -102,7 +102,7 @@ def why_not(backend: str, device_type: str) -> str | None:
     if isinstance(module, str):
         return module
     if backend == "cuda" and not module.cuda_architectures:
-        return "this build has no CUDA C++ ops; rebuild with -C cmake.define.TITOK_FAST_CUDA=ON"
+        return "this build has no CUDA C++ ops; put nvcc on PATH and install titok_fast again"
     return None
 
 
@@ -137,7 +137,7 @@ def check_backend(backend: str, order: dict[str, tuple[str, ...]]) -> None:
 
 def choose_or_reference(backend: str, device_type: str, order: dict[str, tuple[str, ...]]) -> str:
     """As `choose_backend`; "auto" is the reference on a device where no other can run."""
-    bare = device_type == "cuda" and why_not("triton", "cuda") is not None
+    bare = device_type == "cuda" and why_not(order["cuda"][0], "cuda") is not None
     if backend == "auto" and (device_type not in order or bare):
         return "reference"
     return choose_backend(backend, device_type, order)

@@ -19,9 +19,11 @@ from titok_fast.ops.arguments import (
     check_tensor,
     dense_rows,
     dtype_name,
+    python_number,
 )
 
 BACKENDS: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("cuda",), "meta": ("cpu",)}
+MAX_VOCABULARY = 1 << 30  # a GPU's indices have 32 bits
 GUIDANCE_FORMS = ("cond", "uncond")
 CONFIDENCES = ("logit", "log_probability")
 COUNTS = ("num_masked", "seed", "step")
@@ -43,9 +45,10 @@ def _check(
     numbers: dict[str, Any],
 ) -> None:
     check_dtype("cond_logits", cond_logits)
-    if cond_logits.ndim != 3 or cond_logits.shape[2] == 0:
+    if cond_logits.ndim != 3 or not 1 <= cond_logits.shape[2] <= MAX_VOCABULARY:
         raise ValueError(
-            f"cond_logits: expected [B, L, V] with V >= 1, got shape {list(cond_logits.shape)}"
+            f"cond_logits: expected [B, L, V] with 1 <= V <= {MAX_VOCABULARY}, got shape "
+            f"{list(cond_logits.shape)}"
         )
     batch, length, vocabulary = cond_logits.shape
     check_tensor("ids", ids, [batch, length], (torch.int64,), cond_logits, "cond_logits")
@@ -251,8 +254,8 @@ def maskgit_step(
             The token is then that of the largest z / softmax_temperature + token_temperature times
             Gumbel noise, as in the official code.
         backend: "cpu" (C++), "cuda" (CUDA C++), "reference" (PyTorch), or "auto": "cpu" for CPU
-            tensors, "cuda" for CUDA tensors; tensors of any other device are copied to the CPU
-            and back.
+            tensors, "cuda" for CUDA tensors, or "reference" where the build has none; tensors of
+            any other device are copied to the CPU and back.
 
     Returns:
         ids_next [B, L] int64: `tokens` with the least confident masked again; tokens [B, L] int64:
@@ -276,6 +279,8 @@ def maskgit_step(
         "token_temperature": token_temperature,
         "confidence_temperature": confidence_temperature,
     }
+    numbers = {name: python_number(value) for name, value in numbers.items()}
+    mask_id = python_number(mask_id)
     _check(
         cond_logits, ids, uncond_logits, image_ids, positions, noise, mask_id, guidance_form,
         confidence, numbers,
@@ -295,7 +300,7 @@ def maskgit_step(
     positions = None if positions is None else ready(positions)
     noise = None if noise is None else (ready(noise[0]), ready(noise[1]))
     given = [ready(x) if isinstance(x, Tensor) else None for x in numbers.values()]
-    backend = inspect.choose_backend(backend, cond.device.type, BACKENDS)
+    backend = inspect.choose_or_reference(backend, cond.device.type, BACKENDS)
     if backend == "reference":
         results = reference.maskgit_step(
             cond,

@@ -19,6 +19,7 @@ from titok_fast.ops.arguments import (
     check_tensor,
     dense_rows,
     dtype_name,
+    python_number,
 )
 
 BACKENDS: dict[str, tuple[str, ...]] = {"cpu": ("cpu",), "cuda": ("cuda",), "meta": ("cpu",)}
@@ -82,9 +83,9 @@ def _run(
         size = extension.sample_token_cpu_workspace(batch, vocabulary, threads)
         run, stream = extension.sample_token_cpu, 0
     else:
-        (top_k, tensor_k), (top_p, tensor_p) = values["top_k"], values["top_p"]
-        filtered = tensor_k or tensor_p or 0 < top_k < vocabulary or top_p < 1
-        size = extension.sample_token_cuda_workspace(batch, vocabulary, bool(filtered))
+        size = extension.sample_token_cuda_workspace(
+            batch, vocabulary, top_k=values["top_k"], top_p=values["top_p"]
+        )
         run, stream = extension.sample_token_cuda, torch.cuda.current_stream().cuda_stream
     workspace = torch.empty(size, dtype=torch.uint8, device=cond.device)
     tokens = torch.empty(batch, dtype=torch.int64, device=cond.device)
@@ -164,8 +165,8 @@ def sample_token(
         image_ids: [B] int64, an id for each row, so that it gets the same tokens in any batch; None
             counts from 0.
         backend: "cpu" (C++), "cuda" (CUDA C++), "reference" (PyTorch, sorts), or "auto": "cpu" for
-            CPU tensors, "cuda" for CUDA tensors; tensors of any other device are copied to the CPU
-            and back.
+            CPU tensors, "cuda" for CUDA tensors, or "reference" where the build has none; tensors
+            of any other device are copied to the CPU and back.
 
     Returns:
         Tokens [B] int64. No gradient flows through them.
@@ -185,6 +186,7 @@ def sample_token(
         "temperature": temperature,
         "top_p": top_p,
     }
+    numbers = {name: python_number(value) for name, value in numbers.items()}
     _check(logits, uncond_logits, image_ids, numbers)
     device = logits.device
     to_cpu = backend == "auto" and device.type not in BACKENDS
@@ -197,7 +199,7 @@ def sample_token(
     uncond = None if uncond_logits is None else ready(uncond_logits)
     image_ids = None if image_ids is None else ready(image_ids)
     given = [ready(x) if isinstance(x, Tensor) else None for x in numbers.values()]
-    backend = inspect.choose_backend(backend, cond.device.type, BACKENDS)
+    backend = inspect.choose_or_reference(backend, cond.device.type, BACKENDS)
     if backend == "reference":
         tokens = reference.sample_token(
             cond,
