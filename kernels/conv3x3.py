@@ -37,7 +37,8 @@ def moments_kernel(
     where = (image * pixels + pixel)[:, None] * C + channel[None, :]
     value = tl.load(x + where, inside, 0.0).to(tl.float32)
     count = tl.minimum(pixels - chunk * PIXELS, PIXELS)
-    mean = tl.sum(value, axis=0) / count
+    # Approximate, a mean would leave something of a constant group.
+    mean = tl.div_rn(tl.sum(value, axis=0), count.to(tl.float32))
     distance = tl.where(inside, value - mean[None, :], 0.0)
     out = moments + (image * 2 * chunks + chunk) * C + channel
     tl.store(out, mean, channel < C)
@@ -94,7 +95,7 @@ def scales_kernel(
         )
         total += tl.load(means + where, inside, 0.0) * count
     size = pixels.to(tl.float32) * GROUP
-    mean = tl.sum(tl.sum(total, axis=0), axis=0) / size
+    mean = tl.div_rn(tl.sum(tl.sum(total, axis=0), axis=0), size)
 
     total = tl.zeros([CHUNKS, WIDTH], tl.float32)
     for start in tl.range(0, chunks, CHUNKS):

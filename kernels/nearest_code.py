@@ -243,9 +243,13 @@ def nearest_code_prepare_kernel(
             norm = tl.maximum(norm, tl.where(finite, bound, float("inf")))
             error = tl.maximum(error, tl.where(finite, lost, 0.0))
         m, most_lost = tl.max(norm, axis=0), tl.max(error, axis=0)
-        # Tensor cores may truncate each partial sum; the lowest bits hold a number.
-        per_norm = most_lost + m * ((D + 32 + SUBS) * 2.0**-22) + (D + 16) * 2.0**-124
-        alone = (1.0 + m) * ((D + 16) * 2.0**-124)
+        # Tensor cores may truncate each partial sum; the lowest bits hold a number. What they drop
+        # below float32's numbers, a product with 1 / ||e|| makes larger by 2^40 at most.
+        tiny = (D + 16) * 2.0**-124
+        if METRIC == COSINE and not COPY:
+            tiny = (D + 16) * 2.0**-84
+        per_norm = most_lost + m * ((D + 32 + SUBS) * 2.0**-22) + tiny
+        alone = (1.0 + m) * tiny
         if METRIC == L2:  # the rounded ||e||^2 / 2, and float64 distances
             alone += m * m * ((D + 16 + SUBS) * 2.0**-22)
         tl.store(span_bound + program, m * 1.001)
