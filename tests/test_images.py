@@ -1,5 +1,6 @@
 """Image files are found, read as the official evaluation reads them, and written whole."""
 
+import io
 import os
 import signal
 import zlib
@@ -15,6 +16,7 @@ from titok_fast.images import (
     grid,
     load_images,
     png_software,
+    prepare_image,
     read_image,
     read_pixels,
     to_float,
@@ -41,6 +43,30 @@ def test_resize_and_crop(picture, tmp_path):
     tall = picture.transpose(Image.Transpose.ROTATE_90)
     tall.save(tmp_path / "tall.png")
     assert read_image(tmp_path / "tall.png", 32).shape == (3, 32, 32)
+
+
+def test_the_longer_edge_is_truncated_as_officially():
+    """torchvision's int(size * long / short), where (size / short) * long rounds to below 384."""
+    edges = torch.arange(588 * 392 * 3).remainder(251).to(torch.uint8).view(392, 588, 3).numpy()
+    resized = Image.fromarray(edges).resize((384, 256), Image.Resampling.BICUBIC)
+    expected = np.asarray(resized.crop((64, 0, 320, 256))).transpose(2, 0, 1) / np.float32(255)
+    assert np.array_equal(prepare_image(edges, 256).numpy(), expected)
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_an_image_in_memory_is_prepared_as_a_file(picture, tmp_path, interpolation):
+    expected = read_image(_saved(picture, tmp_path / "a.png"), 32, interpolation=interpolation)
+    for image in (picture, np.asarray(picture)):
+        assert torch.equal(prepare_image(image, 32, interpolation=interpolation), expected)
+    grey = read_image(_saved(picture.convert("L"), tmp_path / "b.png"), 32)
+    assert torch.equal(prepare_image(picture.convert("L"), 32), grey)
+    for image, message in (
+        (np.zeros((4, 4, 3), np.float32), r"float32 of shape \[4, 4, 3\], allowed is uint8"),
+        (np.zeros((3, 4, 4), np.uint8), r"uint8 of shape \[3, 4, 4\], allowed is uint8"),
+        (torch.zeros(4, 4, 3), "got Tensor, allowed is a Pillow image or an array"),
+    ):
+        with pytest.raises(TypeError, match=f"image: .*{message}"):
+            prepare_image(image, 32)
 
 
 @pytest.mark.parametrize(
@@ -125,8 +151,17 @@ def test_exif_rotation(picture, tmp_path):
     assert torch.equal(read_image(tmp_path / "turned.png", 32), straight)
 
 
+def test_a_header_that_is_no_exif_turns_nothing(picture, tmp_path):
+    picture.save(tmp_path / "a.jpg", dpi=(72, 72))
+    exact = read_image(tmp_path / "a.jpg", 32)
+    picture.save(tmp_path / "b.jpg", dpi=(72, 72), exif=b"Exif\0\0no TIFF header at all")
+    assert torch.equal(read_image(tmp_path / "b.jpg", 32), exact)
+
+
 def test_what_is_not_an_image_is_named(picture, tmp_path):
     (tmp_path / "text.png").write_text("not an image")
+    with pytest.raises(OSError, match="BytesIO: not a readable image"):
+        read_image(io.BytesIO(b"not an image"), 32)
     with pytest.raises(OSError, match=r"text\.png: not a readable image"):
         read_image(tmp_path / "text.png", 32)
     with pytest.raises(OSError, match=r"absent\.png: not a readable image"):

@@ -3,6 +3,7 @@
 import glob
 import os
 import signal
+import struct
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -241,12 +242,55 @@ def read_pixels(
     _check_interpolation(interpolation)
     try:
         with Image.open(path) as file:
-            image = _to_rgb(ImageOps.exif_transpose(file), file.format)
+            image = _to_rgb(_upright(file), file.format)
             pixels = _INTERPOLATIONS[interpolation](image, size, crop)
     except Exception as error:  # on a corrupt file Pillow's decoders raise whatever they run into
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise OSError(f"{os.fspath(path)}: not a readable image ({reason})") from error
+        name = os.fspath(path) if isinstance(path, str | os.PathLike) else type(path).__name__
+        unreadable = OSError(f"{name}: not a readable image ({reason})")
+        unreadable.errno = getattr(error, "errno", None)
+        raise unreadable from error
     return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
+
+
+def prepare_image(
+    image: Image.Image | Pixels, size: int, *, interpolation: str = "bicubic"
+) -> Tensor:
+    """As `read_image`, of an image in memory.
+
+    Args:
+        image: of Pillow, or an array [H, W, 3] uint8.
+        size, interpolation: as for `read_image`.
+
+    Returns:
+        [3, size, size] float32 in [0, 1].
+
+    Raises:
+        TypeError: for anything else.
+        ValueError: for an unknown interpolation, or a size that it cannot have.
+    """
+    _check_interpolation(interpolation)
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+            raise TypeError(
+                f"image: got {image.dtype} of shape {list(image.shape)}, allowed is uint8 [H, W, 3]"
+            )
+        image = Image.fromarray(image)
+    if not isinstance(image, Image.Image):
+        raise TypeError(
+            f"image: got {type(image).__name__}, allowed is a Pillow image or an array [H, W, 3]"
+        )
+    upright = _to_rgb(_upright(image), image.format)
+    pixels = _INTERPOLATIONS[interpolation](upright, size, None)
+    return to_float(torch.from_numpy(pixels.transpose(2, 0, 1).copy()))
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    image.load()
+    try:
+        return ImageOps.exif_transpose(image)
+    except (SyntaxError, ValueError, struct.error):  # a header that is not one turns nothing
+        return image
 
 
 def _check_interpolation(interpolation: str) -> None:
@@ -259,9 +303,11 @@ def _check_interpolation(interpolation: str) -> None:
 
 def _bicubic(image: Image.Image, size: int, crop: Crop) -> Pixels:
     width, height = image.size
-    scale = size / min(width, height)
-    # The official resize truncates the longer edge.
-    wide = (size, int(height * scale)) if width <= height else (int(width * scale), size)
+    # The official resize truncates the longer edge, of the product by the shorter.
+    if width <= height:
+        wide = size, int(size * height / width)
+    else:
+        wide = int(size * width / height), size
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and wide[0] * wide[1] > max(limit, width * height):
         raise ValueError(f"{width} x {height} would be resized to {wide[0]} x {wide[1]}")
