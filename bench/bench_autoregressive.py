@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from bench import harness, models
 from bench.harness import Bench, Call
 from titok_fast.models import ARSampling, ARTransformer
-from titok_fast.models.accelerated import capture
 from titok_fast.models.autoregressive import Decoding
+from titok_fast.models.cuda_graphs import capture
 
 GUIDANCE, TEMPERATURE = 2.0, 1.1
 QUICK = {"vocab_size": 256, "block_size": 16, "n_layer": 2, "n_head": 4, "n_embd": 64}

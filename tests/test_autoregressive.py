@@ -11,8 +11,8 @@ from torch import nn
 import titok_fast
 from tests.conformance import expected, manifest, uniform, weights
 from titok_fast.models import ARTransformer, autoregressive
-from titok_fast.models.accelerated import is_recording, recording
 from titok_fast.models.autoregressive import ARSampling, Decoding
+from titok_fast.models.cuda_graphs import is_recording, recording
 from titok_fast.testing import relative_error
 
 LABELS = torch.tensor([3, 7])
@@ -335,6 +335,13 @@ def test_neither_autocast_nor_training_mode_changes_tokens(count):
         assert torch.equal(model.generate(labels, seed=3, prefix=tokens[:, :5]), tokens)
     assert model.training and model.blocks[1].ffn_norm.training
     assert not model.blocks[0].training
+
+
+def test_the_official_training_file(tiny):
+    """SEED-Voken's, whose network's arguments are in a section."""
+    network = {"target": "src.IBQ.modules.transformer.llama.GPT", "params": tiny.config}
+    config = {"model": {"init_args": {"transformer_config": network, "learning_rate": 3e-4}}}
+    assert ARTransformer.from_config(config).config == tiny.config
 
 
 def test_no_images(tiny):

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import (
 
 from tests.fake_gpu import fake_gpu
 from titok_fast.models import ARTransformer, IBQTokenizer, MaskGIT, MaskGITVQGAN, TiTok
-from titok_fast.models.accelerated import recording
+from titok_fast.models.cuda_graphs import recording
 from titok_fast.ops import inspect
 
 missing = inspect.why_not("triton", "cuda")  # without it ops take their references

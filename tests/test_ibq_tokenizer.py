@@ -49,6 +49,15 @@ def test_a_release_has_the_official_parameters():
     assert shapes == described["parameters"]
 
 
+def test_the_official_training_file(tiny):
+    """SEED-Voken's, whose constructor arguments are in a section."""
+    model = {"class_path": "src.IBQ.models.ibqgan.IBQ", "init_args": tiny.config}
+    for config in (tiny.config, {"trainer": {}, "model": model}):
+        assert IBQTokenizer.from_config(config).config == tiny.config
+    with pytest.raises(ValueError, match="config: IBQTokenizer lacks n_embed, embed_dim, ddcon"):
+        IBQTokenizer.from_config({"model": {"init_args": {"n_embed": 4}}})
+
+
 def test_any_size_that_fits(tiny):
     images = torch.rand(2, 3, 32, 48)
     tokens = tiny.encode(images)
@@ -163,6 +172,7 @@ def changed(tiny, **layers):
     [
         (lambda m: m.encode(torch.rand(1, 3, 30, 32)), ValueError, r"images: got shape \[1, 3, 30"),
         (lambda m: m.encode(torch.rand(3, 32, 32)), ValueError, "images: got shape"),
+        (lambda m: m.capture(1), RuntimeError, "capture: the model is on cpu, allowed is a CUDA"),
         (lambda m: m.encode(torch.zeros(1, 3, 32, 32).byte()), TypeError, "images: got dtype"),
         (lambda m: m.decode(torch.zeros(1, 4, 4)), TypeError, "tokens: got dtype torch"),
         (lambda m: m.decode(torch.zeros(1, 4).long()), ValueError, r"allowed is \[B, h, w\]"),
@@ -222,3 +232,13 @@ def test_bad_input(tiny, call, error, message):
     with pytest.raises(error, match=message) as raised:
         call(tiny)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.gpu
+def test_captured_encode_and_decode(tiny):
+    model = copy.deepcopy(tiny).cuda()
+    images = torch.rand(2, 3, 64, 64, device="cuda")
+    encode, decode = model.capture(2, image_size=64)
+    tokens = model.encode(images)
+    assert torch.equal(encode(images), tokens)
+    assert relative_error(decode(tokens), model.decode(tokens)) < 1e-4

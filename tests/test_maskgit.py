@@ -1,11 +1,13 @@
 """MaskGIT against the official implementation, and what its sampling promises."""
 
+import copy
 import itertools
 import json
 import math
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
@@ -13,7 +15,8 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_mo
 import titok_fast
 from tests.conformance import FOLDER, expected, manifest, uniform, weights
 from titok_fast.models import MaskGIT, Sampling, TiTok, maskgit
-from titok_fast.models.accelerated import recording
+from titok_fast.models.checks import as_labels
+from titok_fast.models.cuda_graphs import recording
 from titok_fast.models.generate import Sampler
 from titok_fast.models.maskgit import SCHEDULES
 from titok_fast.testing import relative_error
@@ -211,20 +214,46 @@ def test_unconditional_pass_only_where_it_counts(monkeypatch):
 
 
 def test_releases():
-    for name, parameters in (("maskgit-vit-b-64", "maskgit_vit_b64"),):
-        with torch.device("meta"):
-            model = MaskGIT.from_config(name)
-        shapes = {k: list(v.shape) for k, v in model.state_dict().items()}
-        assert shapes == manifest(parameters)["parameters"]
+    models = {name: _on_meta(name) for name in MaskGIT.releases}
+    shapes = {k: list(v.shape) for k, v in models["maskgit-vit-b-64"].state_dict().items()}
+    assert shapes == manifest("maskgit_vit_b64")["parameters"]
     assert MaskGIT.releases.keys() >= {"maskgit-vit-l-32", "maskgit-uvit-s-128"}
-    sampling = {
-        name: (s.steps, s.guidance_scale, s.guidance_decay, s.randomize_temperature)
-        for name in MaskGIT.releases
-        for s in [_on_meta(name).sampling]
-    }
-    assert sampling["maskgit-vit-l-32"] == (8, 4.5, "linear", 9.5)
-    assert sampling["maskgit-vit-b-64"] == (8, 3.0, "linear", 11.0)
-    assert sampling["maskgit-uvit-s-128"] == (64, 6.9, "power-cosine", 2.8)
+    for name, wanted in (
+        ("maskgit-vit-l-32", (8, 4.5, "linear", 9.5)),
+        ("maskgit-vit-b-64", (8, 3.0, "linear", 11.0)),
+        ("maskgit-uvit-s-128", (64, 6.9, "power-cosine", 2.8)),
+    ):
+        own = models[name].sampling
+        sampling = own.steps, own.guidance_scale, own.guidance_decay, own.randomize_temperature
+        assert sampling == wanted
+
+
+def test_the_configuration_of_a_hub_repository():
+    """The official one keeps OmegaConf's interpolations as they stand in the file."""
+    config = copy.deepcopy(small().config)
+    config["model"]["vq_model"]["num_latent_tokens"] = 9
+    config["model"]["generator"]["image_seq_len"] = "${model.vq_model.num_latent_tokens}"
+    model = MaskGIT.from_config(config | {"other": "${not.there}", "seed": np.int64(3)})
+    assert model.num_tokens == 9 and model.config["model"]["generator"]["image_seq_len"] == 9
+    assert model.config["other"] == "${not.there}" and type(model.config["seed"]) is int
+
+
+def test_numbers_and_labels_of_numpy():
+    model = small()
+    expected = model.generate([0, 1], steps=3, guidance_scale=2.5, seed=7)
+    options = {"steps": np.int32(3), "guidance_scale": np.float32(2.5), "seed": np.uint64(7)}
+    for labels in (np.array([0, 1], np.int32), np.array([0, 1], np.uint8), [np.int64(0), 1]):
+        assert torch.equal(model.generate(labels, **options), expected)
+    with pytest.raises(ValueError, match="steps: got True, allowed is a positive int"):
+        model.generate([0], steps=np.bool_(True))
+
+
+def test_labels_are_checked_before_they_are_on_a_device():
+    meta = torch.device("meta")
+    assert as_labels([0, 10], 10, meta).device == meta
+    for labels in ([-1], np.array([11]), torch.tensor([-1])):
+        with pytest.raises(ValueError, match=r"labels: got labels in .*, allowed is \[0, 10\]"):
+            as_labels(labels, 10, meta)
 
 
 def _on_meta(name):

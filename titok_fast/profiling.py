@@ -21,8 +21,8 @@ from torch.profiler import ProfilerActivity, record_function
 from titok_fast._contention import contention, other_cpus
 from titok_fast._files import replacing
 from titok_fast.models import MaskGIT, TiTok, compile
-from titok_fast.models.accelerated import capture
 from titok_fast.models.checks import replaced
+from titok_fast.models.cuda_graphs import capture
 from titok_fast.models.generate import PAIRS, pack_pair
 from titok_fast.ops import inspect
 

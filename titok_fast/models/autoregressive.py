@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from titok_fast.models.accelerated import capture, is_recording, recording
 from titok_fast.models.blocks import (
     CausalSelfAttention,
     KVCache,
@@ -35,10 +34,12 @@ from titok_fast.models.checks import (
     or_none,
     replaced,
 )
+from titok_fast.models.cuda_graphs import capture, is_recording, recording
 from titok_fast.models.packed import PackableLinear, packed, untouched
 from titok_fast.models.pretrained import PretrainedModel, Release, evaluating
 from titok_fast.models.widened import Linear
 from titok_fast.ops import sample_token
+from titok_fast.ops.arguments import python_number, without_autocast
 from titok_fast.ops.decode_attention import MAX_HEAD_WIDTH
 from titok_fast.ops.decode_linear import MAX_ROWS
 
@@ -113,7 +114,8 @@ class ARTransformer(PretrainedModel):
     the start of the sequence and modulates every block.
 
     Args:
-        config: the arguments of the official network as a mapping: vocab_size, block_size, n_layer,
+        config: the arguments of the official network as a mapping, or the training file that has
+            them in model.init_args.transformer_config.params: vocab_size, block_size, n_layer,
             n_head, n_embd, and where they differ from the official defaults cond_dim, class_num,
             n_kv_head, multiple_of, ffn_dim_multiplier, rope_base, norm_eps, alng, token_drop,
             attn_dropout_p, resid_dropout_p, ffn_dropout_p and drop_path_rate; guidance_scale and
@@ -129,6 +131,7 @@ class ARTransformer(PretrainedModel):
     """
 
     config_key = "n_embd"
+    config_within = "model.init_args.transformer_config.params"
     checkpoint_prefixes = ("", "transformer.")
     checkpoint_ignored = ("*.kv_cache.*", "freqs_cis", "causal_mask")
 
@@ -259,7 +262,7 @@ class ARTransformer(PretrainedModel):
         """
         device = self.head.weight.device
         labels = as_labels(labels, self.num_classes, device)
-        count = self.num_tokens if num_tokens is None else num_tokens
+        count = self.num_tokens if num_tokens is None else python_number(num_tokens)
         prefix = labels.new_zeros(len(labels), 0) if prefix is None else prefix
         check_tokens("prefix", prefix, self.codebook_size, "B, P")
         if len(prefix) != len(labels) or prefix.shape[1] > self.num_tokens:
@@ -319,7 +322,7 @@ class ARTransformer(PretrainedModel):
         @torch.no_grad()
         def run(labels: Tensor, seed: Tensor, image_ids: Tensor) -> Tensor:
             check_labels(labels, batch_size, self.num_classes)
-            with torch.autocast(labels.device.type, enabled=False):
+            with without_autocast(labels):
                 decoding.start(labels, nothing, seed, image_ids)
             for position in positions.split(1):
                 tokens = step(position)

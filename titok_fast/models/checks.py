@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from titok_fast.ops.arguments import python_number
 from titok_fast.ops.attention import MAX_HEAD_WIDTH
 
 Options = TypeVar("Options")
@@ -47,6 +48,7 @@ DECAY = Kind("a number from 0, below 1", lambda value: _is_number(value, 1) and 
 FLAG = Kind("true or false", lambda value: isinstance(value, bool))
 
 
+NARROW = (torch.int32, torch.int16, torch.int8, torch.uint8)  # what NumPy's arrays may hold
 HEAD_WIDTHS = f"a multiple of 8 up to {MAX_HEAD_WIDTH}"
 
 
@@ -118,7 +120,7 @@ def replaced(options: Options, kind: str, **given: Any) -> Options:
         ValueError: for a name that it lacks, `kind` saying whose options they are, or a value that
             it does not take.
     """
-    given = {name: value for name, value in given.items() if value is not None}
+    given = {name: python_number(value) for name, value in given.items() if value is not None}
     names = [field.name for field in fields(options)]  # type: ignore[arg-type]
     for name, value in given.items():
         if name not in names:
@@ -159,13 +161,15 @@ def as_labels(labels: Tensor | Sequence[int], num_classes: int, device: torch.de
         raise TypeError(f"labels: got {type(labels).__name__}, allowed is a tensor or a sequence")
     empty = not isinstance(labels, Tensor) and len(labels) == 0  # which has no dtype of its own
     try:
-        labels = torch.as_tensor(labels, dtype=torch.int64 if empty else None, device=device)
+        found = torch.as_tensor(labels, dtype=torch.int64 if empty else None)
     except (RuntimeError, TypeError, ValueError):  # what torch says names no argument
         raise TypeError(f"labels: got {labels!r:.60}, allowed is integers") from None
-    if labels.ndim != 1:
-        raise ValueError(f"labels: got shape {list(labels.shape)}, allowed is [B]")
-    check_labels(labels, labels.shape[0], num_classes)
-    return labels
+    if found.dtype in NARROW and not isinstance(labels, Tensor):
+        found = found.long()
+    if found.ndim != 1:
+        raise ValueError(f"labels: got shape {list(found.shape)}, allowed is [B]")
+    check_labels(found, found.shape[0], num_classes)  # before the device, where it cannot look
+    return found.to(device)
 
 
 def check_labels(labels: Tensor, batch: int, num_classes: int) -> None:

@@ -11,15 +11,15 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from titok_fast.models.accelerated import capture as record
 from titok_fast.models.accelerated import pack_weights
 from titok_fast.models.auto import Tokenizer, load_tokenizer
 from titok_fast.models.autoregressive import ARTransformer
-from titok_fast.models.checks import COUNT, as_labels
+from titok_fast.models.checks import COUNT, as_labels, check_kind
+from titok_fast.models.cuda_graphs import capture as record
 from titok_fast.models.maskgit import MaskGIT
 from titok_fast.models.packed import packable
 from titok_fast.models.titok import TiTok
-from titok_fast.ops.arguments import check_counters
+from titok_fast.ops.arguments import check_counters, python_number
 
 Generator: TypeAlias = MaskGIT | ARTransformer
 
@@ -91,8 +91,8 @@ def generate(
         RuntimeError: `capture` without a GPU.
         FileNotFoundError: the weights are missing and cannot be downloaded.
     """
-    if not COUNT.fits(batch_size):
-        raise ValueError(f"batch_size: got {batch_size!r}, allowed is {COUNT.allowed}")
+    batch_size = python_number(batch_size)
+    check_kind("batch_size", batch_size, COUNT)
     if options.pop("return_steps", False):
         raise ValueError("return_steps: got True, allowed is False: only whole images are decoded")
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -101,8 +101,8 @@ def generate(
     of_each: dict[str, Tensor] = {"image_ids": torch.arange(len(labels), device=device)}
     for name in ("image_ids", "ids", "prefix"):
         value = options.pop(name, None)
-        if value is not None:
-            of_each[name] = torch.as_tensor(value, device=device)
+        if value is not None:  # tokens are checked where they are, before the device
+            of_each[name] = torch.as_tensor(value, device=device if name == "image_ids" else None)
             if of_each[name].shape[:1] != labels.shape:
                 raise ValueError(
                     f"{name}: got shape {list(of_each[name].shape)}, allowed is "
@@ -157,6 +157,7 @@ class Sampler:
         given: Iterable[str] = (),
         **options: Any,
     ) -> None:
+        seed = python_number(seed)
         if not isinstance(seed, int):
             raise TypeError(f"seed: expected an int, got {type(seed).__name__}")
         check_counters({"seed": seed})

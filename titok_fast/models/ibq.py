@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -34,9 +34,11 @@ from titok_fast.models.convolutions import (
     group_norm,
     image_by_image,
 )
+from titok_fast.models.cuda_graphs import capture
 from titok_fast.models.pretrained import PretrainedModel, Release, evaluating
 from titok_fast.models.widened import Conv
 from titok_fast.ops import nearest_code
+from titok_fast.ops.arguments import without_autocast
 
 _DDCONFIG = {
     "double_z": False,
@@ -262,7 +264,8 @@ class IBQTokenizer(PretrainedModel):
     """IBQ's tokenizer (arXiv 2412.02692, section 3): 16 x 16 tokens for a 256 px image.
 
     Args:
-        config: the official configuration as a mapping of n_embed, embed_dim and ddconfig; beta,
+        config: the official configuration as a mapping, or the training file that has it in
+            model.init_args, of n_embed, embed_dim and ddconfig; beta,
             use_entropy_loss, cosine_similarity, entropy_temperature, sample_minimization_weight and
             batch_maximization_weight, where present, go to the quantizer. There is no remap: a
             token is a position in the whole codebook.
@@ -288,6 +291,7 @@ class IBQTokenizer(PretrainedModel):
         "ibq-262144-pretrain": _release(262144, pretrain=True),
     }
     config_key = "ddconfig"
+    config_within = "model.init_args"
     # A file of the autoregressive model holds its tokenizer as well.
     checkpoint_prefixes = ("", "first_stage_model.")
     checkpoint_ignored = ("loss.*",)
@@ -362,7 +366,7 @@ class IBQTokenizer(PretrainedModel):
             TypeError, ValueError: as `latents`.
         """
         z = self.latents(images)
-        with torch.autocast(z.device.type, enabled=False):
+        with without_autocast(z):
             quantized, losses, (_, _, indices) = self.quantize(z.to(self.quant_conv.weight.dtype))
         z = self.post_quant_conv(quantized.to(self.post_quant_conv.weight.dtype))
         pixels = (image_by_image(self.decoder, z) + 1) / 2
@@ -371,6 +375,28 @@ class IBQTokenizer(PretrainedModel):
         if isinstance(losses, tuple):  # with the entropies of rows and of the batch
             result["quantizer_loss"], _, _, result["entropy_loss"] = losses
         return pixels, result
+
+    def capture(
+        self, batch_size: int, *, image_size: int | None = None
+    ) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+        """`encode` and `decode` of square images, each recorded as a CUDA graph.
+
+        Args:
+            batch_size: images a call, B.
+            image_size: their side S in pixels, a multiple of `stride`; None is the model's.
+
+        Returns:
+            Functions from images [B, 3, S, S] in the dtype of the encoder to tokens, and back. They
+            see later changes of the parameters only if made in place.
+
+        Raises:
+            RuntimeError: the model is not on a CUDA device.
+            ValueError: for another size.
+        """
+        size, like = self.image_size if image_size is None else image_size, self.encoder.conv_in
+        images = like.weight.new_zeros(batch_size, like.in_channels, size, size)
+        encode = capture(self.encode, images)
+        return encode, capture(self.decode, encode(images))
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from titok_fast.models.accelerated import capture, is_recording
 from titok_fast.models.blocks import BertBlock, UViTBlock
 from titok_fast.models.checks import (
     COUNT,
@@ -29,6 +28,7 @@ from titok_fast.models.checks import (
     one_of,
     replaced,
 )
+from titok_fast.models.cuda_graphs import capture, is_recording
 from titok_fast.models.packed import PackableLinear
 from titok_fast.models.pretrained import PretrainedModel, Release, evaluating
 from titok_fast.ops import maskgit_step

@@ -145,7 +145,7 @@ class PackableMatrix(Packable):
         copy = self._copy_for(x)
         if copy is None:
             return linear(x, getattr(self, self._weight), bias)
-        return _multiply(x, copy, bias, "none", [], "")
+        return _multiply(x, copy, bias)
 
 
 class PackableLinear(PackableMatrix, nn.Linear):
@@ -159,10 +159,10 @@ class PackableLinear(PackableMatrix, nn.Linear):
 def gelu_of(layer: nn.Module, x: Tensor) -> Tensor:
     """GELU of layer(x), in one product with a packed weight."""
     if untouched(layer, PackableLinear):
-        linear: Any = layer
-        copy = linear._copy_for(x)
+        packed_layer: Any = layer
+        copy = packed_layer._copy_for(x)
         if copy is not None:
-            return _multiply(x, copy, linear.bias, "gelu", [], "none")
+            return _multiply(x, copy, packed_layer.bias, gelu=True)
     return F.gelu(layer(x))
 
 
@@ -180,8 +180,9 @@ def _parts(x: Tensor, copy: Tensor) -> int:
     return parts if threads > 1 and parts <= 3 else 1
 
 
-def _multiply(x: Tensor, copy: Tensor, bias: Tensor | None, *activation: Any) -> Tensor:
+def _multiply(x: Tensor, copy: Tensor, bias: Tensor | None, *, gelu: bool = False) -> Tensor:
     dtype = x.dtype
+    activation: tuple[Any, ...] = ("gelu", [], "none") if gelu else ("none", [], "")
     if copy.dtype != dtype:
         x, bias = x.float(), None if bias is None else bias.float()
     multiply = torch.ops.mkldnn._linear_pointwise

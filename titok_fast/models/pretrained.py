@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -20,8 +21,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from titok_fast._files import replacing
+from titok_fast.models.checks import found_at
 from titok_fast.models.convert import naming, read_checkpoint, select
-from titok_fast.ops.arguments import DTYPES
+from titok_fast.ops.arguments import DTYPES, python_number
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -63,24 +65,29 @@ class PretrainedModel(nn.Module):
     latents and search codes, where rounding would change tokens.
 
     `config_key` is the key, with dots between levels, that tells its configurations from those of
-    other models. In a checkpoint that Lightning wrote, the model's names may have one of
+    other models; where it is missing, the configuration may stand at `config_within` of a training
+    file. In a checkpoint that Lightning wrote, the model's names may have one of
     `checkpoint_prefixes`; names after it that match a pattern of `checkpoint_ignored` are not the
     model's.
 
     Attributes:
-        config: the configuration as plain dicts and lists; keys that the model does not use are
-            kept and saved.
+        config: the configuration as plain dicts and lists, with OmegaConf's interpolations
+            replaced; keys that the model does not use are kept and saved.
     """
 
     releases: ClassVar[Mapping[str, Release]]
     full_precision: ClassVar[tuple[str, ...]] = ()
     config_key: ClassVar[str]
+    config_within: ClassVar[str | None] = None
     checkpoint_prefixes: ClassVar[tuple[str, ...]] = ("",)
     checkpoint_ignored: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
-        self.config: dict[str, Any] = _plain(config)
+        self.config: dict[str, Any] = _plain(config, config)
+        if self.config_within is not None and found_at(self.config, self.config_key) is None:
+            within = found_at(self.config, self.config_within)
+            self.config = within if found_at(within, self.config_key) is not None else self.config
 
     @classmethod
     def from_config(cls, name_or_config: str | Mapping[str, Any]) -> Self:
@@ -332,13 +339,21 @@ def load_weights(
     return model, sources
 
 
-def _plain(value: Any) -> Any:
-    """Nested mappings and sequences of any class as new dicts and lists."""
+def _plain(value: Any, root: Any) -> Any:
+    """Nested mappings and sequences of any class as new dicts and lists, without interpolations.
+
+    Official files hold OmegaConf's "${model.vq_model.num_latent_tokens}", which is what stands
+    there in `root`.
+    """
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_plain(item) for item in value]
-    return value
+        return {str(key): _plain(item, root) for key, item in value.items()}
+    if isinstance(value, str):
+        match = re.fullmatch(r"\$\{([\w.]+)\}", value)
+        found = found_at(root, match[1]) if match else None
+        return value if found is None else _plain(found, {})
+    if isinstance(value, Sequence):
+        return [_plain(item, root) for item in value]
+    return python_number(value)
 
 
 def _is_hub_id(name: str) -> bool:

@@ -12,7 +12,6 @@ from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 
 from titok_fast.layers import VectorQuantizer
-from titok_fast.models.accelerated import capture
 from titok_fast.models.blocks import ResidualAttentionBlock
 from titok_fast.models.checks import (
     COUNT,
@@ -27,6 +26,7 @@ from titok_fast.models.checks import (
     one_of,
 )
 from titok_fast.models.convolutions import PointwiseConv, image_by_image
+from titok_fast.models.cuda_graphs import capture
 from titok_fast.models.maskgit_vqgan import (
     VQGAN_CODEBOOK_SIZE,
     VQGAN_CONFIG,
@@ -90,6 +90,16 @@ def _config(
         "model": {"vq_model": vq_model},
         "dataset": {"preprocessing": {"crop_size": crop_size}},
     }
+
+
+def _release(name: str, config: Mapping[str, Any]) -> Release:
+    """One of bytedance's, whose checkpoints of codes have another prefix than those of latents."""
+    prefix = "" if name.endswith("_vae_c16") else "tokenizer_"
+    return Release(
+        config,
+        hub_id=f"yucornetto/tokenizer_{name}_imagenet",
+        checkpoint=f"{prefix}{name}.bin",
+    )
 
 
 class DiagonalGaussian:
@@ -260,51 +270,15 @@ class TiTok(PretrainedModel):
     """
 
     releases: ClassVar[Mapping[str, Release]] = {
-        "titok-s-128": Release(
-            _config(_LEGACY, 128, "small", "small"),
-            hub_id="yucornetto/tokenizer_titok_s128_imagenet",
-            checkpoint="tokenizer_titok_s128.bin",
-        ),
-        "titok-b-64": Release(
-            _config(_LEGACY, 64, "base", "base"),
-            hub_id="yucornetto/tokenizer_titok_b64_imagenet",
-            checkpoint="tokenizer_titok_b64.bin",
-        ),
-        "titok-l-32": Release(
-            _config(_LEGACY, 32, "large", "large"),
-            hub_id="yucornetto/tokenizer_titok_l32_imagenet",
-            checkpoint="tokenizer_titok_l32.bin",
-        ),
-        "titok-bl-64-vq8k": Release(
-            _config(_VQ8K, 64, "base", "large"),
-            hub_id="yucornetto/tokenizer_titok_bl64_vq8k_imagenet",
-            checkpoint="tokenizer_titok_bl64_vq8k.bin",
-        ),
-        "titok-bl-128-vq8k": Release(
-            _config(_VQ8K, 128, "base", "large"),
-            hub_id="yucornetto/tokenizer_titok_bl128_vq8k_imagenet",
-            checkpoint="tokenizer_titok_bl128_vq8k.bin",
-        ),
-        "titok-sl-256-vq8k": Release(
-            _config(_VQ8K, 256, "small", "large"),
-            hub_id="yucornetto/tokenizer_titok_sl256_vq8k_imagenet",
-            checkpoint="tokenizer_titok_sl256_vq8k.bin",
-        ),
-        "titok-ll-32-vae": Release(
-            _config(_VAE, 32, "large", "large"),
-            hub_id="yucornetto/tokenizer_titok_ll32_vae_c16_imagenet",
-            checkpoint="titok_ll32_vae_c16.bin",
-        ),
-        "titok-bl-64-vae": Release(
-            _config(_VAE, 64, "base", "large"),
-            hub_id="yucornetto/tokenizer_titok_bl64_vae_c16_imagenet",
-            checkpoint="titok_bl64_vae_c16.bin",
-        ),
-        "titok-bl-128-vae": Release(
-            _config(_VAE, 128, "base", "large"),
-            hub_id="yucornetto/tokenizer_titok_bl128_vae_c16_imagenet",
-            checkpoint="titok_bl128_vae_c16.bin",
-        ),
+        "titok-s-128": _release("titok_s128", _config(_LEGACY, 128, "small", "small")),
+        "titok-b-64": _release("titok_b64", _config(_LEGACY, 64, "base", "base")),
+        "titok-l-32": _release("titok_l32", _config(_LEGACY, 32, "large", "large")),
+        "titok-bl-64-vq8k": _release("titok_bl64_vq8k", _config(_VQ8K, 64, "base", "large")),
+        "titok-bl-128-vq8k": _release("titok_bl128_vq8k", _config(_VQ8K, 128, "base", "large")),
+        "titok-sl-256-vq8k": _release("titok_sl256_vq8k", _config(_VQ8K, 256, "small", "large")),
+        "titok-ll-32-vae": _release("titok_ll32_vae_c16", _config(_VAE, 32, "large", "large")),
+        "titok-bl-64-vae": _release("titok_bl64_vae_c16", _config(_VAE, 64, "base", "large")),
+        "titok-bl-128-vae": _release("titok_bl128_vae_c16", _config(_VAE, 128, "base", "large")),
         "titok-l-64-512": Release(_config(_LEGACY, 64, "large", "large", crop_size=512)),
         "titok-b-128-512": Release(_config(_LEGACY, 128, "base", "base", crop_size=512)),
         "titok-digits": Release(
