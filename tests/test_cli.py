@@ -149,6 +149,32 @@ def test_info_names_a_better_set_that_is_not_in_use():
     assert not slow or (module.fastest_isa(), module.detected_isa()) == ("avx512vnni", "avx512bf16")
 
 
+def test_mirrored_images_and_shares_of_them(titok_fast, pictures, model, tmp_path):
+    files = [TokenFile.load(_encoded(titok_fast, pictures, model, tmp_path / "whole.npz"))]
+    for options in (("--mirror",), ("--shard", "1/2"), ("--shard", "2/2")):
+        path = tmp_path / f"{'-'.join(options).replace('/', '')}.npz"
+        files.append(TokenFile.load(_encoded(titok_fast, pictures, model, path, *options)))
+    whole, mirrored, *shares = files
+    images = torch.stack([read_image(pictures / name, 32) for name in whole.image_ids])
+    network = TiTok.from_pretrained(model)
+    assert np.array_equal(mirrored.tokens, network.encode(images.flip(3)).numpy())
+    assert mirrored.image_ids == whole.image_ids
+    for i, share in enumerate(shares):
+        assert share.image_ids == whole.image_ids[i::2] and share.class_names == ["a", "b"]
+        assert np.array_equal(share.tokens, whole.tokens[i::2])
+        assert share.labels.tolist() == whole.labels[i::2].tolist()
+    for shard in ("3/2", "0/1", "1", "1/0", "x"):
+        result = titok_fast("encode", pictures, "-o", tmp_path / "x.npz", "--shard", shard)
+        words = f"--shard: got {shard!r}, allowed is i/n with i from 1 to n"
+        assert result.returncode == 2 and words in result.err and result.err.count("\n") == 1
+
+
+def _encoded(titok_fast, pictures, model, path, *options):
+    result = titok_fast("encode", pictures, "-o", path, "--model", model, "--workers", 0, *options)
+    assert result.returncode == 0, result.err
+    return path
+
+
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
 def test_encode_and_decode(titok_fast, pictures, model, tmp_path, suffix):
     tokens = tmp_path / f"tokens{suffix}"

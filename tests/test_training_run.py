@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import errno
 import functools
 import json
 import math
@@ -25,6 +26,7 @@ from titok_fast.models import ARTransformer, IBQTokenizer, MaskGIT, MaskGITVQGAN
 from titok_fast.models.maskgit_vqgan import VQGAN_CONFIG
 from titok_fast.models.titok import DiagonalGaussian
 from titok_fast.tokens import TokenFile, fingerprint
+from titok_fast.training import tokenizer
 from titok_fast.training.adversary import (
     Adversary,
     AdversaryOptions,
@@ -33,12 +35,12 @@ from titok_fast.training.adversary import (
 )
 from titok_fast.training.data import digits, key, rows_of_step
 from titok_fast.training.evaluation import EVALUATIONS_FILE, SAMPLES_FOLDER, Evaluator
-from titok_fast.training.generator import RECIPES, GeneratorTask, Losses, config_for
+from titok_fast.training.generator import RECIPES, GeneratorTask, Losses, generator_config
 from titok_fast.training.loop import Optimization
 from titok_fast.training.losses import next_token_loss
 from titok_fast.training.run import STATE_FILE, Options, Task, run
 from titok_fast.training.tokenizer import Losses as TokenizerLosses
-from titok_fast.training.tokenizer import TokenizerTask, config_of, last_layer, second_stage
+from titok_fast.training.tokenizer import TokenizerTask, last_layer, second_stage, tokenizer_config
 
 AR = {
     "vocab_size": 24, "block_size": 9, "class_num": 3, "n_layer": 2, "n_head": 2, "n_embd": 32,
@@ -406,7 +408,7 @@ def test_images_without_a_class_have_none(kind):
 def test_images_without_any_class_are_of_one(kind):
     file = token_file(labels=None, class_names=None)
     name = "ibq-ar-b" if kind is ARTransformer else "maskgit-vit-l-32"
-    config = config_for(name, file)
+    config = generator_config(name, file)
     changes = {key: AR[key] for key in ("n_layer", "n_head", "n_embd")}
     if kind is ARTransformer:
         config |= changes | {"cond_dim": 32}
@@ -443,8 +445,8 @@ def test_a_network_for_the_tokens(name):
     before = copy.deepcopy(released)
     bare = token_file(labels=None, class_names=None)
     with torch.device("meta"):
-        model = kind.from_config(config_for(name, token_file()))
-        none = kind.from_config(config_for(name, bare))
+        model = kind.from_config(generator_config(name, token_file()))
+        none = kind.from_config(generator_config(name, bare))
     assert (model.codebook_size, model.num_tokens, model.num_classes) == (24, 9, 3)
     assert none.num_classes == 1
     assert released == before and kind in RECIPES
@@ -581,6 +583,9 @@ def test_crops_and_mirrors_are_random(pictures):
     rows = torch.zeros(200, dtype=torch.int64)
     views = {view.numpy().tobytes() for view in task.batch(rows, torch.Generator().manual_seed(0))}
     assert len(views) == 2 * 4  # the shorter edge is 16 of 19 x 16: four places, both ways
+    task = TokenizerTask(IBQTokenizer.from_config(IBQ), pictures[:1])
+    views = {view.numpy().tobytes() for view in task.batch(rows, torch.Generator().manual_seed(0))}
+    assert len(views) == 4  # as officially, in one way
 
 
 def test_a_broken_picture_is_named_once_and_replaced(pictures):
@@ -590,7 +595,27 @@ def test_a_broken_picture_is_named_once_and_replaced(pictures):
     assert views.shape == (3, 3, 16, 16)
     assert len(lines) == 1 and "8.png: not a readable image" in lines[0]
     task = TokenizerTask(titok(is_legacy=False), pictures[8:], log=quiet)
-    with pytest.raises(OSError, match="none of 1 images could be read"):
+    with pytest.raises(OSError, match=r"none of 100 images could be read, .*8\.png the first"):
+        task.batch(torch.tensor([0]), torch.Generator())
+
+
+def test_broken_pictures_are_not_all_replaced_by_their_neighbour(pictures, monkeypatch):
+    files = [*["missing.png"] * 50, *pictures[:8]]
+    task = TokenizerTask(titok(is_legacy=False), files, log=quiet)
+    monkeypatch.setattr(tokenizer, "MIRRORED", {TiTok: 0.0})
+    monkeypatch.setattr(torch, "rand", lambda *size, generator: torch.zeros(size))  # one crop
+    views = task.batch(torch.arange(50), torch.Generator())
+    assert len({view.numpy().tobytes() for view in views}) == 8
+    assert torch.equal(views, task.batch(torch.arange(50), torch.Generator()))
+
+
+def test_an_error_of_the_system_replaces_no_picture(pictures, monkeypatch):
+    def failing(*_, **__):
+        raise OSError(errno.EIO, "Input/output error")
+
+    task = TokenizerTask(titok(is_legacy=False), pictures[:8], log=quiet)
+    monkeypatch.setattr(Image, "open", failing)
+    with pytest.raises(OSError, match=r"0\.png: not a readable image .*Input/output error"):
         task.batch(torch.tensor([0]), torch.Generator())
 
 
@@ -741,12 +766,12 @@ def test_what_a_tokenizer_is_trained_on_must_fit(vqgan, pictures):
 
 def test_the_first_stage_of_a_release():
     with torch.device("meta"):
-        model = TiTok.from_config(config_of("titok-l-32"))
+        model = TiTok.from_config(tokenizer_config("titok-l-32"))
     assert not hasattr(model, "pixel_decoder")
     assert all(parameter.requires_grad for parameter in model.parameters())
-    assert config_of("titok-digits") == TiTok.releases["titok-digits"].config
+    assert tokenizer_config("titok-digits") == TiTok.releases["titok-digits"].config
     assert TiTok.releases["titok-l-32"].config["model"]["vq_model"]["finetune_decoder"]
-    assert config_of("ibq-262144")["use_entropy_loss"]
+    assert tokenizer_config("ibq-262144")["use_entropy_loss"]
     assert "use_entropy_loss" not in IBQTokenizer.releases["ibq-262144"].config
 
 
@@ -984,8 +1009,11 @@ def _judge(rank, folder):
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
     )
-    task = TokenizerTask(IBQTokenizer.from_config(IBQ), ["a.png"])
-    assert task.model.quantize.process_group is torch.distributed.group.WORLD
+    task, groups = TokenizerTask(IBQTokenizer.from_config(IBQ), ["a.png"]), []
+    quantize = task.model.quantize
+    quantize.register_forward_pre_hook(lambda layer, _: groups.append(layer.process_group))
+    task.loss(task.model, torch.zeros(1, 3, 16, 16, dtype=torch.uint8), torch.Generator())
+    assert groups == [torch.distributed.group.WORLD] and quantize.process_group is None
     judge, images = adversary(lecam_weight=0.0), torch.load(folder / "images.pt")
     judge.loss(*images[:, rank::2])
     judge.step()
@@ -1019,6 +1047,7 @@ def _evaluate(rank, folder, files):
     )
     torch.manual_seed(0)
     task = TokenizerTask(IBQTokenizer.from_config(IBQ), files, augment=False)
+    task.model.quantize.process_group = torch.distributed.group.WORLD
     Evaluator(task, Options(8, 2), 1, folder, 0, quiet)(task.model, 1)
     assert task.model.quantize.process_group is torch.distributed.group.WORLD
     torch.distributed.barrier()
@@ -1257,7 +1286,7 @@ def test_the_command_takes_weights_of_ibq(titok_fast, pictures, tmp_path):
             ("--model", "maskgit-digits", "--kl-weight", 0.2),
             "--kl-weight: got 0.2, but this MaskGIT has no use for it",
         ),
-        (("digits.npz", "--model", "maskgit-digits"), "PATHS: got 2, allowed is one token file"),
+        (("digits.npz", "--model", "maskgit-digits"), "digits.npz: no such file"),
         (("--init", "maskgit-digits", "--batch-size", -1), "--batch-size: got -1"),
         (
             ("--init", "maskgit-digits", "--seed", 2**64),
@@ -1333,7 +1362,7 @@ def test_the_command_takes_weights_of_ibq(titok_fast, pictures, tmp_path):
         ),
         (
             ("--init", "maskgit-digits", "--held-out", "a.npz", "--held-out", "b.npz"),
-            "--held-out: got 2, allowed is one token file",
+            "--held-out: a.npz: no such file",
         ),
     ],
 )
@@ -1404,6 +1433,58 @@ def test_an_evaluation_that_fails_loses_no_step(monkeypatch, tmp_path):
         assert torch.equal(ours, theirs)
 
 
+class FailsInTheSecond(GeneratorTask):
+    """Cannot measure in the second process."""
+
+    def evaluate(self, network, batch, generator):
+        if torch.distributed.get_rank() == 1:
+            raise OSError("1.png: not a readable image")
+        return super().evaluate(network, batch, generator)
+
+
+class FailsInTheFirst(GeneratorTask):
+    """Cannot show anything."""
+
+    def samples(self, network):
+        raise ValueError("no samples")
+
+
+def _fails(rank, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
+    )
+    options = Options(8, save_every=10, evaluate_every=2)
+    # Another process has another error of the first one's.
+    for held_out, kind, message in (
+        (FailsInTheSecond, OSError, "1.png: not a readable image"),
+        (FailsInTheFirst, ValueError if rank == 0 else RuntimeError, "no samples"),
+    ):
+        model = generator(MaskGIT)
+        task, other = GeneratorTask(model, token_file()), held_out(model, token_file())
+        with pytest.raises(kind, match=message):
+            run(task, Optimization(3, 1e-3), options, folder / message, held_out=other, log=quiet)
+        state = torch.load(folder / message / STATE_FILE, weights_only=True)
+        assert state["steps"] == 2
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def test_an_evaluation_that_fails_in_one_process_ends_all(tmp_path):
+    torch.multiprocessing.spawn(_fails, args=(tmp_path,), nprocs=2)
+
+
+def test_a_full_disk_is_named(monkeypatch, tmp_path):
+    def failing(*_):
+        raise RuntimeError("unexpected pos 64 vs 0")
+
+    monkeypatch.setattr(torch, "save", failing)
+    with pytest.raises(OSError, match=r"state\.pt: not written \(unexpected pos 64"):
+        task = GeneratorTask(generator(MaskGIT), token_file())
+        run(task, Optimization(1, 0.1), Options(8), tmp_path, log=quiet)
+    assert not (tmp_path / STATE_FILE).exists()
+
+
 def test_spoilt_weights_are_not_kept(tmp_path):
     """Those that a step spoilt whose loss and gradient were finite."""
     task, options = GeneratorTask(generator(MaskGIT), token_file()), Options(8, save_every=1)
@@ -1439,6 +1520,44 @@ def test_held_out_tokens_of_another_kind_are_refused(
     result = titok_fast(*train, "--held-out", other_tokens, "--samples-with", tmp_path / "first")
     assert result.returncode == 2 and "a first-stage model, which makes no pixels" in result.err
     assert not (tmp_path / "out").exists()
+
+
+def test_the_command_takes_several_token_files(titok_fast, digit_tokens, tmp_path):
+    file, paths = TokenFile.load(digit_tokens), [tmp_path / "a.npz", tmp_path / "b.npz"]
+    for path, rows in zip(paths, (slice(40), slice(40, None)), strict=True):
+        part = {name: getattr(file, name)[rows] for name in ("tokens", "labels", "image_ids")}
+        dataclasses.replace(file, **part).save(path)
+    options = ("--model", "maskgit-digits", "--steps", 1, "--batch-size", 8, "-o", tmp_path / "out")
+    assert titok_fast("train", *paths, *options).returncode == 0
+    again = titok_fast("train", digit_tokens, *options)  # the same images in the same order
+    assert again.returncode == 0 and "taken up after step 1 of 1" in again.out, again.err
+    for change, message in (
+        ({"fingerprint": "1" * 16}, f"fingerprint: got '{'1' * 16}', allowed is "),
+        ({"tokens": file.tokens[:, :4]}, "tokens: got shape [64, 4], allowed is [N, 16]"),
+    ):
+        dataclasses.replace(file, **change).save(paths[1])
+        result = titok_fast("train", *paths, *options)
+        assert result.returncode == 2 and result.err.count("\n") == 1
+        assert f"PATHS: {paths[0]}, {paths[1]} do not go together, {message}" in result.err
+
+
+def test_a_second_run_into_a_folder_is_refused(titok_fast, digit_tokens, tmp_path):
+    code = """if True:
+        import sys
+        from pathlib import Path
+        from titok_fast.cli.runs import locked
+        lock = locked(Path(sys.argv[1]))
+        print("locked", flush=True)
+        sys.stdin.read()"""
+    command = [sys.executable, "-c", code, str(tmp_path / "out" / ".lock")]
+    train = ("--model", "maskgit-digits", "--steps", 1, "--batch-size", 8, "-o", tmp_path / "out")
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"locked\n"
+        result = titok_fast("train", digit_tokens, *train)
+        other.stdin.close()
+    assert result.returncode == 2 and "out: another run is writing to it" in result.err
+    assert titok_fast("train", digit_tokens, *train).returncode == 0
+    assert not (tmp_path / "out" / ".lock").exists()
 
 
 def test_the_command_never_replaces_a_model(titok_fast, digit_tokens, tmp_path):

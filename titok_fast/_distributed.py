@@ -1,4 +1,6 @@
-"""Which of how many processes this is."""
+"""Which of how many processes this is, and what becomes of an error in one of them."""
+
+from typing import Any
 
 import torch.distributed as dist
 
@@ -8,3 +10,25 @@ def rank_and_size() -> tuple[int, int]:
     if not (dist.is_available() and dist.is_initialized()):
         return 0, 1
     return dist.get_rank(), dist.get_world_size()
+
+
+def gathered(value: Any) -> list[Any]:
+    """What each process gives, by rank; all have to call it."""
+    _, processes = rank_and_size()
+    if processes == 1:
+        return [value]
+    values: list[Any] = [None] * processes
+    dist.all_gather_object(values, value)
+    return values
+
+
+def raise_together(error: Exception | None) -> None:
+    """Raises the error of the first process that has one in all of them; all have to call it."""
+    rank, _ = rank_and_size()
+    kind: type[Exception] = RuntimeError  # an error of any class need not survive pickling
+    for each in (FloatingPointError, OSError):
+        kind = each if isinstance(error, each) else kind
+    found = gathered(None if error is None else (kind, str(error)))
+    for number, first in enumerate(found):
+        if first is not None:
+            raise error if number == rank and error is not None else first[0](first[1])

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,12 @@ def remove_temporaries(folder: Path, names: str) -> None:
         path.unlink(missing_ok=True)
 
 
+def flush_to_disk(path: Path) -> None:
+    """Returns when the file's content would survive a loss of power."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place once the block succeeds.
@@ -26,7 +33,7 @@ def replacing(path: Path) -> Iterator[Path]:
     name = path.name
     if len(os.fsencode(name)) > _LONG:  # where a longer one could not be
         name = hashlib.sha256(os.fsencode(name)).hexdigest()[:16] + path.suffix
-    temporary = path.with_name(f".{name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         temporary.touch()
         mode = temporary.stat().st_mode

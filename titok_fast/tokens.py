@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -178,6 +178,41 @@ class TokenFile:
             raise ValueError(f"{path}: not a token file (it lacks {error})") from error
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from error
+
+
+def concatenated(files: Sequence[TokenFile]) -> TokenFile:
+    """One token file with the images of several, one after another.
+
+    Args:
+        files: at least one.
+
+    Returns:
+        Its `model` and `revision` are the first one's.
+
+    Raises:
+        ValueError: for files of other weights, another image size, grid, codebook or classes.
+    """
+    first = files[0]
+    if len(files) == 1:
+        return first
+    for file in files[1:]:
+        for name in ("fingerprint", "image_size", "codebook_size", "class_names"):
+            own, others = getattr(first, name), getattr(file, name)
+            if own != others:
+                own, others = (repr(x) if len(repr(x)) < 60 else "another" for x in (own, others))
+                raise ValueError(f"{name}: got {others}, allowed is {own}, the first file's")
+        if file.tokens.shape[1:] != first.tokens.shape[1:]:
+            raise ValueError(
+                f"tokens: got shape {list(file.tokens.shape)}, allowed is "
+                f"[N, {', '.join(map(str, first.tokens.shape[1:]))}], the first file's"
+            )
+    labels = [file.labels for file in files if file.labels is not None]
+    return replace(
+        first,
+        tokens=np.concatenate([file.tokens for file in files]),
+        image_ids=[name for file in files for name in file.image_ids],
+        labels=np.concatenate(labels) if labels else None,
+    )
 
 
 def _check_tokens(tokens: Array, codebook_size: int | None) -> None:

@@ -67,9 +67,9 @@ Workers = Annotated[
 DEFAULT_MODEL = "titok-l-32"
 
 
-def option(help: str, default: bool | str = True) -> Any:
+def option(help: str, default: bool | str = True, **limits: Any) -> Any:
     """An option of a command; `default` is what the help calls its default value."""
-    return typer.Option(help=help, show_default=default)
+    return typer.Option(help=help, show_default=default, **limits)
 
 
 def flag(name: str) -> str:
@@ -196,9 +196,15 @@ def default_workers(workers: int | None, device: torch.device) -> int:
     """The number of workers: on the CPU the network needs most of it, on a GPU none."""
     if workers is not None:
         return workers
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    processors = count or 1
-    return min(16, max(1, processors - 1 if device.type == "cuda" else processors // 4))
+    count = processors()
+    return min(16, max(1, count - 1 if device.type == "cuda" else count // 4))
+
+
+def processors() -> int:
+    """How many this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def png_names(image_ids: Iterable[str]) -> list[str]:

@@ -18,6 +18,7 @@ HEADER = 24  # height of a token's coloured header
 
 INK = (28, 30, 36)
 FAINT = (104, 108, 118)
+GRID = (228, 230, 234)
 HEAT = torch.tensor(  # from no change to the largest
     [[8, 8, 16], [72, 20, 112], [190, 48, 96], [246, 140, 40], [255, 250, 205]]
 )
@@ -112,7 +113,7 @@ def draw(image: Tensor, changes: TokenChanges, labels: TokenLabels, title: str) 
         ink = _readable(color)
         _text(pen, (left + 6, top + 4), labels.headers[i], 14, ink)
         mean = f"{100 * float(changes.changes[i].mean()):.2f}%"
-        pen.text((left + cell[0] - 6, top + 4), mean, ink, _font(14), anchor="ra")
+        pen.text((left + cell[0] - 6, top + 4), mean, ink, font(14), anchor="ra")
         _paste(canvas, to_image(changes.images[i]), (left, top + HEADER), THUMB)
         heat = _heat(changes.changes[i], peak)
         _paste(canvas, heat, (left + THUMB + 4, top + HEADER), THUMB)
@@ -133,7 +134,7 @@ def _strip(
         color = _rgb(labels.colors[i])
         pen.rectangle((left, top, left + step - 5, top + STRIP - 5), fill=color)
         center = (left + (step - 4) // 2, top + (STRIP - 4) // 2)
-        pen.text(center, name, _readable(color), _font(15), anchor="mm")
+        pen.text(center, name, _readable(color), font(15), anchor="mm")
 
 
 def _scale(
@@ -145,7 +146,7 @@ def _scale(
     canvas.paste(_heat(ramp, 1.0), (corner[0], corner[1] + 22))
     _text(pen, corner, "no change", 14, FAINT)
     right = (corner[0] + width - 1, corner[1])
-    pen.text(right, f"{100 * peak:.0f}% of white", FAINT, _font(14), anchor="ra")
+    pen.text(right, f"{100 * peak:.0f}% of white", FAINT, font(14), anchor="ra")
 
 
 def _heat(values: Tensor, peak: float) -> Image.Image:
@@ -163,7 +164,8 @@ def _paste(canvas: Image.Image, picture: Image.Image, corner: tuple[int, int], s
     canvas.paste(picture.resize((side, side), method), corner)
 
 
-def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
+def font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
+    """Pillow's own, of a height in pixels."""
     return ImageFont.load_default(size)
 
 
@@ -174,7 +176,7 @@ def _text(
     size: int,
     fill: tuple[int, int, int] = INK,
 ) -> None:
-    pen.text(corner, text, fill, _font(size))
+    pen.text(corner, text, fill, font(size))
 
 
 def _rgb(color: Tensor) -> tuple[int, int, int]:

@@ -1,7 +1,6 @@
 """What the GPU kernels compile to, on a machine without a GPU."""
 
 import json
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -12,7 +11,7 @@ import typer
 from rich.progress import track
 
 from titok_fast._files import replacing
-from titok_fast.cli.common import check_place, errors, say
+from titok_fast.cli.common import check_place, errors, processors, say
 from titok_fast.ops import inspect
 from titok_fast.ops.inspect import KernelReport
 
@@ -54,7 +53,7 @@ def kernels(
     )
     missing = inspect.why_not("cuda", "cuda")
     reports = [] if missing else inspect.cuda_report(capabilities, ops)
-    compiled = inspect.kernel_report(configurations, jobs=jobs or min(8, _processors()))
+    compiled = inspect.kernel_report(configurations, jobs=jobs or min(8, processors()))
     reports += track(compiled, "compile", len(configurations), console=errors, transient=True)
     seconds = time.perf_counter() - start
     for line in _lines(reports):
@@ -79,12 +78,6 @@ def _known(option: str, given: list[str] | None, allowed: Sequence[str]) -> Sequ
         if name not in allowed:
             raise ValueError(f"{option}: {name!r} is not one of {', '.join(allowed)}")
     return list(dict.fromkeys(given or allowed))
-
-
-def _processors() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _lines(reports: Sequence[KernelReport]) -> list[str]:

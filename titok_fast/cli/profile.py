@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -16,6 +16,7 @@ from titok_fast.cli.common import (
     flags,
     named_device,
     named_dtype,
+    option,
     say,
 )
 from titok_fast.cli.profile_chart import draw_profile, duration
@@ -24,25 +25,21 @@ from titok_fast.profiling import BASELINES, MODELS, Measurement, Profile
 from titok_fast.profiling import profile as measure
 
 
-def _option(help: str, default: bool | str = True, **limits: Any) -> Any:
-    return typer.Option(help=help, show_default=default, **limits)
-
-
 def profile(
-    model: Annotated[str, _option(", ".join(MODELS))] = DEFAULT_MODEL,
-    baseline: Annotated[str, _option(f"{', '.join(BASELINES)}, or none.")] = "dit-xl-2",
-    batch_size: Annotated[int, _option("Images at a time.", min=1)] = 1,
+    model: Annotated[str, option(", ".join(MODELS))] = DEFAULT_MODEL,
+    baseline: Annotated[str, option(f"{', '.join(BASELINES)}, or none.")] = "dit-xl-2",
+    batch_size: Annotated[int, option("Images at a time.", min=1)] = 1,
     device: Device = "auto",
     dtype: Dtype = "float32",
-    steps: Annotated[int | None, _option("Sampling steps of the model.", "the model's")] = None,
-    baseline_steps: Annotated[int, _option("Sampling steps of the baseline.", min=1)] = 250,
+    steps: Annotated[int | None, option("Sampling steps of the model.", "the model's")] = None,
+    baseline_steps: Annotated[int, option("Sampling steps of the baseline.", min=1)] = 250,
     measured_steps: Annotated[
         int | None,
-        _option("Those of them that are run.", "as many as take some 45 s", min=1),
+        option("Baseline steps that are run.", "as many as take some 45 s", min=1),
     ] = None,
-    compile: Annotated[bool, _option("Measure with torch.compile too.")] = True,
+    compile: Annotated[bool, option("Measure with torch.compile too.")] = True,
     pretrained: Annotated[
-        bool, _option("Load the released weights; time does not depend on them.")
+        bool, option("Load the released weights; time does not depend on them.")
     ] = False,
     output: Annotated[
         Path | None,

@@ -68,7 +68,7 @@ class Parts:
         self._written = -interval
         self._indices: list[int] = []
         self._tokens: list[Array] = []
-        self._lock = _locked(self.folder / "lock")
+        self._lock = locked(self.folder / "lock")
         manifest = self.folder / "manifest.json"
         if manifest.exists() and any(self.folder.glob("[0-9]*.npz")):
             check_settings(manifest, settings)
@@ -142,7 +142,7 @@ class Parts:
                 path.unlink()
 
 
-def _locked(path: Path) -> IO[bytes]:
+def locked(path: Path) -> IO[bytes]:
     """A file of this process alone, while it is open; made with its folder if missing.
 
     Raises:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -27,6 +28,7 @@ from titok_fast.cli.common import (
     check_pictures,
     check_place,
     default_workers,
+    option,
     png_names,
     say,
 )
@@ -45,6 +47,11 @@ def encode(
     device: Device = "auto",
     dtype: Dtype = "float32",
     image_size: ImageSize = None,
+    mirror: Annotated[bool, typer.Option("--mirror", help="Mirror each image.")] = False,
+    shard: Annotated[
+        str | None,
+        option("Of the images each n-th alone from the i-th on, such as 1/8 to 8/8.", "all"),
+    ] = None,
     batch_size: BatchSize = 16,
     workers: Workers = None,
 ) -> None:
@@ -52,6 +59,8 @@ def encode(
     check_suffix(output)
     check_place("--output", output)
     files = find_images(paths)
+    class_names = sorted({file.class_name for file in files if file.class_name is not None})
+    files = files[_part(shard)]
     network = Network.load(model, revision, device, dtype, image_size)
     parts = Parts(
         output,
@@ -64,6 +73,7 @@ def encode(
             "image size": None if network.image_size == network.model.image_size else image_size,
             # On a GPU the last bits of a latent can depend on it.
             "batch size": batch_size if network.device.type == "cuda" else None,
+            "mirror": mirror or None,
             "images": hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16],
         },
     )
@@ -76,7 +86,8 @@ def encode(
         for batch in network.images([files[i].path for i in todo], batch_size, workers):
             counter.skip(batch.errors)
             if batch.indices:
-                tokens = network.encode(network.to_device(batch.pixels), batch_size)
+                pixels = batch.pixels.flip(3) if mirror else batch.pixels
+                tokens = network.encode(network.to_device(pixels), batch_size)
                 parts.add(todo[batch.indices].tolist(), tokens.cpu().numpy())
                 counter.advance(len(batch.indices))
     parts.flush()
@@ -84,16 +95,30 @@ def encode(
     if values is None:
         say(f"no image could be read, {output} is not written")
     else:
-        _token_file(files, kept, values, network).save(output)
+        _token_file(files, class_names, kept, values, network).save(output)
         say(f"{len(kept)} images to {output}: {counter.speed}")
     parts.remove()
     counter.finish()
 
 
+def _part(shard: str | None) -> slice:
+    """The positions of the images of --shard."""
+    if shard is None:
+        return slice(None)
+    match = re.fullmatch(r"(\d+)/(\d+)", shard)
+    number, count = map(int, match.groups()) if match else (0, 0)
+    if not 1 <= number <= count:
+        raise ValueError(f"--shard: got {shard!r}, allowed is i/n with i from 1 to n")
+    return slice(number - 1, None, count)
+
+
 def _token_file(
-    files: Sequence[ImageFile], kept: Array, tokens: Array, network: Network
+    files: Sequence[ImageFile],
+    class_names: Sequence[str],
+    kept: Array,
+    tokens: Array,
+    network: Network,
 ) -> TokenFile:
-    class_names = sorted({file.class_name for file in files if file.class_name is not None})
     positions = {name: i for i, name in enumerate(class_names)}
     labels = [-1 if name is None else positions[name] for _, _, name in files]
     return TokenFile(

@@ -1,4 +1,4 @@
-"""A generator of a token file's tokens, or a tokenizer of images."""
+"""A generator of token files' tokens, or a tokenizer of images."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ from titok_fast.cli.common import (
     say,
     with_options,
 )
-from titok_fast.cli.runs import Setting, check_settings, write_settings
+from titok_fast.cli.runs import Setting, check_settings, locked, write_settings
 from titok_fast.images import ImageFile, find_images
 from titok_fast.models import ARTransformer, IBQTokenizer, MaskGIT, MaskGITVQGAN, TiTok, compile
 from titok_fast.models.auto import (
@@ -39,19 +39,19 @@ from titok_fast.models.auto import (
 from titok_fast.models.checks import DECAY, NUMBER, check_kind, found_at
 from titok_fast.models.generate import Generator
 from titok_fast.models.pretrained import CONFIG_FILE, WEIGHTS_FILE, locate
-from titok_fast.tokens import TokenFile, fingerprint, raw_bytes
+from titok_fast.tokens import TokenFile, concatenated, fingerprint, raw_bytes
 from titok_fast.training import generator, tokenizer
 from titok_fast.training.adversary import Adversary, AdversaryOptions
-from titok_fast.training.generator import GeneratorTask, config_for
+from titok_fast.training.generator import GeneratorTask, generator_config
 from titok_fast.training.loop import Optimization
 from titok_fast.training.perceptual import KINDS as PERCEPTUAL_KINDS
 from titok_fast.training.perceptual import Perceptual
 from titok_fast.training.run import STATE_FILE, Options, Task, run
 from titok_fast.training.tokenizer import (
     TokenizerTask,
-    config_of,
     loss_options,
     predicts_proxies,
+    tokenizer_config,
 )
 
 Trained: TypeAlias = Generator | Tokenizer
@@ -61,6 +61,7 @@ RECIPES: dict[Any, tuple[Optimization, Options]] = {**generator.RECIPES, **token
 LOSSES: dict[Any, Any] = {MaskGIT: generator.Losses(), **tokenizer.LOSSES}
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
 SETTINGS_FILE = "training.json"
+LOCK_FILE = ".lock"
 NO_SETTINGS = ("betas", "save_every", "evaluate_every", "log_every")
 THE_MODELS = "the model's"
 VQGAN = next(iter(MaskGITVQGAN.releases))
@@ -70,7 +71,7 @@ def train(
     paths: Annotated[
         list[str],
         typer.Argument(
-            help="For a generator a token file; for a tokenizer images, folders, quoted patterns, "
+            help="For a generator token files; for a tokenizer images, folders, quoted patterns, "
             "or @list.txt with a path a line.",
             show_default=False,
         ),
@@ -90,21 +91,22 @@ def train(
     micro_batch_size: Annotated[
         int | None, option("Images that a process takes at a time.", "all of its share")
     ] = None,
-    learning_rate: Annotated[
-        float | None, option("Of which warm-up and cosine leave a share.", THE_MODELS)
-    ] = None,
+    learning_rate: Annotated[float | None, option("Peak of the learning rate.", THE_MODELS)] = None,
     warmup_steps: Annotated[
-        int | None, option("Over which it rises.", "the model's, at most a tenth of --steps")
+        int | None,
+        option(
+            "Steps over which the learning rate rises.", "the model's, at most a tenth of --steps"
+        ),
     ] = None,
     final_fraction: Annotated[
-        float | None, option("Part of it at which the cosine ends.", THE_MODELS)
+        float | None, option("Part of the learning rate at which the cosine ends.", THE_MODELS)
     ] = None,
-    beta1: Annotated[float | None, option("Of AdamW.", THE_MODELS)] = None,
-    beta2: Annotated[float | None, option("Of AdamW.", THE_MODELS)] = None,
-    weight_decay: Annotated[float | None, option("Of matrices.", THE_MODELS)] = None,
+    beta1: Annotated[float | None, option("AdamW's.", THE_MODELS)] = None,
+    beta2: Annotated[float | None, option("AdamW's.", THE_MODELS)] = None,
+    weight_decay: Annotated[float | None, option("AdamW's, of matrices.", THE_MODELS)] = None,
     clip_norm: Annotated[float | None, option("Largest norm of the gradient.", "1")] = None,
     average_decay: Annotated[
-        float | None, option("Of the average of the weights; 0 for none.", THE_MODELS)
+        float | None, option("Decay of the average of the weights; 0 for none.", THE_MODELS)
     ] = None,
     label_dropout: Annotated[
         float | None,
@@ -118,15 +120,20 @@ def train(
     ] = None,
     pixel_loss: Annotated[str | None, option("l1 or l2 (tokenizers).", "l2, of IBQ l1")] = None,
     quantizer_weight: Annotated[
-        float | None, option("Of the quantizer's loss (tokenizers).", "1, of IBQ 0.5")
+        float | None, option("Weight of the quantizer's loss (tokenizers).", "1, of IBQ 0.5")
     ] = None,
-    entropy_weight: Annotated[float | None, option("Of that of entropies (IBQ).", "0.025")] = None,
-    kl_weight: Annotated[float | None, option("Of a VAE's divergence (TiTok).", "1e-6")] = None,
+    entropy_weight: Annotated[
+        float | None, option("Weight of the loss of entropies (IBQ).", "0.025")
+    ] = None,
+    kl_weight: Annotated[
+        float | None, option("Weight of a VAE's divergence (TiTok).", "1e-6")
+    ] = None,
     perceptual: Annotated[
         str | None, option("Added to the error of pixels: lpips or convnext_s.", "none")
     ] = None,
     perceptual_weight: Annotated[
-        float | None, option("Of it.", "lpips 1, convnext_s 0.1, of IBQ half")
+        float | None,
+        option("Weight of the perceptual loss.", "lpips 1, convnext_s 0.1, of IBQ half"),
     ] = None,
     proxy: Annotated[
         str | None, option("Of TiTok's first stage: the VQGAN, as --init takes it.", VQGAN)
@@ -136,7 +143,7 @@ def train(
     ] = False,
     adversarial_weight: Annotated[
         float | None,
-        option("Of a discriminator's verdict on pixels (tokenizers).", "none learns"),
+        option("Weight of a discriminator's verdict on pixels (tokenizers).", "no discriminator"),
     ] = None,
     adversarial_adaptive: Annotated[
         bool | None,
@@ -146,9 +153,15 @@ def train(
             show_default="off",
         ),
     ] = None,
-    adversarial_start: Annotated[int | None, option("Step at which it begins.", "20,000")] = None,
-    lecam_weight: Annotated[float | None, option("Of its regularisation.", "0.001")] = None,
-    discriminator_learning_rate: Annotated[float | None, option("Its own.", "1e-4")] = None,
+    adversarial_start: Annotated[
+        int | None, option("Step at which the discriminator begins.", "20,000")
+    ] = None,
+    lecam_weight: Annotated[
+        float | None, option("Weight of the discriminator's regularisation.", "0.001")
+    ] = None,
+    discriminator_learning_rate: Annotated[
+        float | None, option("The discriminator's.", "1e-4")
+    ] = None,
     seed: Annotated[int, option("Of weights, order, masks, crops and dropout.")] = 0,
     dtype: Annotated[
         str, option("What the network computes in: float32 or bfloat16; weights stay float32.")
@@ -168,7 +181,7 @@ def train(
         option("What the average of the weights is measured by: PATHS not trained on.", "none"),
     ] = None,
     evaluate_every: Annotated[
-        int | None, option("Steps between two of its evaluations.", "as --save-every")
+        int | None, option("Steps between two evaluations of --held-out.", "as --save-every")
     ] = None,
     samples_with: Annotated[
         str | None,
@@ -223,7 +236,11 @@ def train(
     )
     decoder = _decoder(samples_with, data)
     if config is None and model is not None:
-        config = config_for(model, data) if isinstance(data, TokenFile) else config_of(model)
+        config = (
+            generator_config(model, data)
+            if isinstance(data, TokenFile)
+            else tokenizer_config(model)
+        )
     elif kind is IBQTokenizer:
         config = {"use_entropy_loss": True, **config}
     of_proxies = kind in TOKENIZERS and predicts_proxies(config)
@@ -312,6 +329,8 @@ def train(
     if compiled:
         compile(task.model)
     if rank == 0:
+        lock = locked(output / LOCK_FILE)
+        _check_output(output, settings)  # another run may have begun since
         write_settings(output / SETTINGS_FILE, settings)
         size = sum(parameter.numel() for parameter in task.model.parameters()) / 1e6
         apart = "" if evaluated is None else f", {evaluated.count:,} held out"
@@ -320,6 +339,8 @@ def train(
     if processes > 1:
         dist.destroy_process_group()
     if rank == 0:
+        (output / LOCK_FILE).unlink(missing_ok=True)
+        lock.close()
         say(f"wrote {output}")
 
 
@@ -408,12 +429,14 @@ def _refuse(without: str, **given: float | str | None) -> None:
 
 
 def _data(kind: type[Trained], paths: Sequence[str]) -> Data:
-    """What paths name: a token file for a generator, images for a tokenizer."""
+    """What paths name: token files for a generator, images for a tokenizer."""
     if kind in TOKENIZERS:
         return find_images(paths)
-    if len(paths) > 1:
-        raise ValueError(f"PATHS: got {len(paths)}, allowed is one token file for a generator")
-    return TokenFile.load(paths[0])
+    files = [TokenFile.load(path) for path in paths]
+    try:
+        return concatenated(files)
+    except ValueError as error:
+        raise ValueError(f"PATHS: {', '.join(paths)} do not go together, {error}") from error
 
 
 def _held_out(

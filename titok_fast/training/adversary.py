@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from titok_fast._distributed import rank_and_size
 from titok_fast.models.checks import FLAG, NUMBER, POSITIVE, WHOLE, check_fields
+from titok_fast.ops.arguments import without_autocast
 from titok_fast.training.run import Helper
 
 LECAM_DECAY = 0.999
@@ -141,8 +142,12 @@ class Adversary(Helper):
         self._done = 0
         self._seen: list[Tensor] = []  # means of the batches since the last step
         self._moved = [p for p in self.discriminator.parameters() if p.requires_grad]
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in self._moved if p.ndim > 1]},
+            {"params": [p for p in self._moved if p.ndim <= 1], "weight_decay": 0.0},
+        ]
         self._optimizer = torch.optim.AdamW(
-            self._moved,
+            groups,
             self.options.discriminator_learning_rate,
             betas=(0.9, 0.999),
             weight_decay=1e-4,
@@ -175,7 +180,7 @@ class Adversary(Helper):
             raise ValueError("other, last_layer: got None, which an adaptive weight needs")
         if self._done < self.options.adversarial_start:
             return reconstructions.new_zeros(())
-        with torch.autocast(images.device.type, enabled=False):
+        with without_autocast(images):
             made, given = reconstructions.float(), images.float()
             real = self.discriminator(given)
             fake = self.discriminator(made.detach())

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from titok_fast._distributed import rank_and_size
+from titok_fast._distributed import gathered, raise_together, rank_and_size
 from titok_fast._files import remove_temporaries, replacing
 from titok_fast.images import grid, write_png
 from titok_fast.models.pretrained import evaluating
@@ -55,28 +54,42 @@ class Evaluator:
         self._folder, self._workers, self._log = folder, workers, log
 
     def __call__(self, model: nn.Module, steps: int) -> None:
-        """Measures a model after so many steps; all processes have to call it."""
+        """Measures a model after so many steps; all processes have to call it, and all raise."""
         rank, _ = rank_and_size()
+        failure: Exception | None = None
         with evaluating(model), torch.no_grad():
-            measured = self._measure(model)
+            try:
+                sums = self._sums(model)
+            except Exception as error:
+                failure = error
+            raise_together(failure)
+            measured = self._means(gathered(sums))
             for name, value in measured.items():
                 if not math.isfinite(value):
                     raise FloatingPointError(f"held out: got a {name} of {value} at step {steps}")
-            if rank:
-                return
-            texts = [f"{name} {value:.5g}" for name, value in measured.items()]
-            self._log(f"step {steps:5d}/{self._steps}  held out: {', '.join(texts)}")
-            if self._folder is None:
-                return
-            rows = self._task.samples(model)
-            if rows:
-                write_png(self._folder / SAMPLES_FOLDER / f"step-{steps:08d}.png", grid(rows))
+            if rank == 0:
+                try:
+                    self._tell(model, steps, measured)
+                except Exception as error:
+                    failure = error
+            raise_together(failure)
+
+    def _tell(self, model: nn.Module, steps: int, measured: Mapping[str, float]) -> None:
+        """A line of the log, and in the folder a line and a sheet of samples."""
+        texts = [f"{name} {value:.5g}" for name, value in measured.items()]
+        self._log(f"step {steps:5d}/{self._steps}  held out: {', '.join(texts)}")
+        if self._folder is None:
+            return
+        rows = self._task.samples(model)
+        if rows:
+            write_png(self._folder / SAMPLES_FOLDER / f"step-{steps:08d}.png", grid(rows))
         self._folder.mkdir(parents=True, exist_ok=True)
         with open(self._folder / EVALUATIONS_FILE, "a", encoding="utf-8") as file:
             line = {"step": steps, "images": self._task.count, **measured}
             file.write(json.dumps(line) + "\n")
 
-    def _measure(self, model: nn.Module) -> dict[str, float]:
+    def _sums(self, model: nn.Module) -> dict[str, Tensor]:
+        """What this process's batches add to each measure."""
         rank, processes = rank_and_size()
         device, dtype = next(model.parameters()).device, self._options.dtype
         size = min(BATCH_SIZE, self._options.batch_size)
@@ -97,10 +110,9 @@ class Evaluator:
                 with torch.autocast(device.type, dtype, enabled=dtype is not None):
                     measures = self._task.evaluate(model, examples, generator)
                 _add(sums, measures, len(batches[number]))
-        of_all: list[dict[str, Tensor]] = [sums]
-        if processes > 1:
-            of_all = [{}] * processes
-            dist.all_gather_object(of_all, sums)
+        return sums
+
+    def _means(self, of_all: list[dict[str, Tensor]]) -> dict[str, float]:
         totals: dict[str, Tensor] = {}
         for part in of_all:
             _add(totals, part)

@@ -195,7 +195,7 @@ def _sizes(file: TokenFile) -> tuple[int, int, int]:
     return file.codebook_size, file.tokens[0].size, len(file.class_names or ())
 
 
-def config_for(name: str, file: TokenFile) -> dict[str, Any]:
+def generator_config(name: str, file: TokenFile) -> dict[str, Any]:
     """A release's configuration for the tokens of a file: their number, codebook and classes.
 
     Args:

@@ -6,11 +6,11 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titok_fast.models.checks import NUMBER, check_kind
+from titok_fast.ops.arguments import without_autocast
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -101,6 +101,6 @@ class Perceptual(nn.Module):
         Returns:
             A scalar, float32.
         """
-        with torch.autocast(images.device.type, enabled=False):
+        with without_autocast(images):
             distance = self._distance(self._network, reconstructions.float(), images.float())
         return self._weight * distance

@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from titok_fast._distributed import rank_and_size
-from titok_fast._files import remove_temporaries, replacing
+from titok_fast._distributed import gathered, rank_and_size
+from titok_fast._files import flush_to_disk, remove_temporaries, replacing
 from titok_fast.models.checks import COUNT, DECAY, WHOLE, check_fields, one_of, or_none
 from titok_fast.models.pretrained import CONFIG_FILE, WEIGHTS_FILE, PretrainedModel
 from titok_fast.training.data import Ahead, key, rows_of_step
@@ -291,17 +291,12 @@ class _Keeper:
 
     def start(self, optimizer: torch.optim.Optimizer) -> int:
         steps = 0 if self._path is None else self._load(self._path, optimizer)
-        _, processes = rank_and_size()
-        if processes > 1:
-            of_all: list[Any] = [None] * processes
-            dist.all_gather_object(of_all, steps)
-            if len(set(of_all)) > 1:
-                raise ValueError(f"folder: {self._path} is not one that all processes see")
-        measured = [self._writes and self._path is not None and forget(self._path.parent, steps)]
-        if processes > 1:
-            dist.broadcast_object_list(measured)
+        if len(set(gathered(steps))) > 1:
+            raise ValueError(f"folder: {self._path} is not one that all processes see")
+        measured = self._writes and self._path is not None and forget(self._path.parent, steps)
+        measured = gathered(measured)[0]
         # An evaluation that failed, or a finished run that had no held-out examples.
-        if self._evaluator is not None and steps and self._due(steps) and not measured[0]:
+        if self._evaluator is not None and steps and self._due(steps) and not measured:
             self._evaluator(self.average, steps)
         return steps
 
@@ -357,6 +352,7 @@ class _Keeper:
         if failure or steps % self._options.save_every == 0 or steps == self._steps:
             self._save(steps, optimizer)
         if failure:
+            gathered(None)  # the first process has saved, before another ends them all
             raise failure
 
     def _save(self, steps: int, optimizer: torch.optim.Optimizer) -> None:
@@ -372,4 +368,8 @@ class _Keeper:
             state["helper"] = self._task.helper.state_dict()
         self.average.save_pretrained(self._path.parent)
         with replacing(self._path) as temporary:
-            torch.save(state, temporary)
+            try:
+                torch.save(state, temporary)
+            except RuntimeError as error:  # of a full disk, without the file's name
+                raise OSError(f"{self._path}: not written ({error})") from error
+            flush_to_disk(temporary)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,9 @@ from titok_fast.images import Crop, read_pixels, to_float
 from titok_fast.metrics import psnr
 from titok_fast.models import IBQTokenizer, MaskGITVQGAN, TiTok, Tokenizer
 from titok_fast.models.checks import NUMBER, check_fields, found_at, one_of
+from titok_fast.ops.arguments import without_autocast
 from titok_fast.training.adversary import Adversary
+from titok_fast.training.data import key
 from titok_fast.training.loop import UNDECAYED, Optimization
 from titok_fast.training.losses import PIXEL_LOSSES, proxy_code_loss, tokenizer_loss
 from titok_fast.training.run import Options, Task
@@ -72,6 +75,12 @@ class Losses:
 SHOWN = 8  # images of a sheet
 LARGEST_PSNR = 100.0  # of an image, in dB, so that a blank one leaves the mean finite
 
+# Share of the crops that are mirrored, as officially.
+MIRRORED: Mapping[type[Tokenizer], float] = {TiTok: 0.5, IBQTokenizer: 0.0}
+ATTEMPTS = 100  # to read an image
+# Errors that are not the file's: to go on without it would train on something else each time.
+OF_THE_SYSTEM = (errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+
 # IBQ's, doubled, are the official ones: the absolute error of pixels in its range [-1, 1], the
 # quantizer's loss, and 0.05 of that of entropies.
 LOSSES: Mapping[type[Tokenizer], Losses] = {
@@ -106,7 +115,8 @@ class TokenizerTask(Task):
         adversary: that joins in a loss of pixels; on the model's device.
         perceptual: of reconstructions and images [B, 3, S, S] in [0, 1] a scalar that is added to a
             loss of pixels, weighted already, such as a `Perceptual` on the model's device.
-        augment: whether crops are random, half of them mirrored; otherwise they are the centre.
+        augment: whether crops are random, TiTok's half of them mirrored; otherwise they are the
+            centre.
         log: takes the name of a file that cannot be read.
 
     Attributes:
@@ -155,8 +165,6 @@ class TokenizerTask(Task):
         self._paths, self._perceptual = list(paths), perceptual
         self.helper = self._adversary = adversary
         self._losses = losses or LOSSES[type(model)]
-        if isinstance(model, IBQTokenizer) and rank_and_size()[1] > 1:
-            model.quantize.process_group = dist.group.WORLD  # of the batch's entropy
         self._vqgan = None if vqgan is None else vqgan.eval().requires_grad_(False)
         self._augment, self._log, self._unreadable = augment, log, set[int]()
 
@@ -168,12 +176,12 @@ class TokenizerTask(Task):
         draws = torch.rand(len(rows), 3, generator=generator).tolist()
         for row, (across, down, mirrored) in zip(rows, draws, strict=True):
             image = self._read(int(row), (across, down))
-            images.append(image.flip(2) if mirrored < 0.5 else image)
+            images.append(image.flip(2) if mirrored < MIRRORED[type(self.model)] else image)
         return torch.stack(images)
 
     def _read(self, row: int, crop: Crop) -> Tensor:
-        for other in range(self.count):
-            place = (row + other) % self.count
+        place = row
+        for attempt in range(1, ATTEMPTS + 1):
             try:
                 return read_pixels(
                     self._paths[place],
@@ -182,16 +190,18 @@ class TokenizerTask(Task):
                     crop=crop,
                 )
             except OSError as error:
-                if not self._augment:
+                if not self._augment or error.errno in OF_THE_SYSTEM:
                     raise
                 if place not in self._unreadable:
                     self._unreadable.add(place)
                     self._log(f"skipped {error}")
-        raise OSError(f"none of {self.count} images could be read")
+            place = key("instead", row, attempt) % self.count  # not a neighbour, of its class
+        raise OSError(f"none of {ATTEMPTS} images could be read, {self._paths[row]} the first")
 
     def loss(self, network: nn.Module, batch: Tensor, generator: torch.Generator) -> Tensor:
         images = to_float(batch.to(generator.device, non_blocking=True))
-        output = network(images)
+        with _entropy_over(self.model, dist.group.WORLD if rank_and_size()[1] > 1 else None):
+            output = network(images)
         loss = self._loss(output, self._target(images))
         if self._adversary is not None:
             loss = loss + self._adversary.loss(
@@ -203,7 +213,7 @@ class TokenizerTask(Task):
         self, network: nn.Module, batch: Tensor, generator: torch.Generator
     ) -> dict[str, Tensor]:
         images = to_float(batch.to(generator.device, non_blocking=True))
-        with _of_this_process(network):
+        with _entropy_over(network, None):  # other processes may have no such batch
             output = network(images)
         target = self._target(images)
         measures = {"loss": self._loss(output, target)}
@@ -233,7 +243,7 @@ class TokenizerTask(Task):
         """What the model is to give: proxy codes [B, G G], or the images."""
         if self._vqgan is None:
             return images
-        with torch.autocast(images.device.type, enabled=False):
+        with without_autocast(images):
             return self._vqgan.encode(images)
 
     def _loss(self, output: tuple[Tensor, dict[str, Any]], target: Tensor) -> Tensor:
@@ -258,17 +268,17 @@ class TokenizerTask(Task):
 
 
 @contextmanager
-def _of_this_process(network: nn.Module) -> Iterator[None]:
-    """Within it IBQ's entropy is that of this process's batch: others may have none."""
+def _entropy_over(network: nn.Module, group: dist.ProcessGroup | None) -> Iterator[None]:
+    """Within it IBQ's entropy is that of the batches of a group; None is this process's."""
     if not isinstance(network, IBQTokenizer):
         yield
         return
-    group = network.quantize.process_group
-    network.quantize.process_group = None
+    before = network.quantize.process_group
+    network.quantize.process_group = group
     try:
         yield
     finally:
-        network.quantize.process_group = group
+        network.quantize.process_group = before
 
 
 def last_layer(model: Tokenizer) -> Tensor:
@@ -312,7 +322,7 @@ def loss_options(config: Mapping[str, Any]) -> tuple[str, ...]:
     return (*PIXEL_OPTIONS, "entropy_weight") if config.get("use_entropy_loss") else PIXEL_OPTIONS
 
 
-def config_of(name: str) -> dict[str, Any]:
+def tokenizer_config(name: str) -> dict[str, Any]:
     """A release's configuration as it is trained from the start.
 
     That is a legacy TiTok's first stage, which predicts proxy codes, and IBQ's with entropies.
