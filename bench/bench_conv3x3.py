@@ -113,8 +113,7 @@ def prepare_official(case: Case, arguments: Arguments) -> Call:
 
 
 def prepare_compiled(case: Case, arguments: Arguments) -> Call:
-    torch.compiler.reset()
-    compiled = torch.compile(official, dynamic=False, fullgraph=True)
+    compiled = harness.compiled(official)
     return lambda: compiled(**arguments)
 
 

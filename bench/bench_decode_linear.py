@@ -149,8 +149,7 @@ def prepare_official(case: Case, layers: list[Layer]) -> Call:
 
 
 def prepare_compiled(case: Case, layers: list[Layer]) -> Call:
-    torch.compiler.reset()
-    return in_turn(torch.compile(official, dynamic=False, fullgraph=True), layers)
+    return in_turn(harness.compiled(official), layers)
 
 
 def prepare_packed(case: Case, layers: list[Layer]) -> Call:

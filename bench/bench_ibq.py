@@ -86,10 +86,7 @@ class OfficialAttention(nn.Module):
 
 def official_model(case: Case, dtype: torch.dtype) -> IBQTokenizer:
     model = copy.deepcopy(model_of(case.model, case.device)).to(dtype)
-    for parent in list(model.modules()):
-        for name, child in parent.named_children():
-            if isinstance(child, SpatialAttention):
-                parent.add_module(name, OfficialAttention(child))
+    models.replace(model, SpatialAttention, OfficialAttention)
     models.official_convolutions(model)
     return model
 

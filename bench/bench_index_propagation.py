@@ -133,8 +133,7 @@ def ours(backend: str) -> Quantize:
 
 
 def compiled() -> Quantize:
-    torch.compiler.reset()
-    return torch.compile(official, dynamic=False, fullgraph=True)
+    return harness.compiled(official)
 
 
 def prepare(make: Callable[[], Quantize]) -> Callable[[Case, Tensor, Tensor, Tensor], Call]:

@@ -4,13 +4,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from bench import harness
-from bench.harness import Bench, Provider, own_providers
+from bench.harness import Bench, Call, Provider, own_providers
 from titok_fast import maskgit_step
 
 SHAPES = (
@@ -23,7 +22,6 @@ LARGE = ((1024, 32, 4096),)  # where there is a GPU
 SCALE, SOFTMAX, TEMPERATURE = 4.5, 0.9, 2.0
 SIGMAS = 6.0  # within which sampling error keeps the mean log-probability
 
-Call = Callable[[], Any]
 Result = tuple[Tensor, Tensor]
 
 
@@ -143,8 +141,7 @@ def prepare_official(case: Case, cond: Tensor, uncond: Tensor, ids: Tensor) -> C
 
 
 def prepare_compiled(case: Case, cond: Tensor, uncond: Tensor, ids: Tensor) -> Call:
-    torch.compiler.reset()
-    compiled = torch.compile(official, dynamic=False, fullgraph=True)
+    compiled = harness.compiled(official)
     return lambda: compiled(cond, uncond, ids, case.v, case.kept)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bench import harness
-from bench.harness import Bench, Provider, own_providers
+from bench.harness import Bench, Call, Provider, own_providers
 from titok_fast import sample_token
 
 SHAPES = ((1, 262_144), (4, 262_144), (64, 16_384))
@@ -18,8 +18,6 @@ FILTERS = {"plain": (0, 1.0), "top-k 2000": (2000, 1.0), "top-p 0.9": (0, 0.9)}
 SCALE = 2.0
 SIGMAS = 6.0  # within which sampling error keeps the mean log-probability
 EDGE = 1e-3  # of logits
-
-Call = Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
@@ -126,8 +124,7 @@ def prepare_official(case: Case, cond: Tensor, uncond: Tensor) -> Call:
 
 
 def prepare_compiled(case: Case, cond: Tensor, uncond: Tensor) -> Call:
-    torch.compiler.reset()
-    compiled = torch.compile(partial(official, case), dynamic=False, fullgraph=True)
+    compiled = harness.compiled(partial(official, case))
     return lambda: compiled(cond, uncond)
 
 

@@ -19,9 +19,10 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from bench import harness
-from bench.plot import FAINT, INK, Axis, Panel, font
+from bench.plot import Axis, Panel
 from titok_fast import nearest_code
 from titok_fast._files import replacing
+from titok_fast.cli.drawing import FAINT, INK, font
 from titok_fast.ops.nearest_code import rescored_codes
 
 # K, D, metric of bench_nearest_code.py and the share of the queries: as many as two CPUs check.

@@ -5,8 +5,9 @@ from collections.abc import Callable, Iterable, Sequence
 
 from PIL import Image, ImageDraw
 
-from bench.plot import FAINT, INK, SERIES, Axis, Panel, font, legend
+from bench.plot import SERIES, Axis, Panel, legend
 from bench.rows import BASELINE, Result, Row, decimals, grouped
+from titok_fast.cli.drawing import FAINT, INK, font
 
 WIDTH, MARGIN = 1080, 24
 SIZES = {"K": "codes", "N": "rows"}

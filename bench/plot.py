@@ -5,11 +5,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from PIL import ImageDraw, ImageFont
+from PIL import ImageDraw
 
-INK = (28, 30, 36)
-FAINT = (104, 108, 118)
-GRID = (228, 230, 234)
+from titok_fast.cli.drawing import FAINT, GRID, INK, font
+
 BAR = (52, 104, 172)
 MARK = (190, 48, 48)
 SERIES = (
@@ -160,7 +159,3 @@ def legend(
         pen.text((across + 15, top), name, INK, font(13))
         across += size
     return top + 20
-
-
-def font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
-    return ImageFont.load_default(size)

@@ -246,3 +246,11 @@ def test_paths_that_the_documents_name_exist():
             assert (ROOT / path).exists(), f"{document} names {path}"
         for path in re.findall(r"\]\((?!http)([^)#]+)\)", text):
             assert (ROOT / path).exists(), f"{document} links {path}"
+
+
+def test_every_model_is_listed():
+    from titok_fast.models.auto import MODELS, releases
+
+    text = (ROOT / "docs" / "cli.md").read_text()
+    table = text[text.index("\n## Models\n") : text.index("\n## Files and exit codes\n")]
+    assert set(releases(MODELS)) <= set(re.findall(r"`([a-z][a-z0-9-]+)`", table))
