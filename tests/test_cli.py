@@ -149,6 +149,27 @@ def test_info_names_a_better_set_that_is_not_in_use():
     assert not slow or (module.fastest_isa(), module.detected_isa()) == ("avx512vnni", "avx512bf16")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("encode", "--foo"), "No such option: --foo ('titok-fast encode --help' lists what is"),
+        (("encode", "x", "--batch-size", "y"), "Invalid value for '--batch-size': "),
+        (("encode", "x", "--batch-size", 0, "-o", "z.npz"), "Invalid value for '--batch-size': "),
+        (("encode",), "Missing "),
+        (("foo",), "No such command 'foo'. ('titok-fast --help' lists what is allowed)"),
+    ],
+)
+def test_options_that_do_not_exist_are_one_line(titok_fast, arguments, words):
+    result = titok_fast(*arguments)
+    assert result.returncode == 2 and words in result.err and result.err.count("\n") == 1
+    assert not result.out
+
+
+def test_without_a_command_comes_the_help(titok_fast):
+    result = titok_fast()
+    assert result.returncode == 0 and "encode" in result.out and not result.err
+
+
 def test_mirrored_images_and_shares_of_them(titok_fast, pictures, model, tmp_path):
     files = [TokenFile.load(_encoded(titok_fast, pictures, model, tmp_path / "whole.npz"))]
     for options in (("--mirror",), ("--shard", "1/2"), ("--shard", "2/2")):

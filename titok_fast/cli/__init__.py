@@ -2,6 +2,7 @@
 
 import sys
 import warnings
+from typing import Any
 
 import typer
 from PIL import Image
@@ -18,7 +19,6 @@ from titok_fast.cli.train import train
 
 app = typer.Typer(
     add_completion=False,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Image tokenizers on fused kernels: images to tokens and back.",
 )
@@ -28,12 +28,21 @@ for command in (
     app.command()(command)
 
 
+UsageError: Any = typer.BadParameter.__base__  # click's, which newer versions of typer contain
+
+
 def main() -> None:
     """Run the command; what the user can mend is one line on stderr, not a traceback."""
     # They are read all the same. Not where they are: a filter is no thread's own.
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     try:
-        app()
+        sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
+    except typer.Abort:
+        sys.exit(1)
+    except UsageError as error:
+        command = error.ctx.command_path if error.ctx else "titok-fast"
+        reason = f"{error.format_message()} ('{command} --help' lists what is allowed)"
     except (ArithmeticError, OSError, RuntimeError, TypeError, ValueError) as error:
-        say(f"error: {' '.join(str(error).split())}", errors, style="bold red")
-        sys.exit(2)
+        reason = str(error)
+    say(f"error: {' '.join(reason.split())}", errors, style="bold red")
+    sys.exit(2)
