@@ -190,6 +190,18 @@ def test_mirrored_images_and_shares_of_them(titok_fast, pictures, model, tmp_pat
         assert result.returncode == 2 and words in result.err and result.err.count("\n") == 1
 
 
+def test_encode_replaces_token_files_alone(titok_fast, pictures, model, tmp_path):
+    path = tmp_path / "mine.npz"
+    np.savez(path, measured=np.arange(3))
+    before = path.read_bytes()
+    result = titok_fast("encode", pictures, "-o", path, "--model", model)
+    assert result.returncode == 2 and path.read_bytes() == before
+    assert f"--output: {path}: not a token file" in result.err and "nothing else is" in result.err
+    path.unlink()
+    for _ in range(2):
+        _encoded(titok_fast, pictures, model, path)
+
+
 def _encoded(titok_fast, pictures, model, path, *options):
     result = titok_fast("encode", pictures, "-o", path, "--model", model, "--workers", 0, *options)
     assert result.returncode == 0, result.err

@@ -58,6 +58,7 @@ def encode(
     """Turn images into a token file; the same command finishes what an interrupted one began."""
     check_suffix(output)
     check_place("--output", output)
+    _check_replaced(output)
     files = find_images(paths)
     class_names = sorted({file.class_name for file in files if file.class_name is not None})
     files = files[_part(shard)]
@@ -99,6 +100,15 @@ def encode(
         say(f"{len(kept)} images to {output}: {counter.speed}")
     parts.remove()
     counter.finish()
+
+
+def _check_replaced(output: Path) -> None:
+    """Raises ValueError for a file that is not one of tokens."""
+    if output.exists():
+        try:
+            TokenFile.load(output)
+        except ValueError as error:
+            raise ValueError(f"--output: {error}, and nothing else is replaced") from error
 
 
 def _part(shard: str | None) -> slice:
