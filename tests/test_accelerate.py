@@ -203,7 +203,7 @@ def test_the_remap_of_an_ibq_quantizer_moves_along():
     ("name", "changes", "reason"),
     [
         ("IndexPropagationQuantize", {"beta": None}, "has no beta, so it is not SEED-Voken's"),
-        ("VectorQuantizer", {}, "is as SEED-Voken's and LlamaGen's, whose result is another"),
+        ("VectorQuantizer", {}, "is as SEED-Voken's and LlamaGen's, with returns of another form"),
         ("VectorQuantizer2", {}, "has other losses and returns than the layers here"),
     ],
 )

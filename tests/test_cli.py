@@ -188,6 +188,8 @@ def test_mirrored_images_and_shares_of_them(titok_fast, pictures, model, tmp_pat
         result = titok_fast("encode", pictures, "-o", tmp_path / "x.npz", "--shard", shard)
         words = f"--shard: got {shard!r}, allowed is i/n with i from 1 to n"
         assert result.returncode == 2 and words in result.err and result.err.count("\n") == 1
+    result = titok_fast("encode", pictures, "-o", tmp_path / "x.npz", "--shard", "9/9")
+    assert result.returncode == 2 and "--shard: got '9/9', which has none of 8 images" in result.err
 
 
 def test_encode_replaces_token_files_alone(titok_fast, pictures, model, tmp_path):

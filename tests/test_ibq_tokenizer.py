@@ -11,6 +11,7 @@ from torch import nn
 import titok_fast
 from tests.conformance import expected, image, manifest, weights
 from titok_fast.models import IBQTokenizer, TiTok, pack_weights
+from titok_fast.models.auto import MODELS, model_class
 from titok_fast.testing import relative_error
 
 
@@ -54,6 +55,7 @@ def test_the_official_training_file(tiny):
     model = {"class_path": "src.IBQ.models.ibqgan.IBQ", "init_args": tiny.config}
     for config in (tiny.config, {"trainer": {}, "model": model}):
         assert IBQTokenizer.from_config(config).config == tiny.config
+        assert model_class(config, MODELS) is IBQTokenizer
     with pytest.raises(ValueError, match="config: IBQTokenizer lacks n_embed, embed_dim, ddcon"):
         IBQTokenizer.from_config({"model": {"init_args": {"n_embed": 4}}})
 

@@ -3,12 +3,14 @@
 import io
 import os
 import signal
+import struct
 import zlib
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from titok_fast.images import (
     ImageFile,
@@ -67,6 +69,13 @@ def test_an_image_in_memory_is_prepared_as_a_file(picture, tmp_path, interpolati
     ):
         with pytest.raises(TypeError, match=f"image: .*{message}"):
             prepare_image(image, 32)
+    for image, size, message in (
+        (picture, 0, "size: got 0, allowed is a positive int"),
+        (np.zeros((0, 5, 3), np.uint8), 32, "image: got 5 x 0 pixels"),
+        (Image.new("F", (4, 4)), 32, "mode F, whose white is unknown"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            prepare_image(image, size, interpolation=interpolation)
 
 
 @pytest.mark.parametrize(
@@ -151,11 +160,24 @@ def test_exif_rotation(picture, tmp_path):
     assert torch.equal(read_image(tmp_path / "turned.png", 32), straight)
 
 
-def test_a_header_that_is_no_exif_turns_nothing(picture, tmp_path):
+def test_a_header_that_is_no_exif_turns_nothing(picture, tmp_path, monkeypatch):
+    picture.save(tmp_path / "a.png")
     picture.save(tmp_path / "a.jpg", dpi=(72, 72))
     exact = read_image(tmp_path / "a.jpg", 32)
     picture.save(tmp_path / "b.jpg", dpi=(72, 72), exif=b"Exif\0\0no TIFF header at all")
     assert torch.equal(read_image(tmp_path / "b.jpg", 32), exact)
+    for error in (SyntaxError, AttributeError, struct.error):
+        monkeypatch.setattr(Image.Image, "getexif", MagicMock(side_effect=error("damaged")))
+        assert torch.equal(prepare_image(picture, 32), read_image(tmp_path / "a.png", 32))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_each_orientation_is_that_of_pillow(picture, orientation):
+    exif = picture.getexif()
+    exif[0x0112] = orientation
+    assert torch.equal(
+        prepare_image(picture, 32), prepare_image(ImageOps.exif_transpose(picture), 32)
+    )
 
 
 def test_what_is_not_an_image_is_named(picture, tmp_path):

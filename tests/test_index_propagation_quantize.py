@@ -258,7 +258,7 @@ def test_bad_shape(shape):
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        ({"entropy_temperature": 0.0}, ValueError, "entropy_temperature: 0.0 is not positive"),
+        ({"entropy_temperature": 0.0}, ValueError, "entropy_temperature: 0.0 is not a positive"),
         ({"entropy_temperature": "1"}, TypeError, "entropy_temperature: expected a float"),
         ({"n_e": 0}, ValueError, "n_e: got 0, allowed is a positive int"),
         ({"e_dim": True}, ValueError, "e_dim: got True, allowed is a positive int"),

@@ -236,6 +236,10 @@ def test_the_configuration_of_a_hub_repository():
     model = MaskGIT.from_config(config | {"other": "${not.there}", "seed": np.int64(3)})
     assert model.num_tokens == 9 and model.config["model"]["generator"]["image_seq_len"] == 9
     assert model.config["other"] == "${not.there}" and type(model.config["seed"]) is int
+    chain = {"a": "${b}", "b": "${c.d}", "c": {"d": ["${e}"]}, "e": 3}
+    assert MaskGIT.from_config(config | chain).config["a"] == [3]
+    with pytest.raises(ValueError, match=r"config: \$\{[ab]\} leads to itself"):
+        MaskGIT.from_config(config | {"a": "${b}", "b": "${a}"})
 
 
 def test_numbers_and_labels_of_numpy():

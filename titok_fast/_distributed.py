@@ -25,9 +25,9 @@ def gathered(value: Any) -> list[Any]:
 def raise_together(error: Exception | None) -> None:
     """Raises the error of the first process that has one in all of them; all have to call it."""
     rank, _ = rank_and_size()
-    kind: type[Exception] = RuntimeError  # an error of any class need not survive pickling
-    for each in (FloatingPointError, OSError):
-        kind = each if isinstance(error, each) else kind
+    # An error of any class need not survive pickling.
+    kinds = (kind for kind in (FloatingPointError, OSError) if isinstance(error, kind))
+    kind: type[Exception] = next(kinds, RuntimeError)
     found = gathered(None if error is None else (kind, str(error)))
     for number, first in enumerate(found):
         if first is not None:

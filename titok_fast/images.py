@@ -1,9 +1,9 @@
 """Image files to tensors, as the official evaluation prepares them, and back."""
 
+import errno
 import glob
 import os
 import signal
-import struct
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from titok_fast._files import replacing
+from titok_fast.models.checks import COUNT, check_kind
 
 _KINDS = "avif bmp gif jp2 jpeg jpg pgm png pnm ppm tif tiff webp"
 Pixels = npt.NDArray[Any]
@@ -248,7 +249,8 @@ def read_pixels(
         reason = " ".join(str(error).split()) or type(error).__name__
         name = os.fspath(path) if isinstance(path, str | os.PathLike) else type(path).__name__
         unreadable = OSError(f"{name}: not a readable image ({reason})")
-        unreadable.errno = getattr(error, "errno", None)
+        code = getattr(error, "errno", None)
+        unreadable.errno = errno.ENOMEM if isinstance(error, MemoryError) else code
         raise unreadable from error
     return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
 
@@ -267,11 +269,13 @@ def prepare_image(
 
     Raises:
         TypeError: for anything else.
-        ValueError: for an unknown interpolation, or a size that it cannot have.
+        ValueError: for an unknown interpolation, a size that is no positive int, an image without
+            pixels or one whose white is unknown.
     """
     _check_interpolation(interpolation)
+    check_kind("size", size, COUNT)
     if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise TypeError(
                 f"image: got {image.dtype} of shape {list(image.shape)}, allowed is uint8 [H, W, 3]"
             )
@@ -280,6 +284,8 @@ def prepare_image(
         raise TypeError(
             f"image: got {type(image).__name__}, allowed is a Pillow image or an array [H, W, 3]"
         )
+    if 0 in image.size:
+        raise ValueError(f"image: got {image.width} x {image.height} pixels, allowed are some")
     upright = _to_rgb(_upright(image), image.format)
     pixels = _INTERPOLATIONS[interpolation](upright, size, None)
     return to_float(torch.from_numpy(pixels.transpose(2, 0, 1).copy()))
@@ -288,9 +294,10 @@ def prepare_image(
 def _upright(image: Image.Image) -> Image.Image:
     image.load()
     try:
-        return ImageOps.exif_transpose(image)
-    except (SyntaxError, ValueError, struct.error):  # a header that is not one turns nothing
-        return image
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # a damaged header raises whatever its reader runs into
+        turn = None
+    return image if turn is None else image.transpose(turn)
 
 
 def _check_interpolation(interpolation: str) -> None:
@@ -303,7 +310,7 @@ def _check_interpolation(interpolation: str) -> None:
 
 def _bicubic(image: Image.Image, size: int, crop: Crop) -> Pixels:
     width, height = image.size
-    # The official resize truncates the longer edge, of the product by the shorter.
+    # As the official resize: the product first, then the quotient, truncated.
     if width <= height:
         wide = size, int(size * height / width)
     else:
@@ -346,6 +353,15 @@ def _neighbours(edge: int, shorter: int, size: int, at: float | None) -> tuple[P
     return pixels, np.rint(weights).astype(np.int32)  # each [2, size]
 
 
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _INTERPOLATIONS = {"bicubic": _bicubic, "bilinear": _bilinear}
 
 

@@ -195,17 +195,13 @@ def concatenated(files: Sequence[TokenFile]) -> TokenFile:
     first = files[0]
     if len(files) == 1:
         return first
-    for file in files[1:]:
+    for i, file in enumerate(files):
         for name in ("fingerprint", "image_size", "codebook_size", "class_names"):
-            own, others = getattr(first, name), getattr(file, name)
-            if own != others:
-                own, others = (repr(x) if len(repr(x)) < 60 else "another" for x in (own, others))
-                raise ValueError(f"{name}: got {others}, allowed is {own}, the first file's")
+            if getattr(file, name) != getattr(first, name):
+                raise ValueError(f"files[{i}] has another {name} than files[0]")
         if file.tokens.shape[1:] != first.tokens.shape[1:]:
-            raise ValueError(
-                f"tokens: got shape {list(file.tokens.shape)}, allowed is "
-                f"[N, {', '.join(map(str, first.tokens.shape[1:]))}], the first file's"
-            )
+            shapes = [list(each.tokens.shape[1:]) for each in (file, first)]
+            raise ValueError(f"files[{i}] has images of {shapes[0]} tokens, files[0] {shapes[1]}")
     labels = [file.labels for file in files if file.labels is not None]
     return replace(
         first,

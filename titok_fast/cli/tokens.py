@@ -61,7 +61,7 @@ def encode(
     _check_replaced(output)
     files = find_images(paths)
     class_names = sorted({file.class_name for file in files if file.class_name is not None})
-    files = files[_part(shard)]
+    files = _share(files, shard)
     network = Network.load(model, revision, device, dtype, image_size)
     parts = Parts(
         output,
@@ -111,15 +111,18 @@ def _check_replaced(output: Path) -> None:
             raise ValueError(f"--output: {error}, and nothing else is replaced") from error
 
 
-def _part(shard: str | None) -> slice:
-    """The positions of the images of --shard."""
+def _share(files: list[ImageFile], shard: str | None) -> list[ImageFile]:
+    """The images of --shard."""
     if shard is None:
-        return slice(None)
+        return files
     match = re.fullmatch(r"(\d+)/(\d+)", shard)
     number, count = map(int, match.groups()) if match else (0, 0)
     if not 1 <= number <= count:
         raise ValueError(f"--shard: got {shard!r}, allowed is i/n with i from 1 to n")
-    return slice(number - 1, None, count)
+    share = files[number - 1 :: count]
+    if not share:
+        raise ValueError(f"--shard: got {shard!r}, which has none of {len(files)} images")
+    return share
 
 
 def _token_file(

@@ -3,7 +3,8 @@
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -91,7 +92,9 @@ def train(
     micro_batch_size: Annotated[
         int | None, option("Images that a process takes at a time.", "all of its share")
     ] = None,
-    learning_rate: Annotated[float | None, option("Peak of the learning rate.", THE_MODELS)] = None,
+    learning_rate: Annotated[
+        float | None, option("What warm-up and cosine take a share of.", THE_MODELS)
+    ] = None,
     warmup_steps: Annotated[
         int | None,
         option(
@@ -242,7 +245,7 @@ def train(
             else tokenizer_config(model)
         )
     elif kind is IBQTokenizer:
-        config = {"use_entropy_loss": True, **config}
+        config = {"use_entropy_loss": True, **kind.narrowed(config)}
     of_proxies = kind in TOKENIZERS and predicts_proxies(config)
     if proxy is not None and not of_proxies:
         raise ValueError(f"--proxy: got {proxy!r}, which only a TiTok's first stage has a use for")
@@ -436,7 +439,8 @@ def _data(kind: type[Trained], paths: Sequence[str]) -> Data:
     try:
         return concatenated(files)
     except ValueError as error:
-        raise ValueError(f"PATHS: {', '.join(paths)} do not go together, {error}") from error
+        reason = re.sub(r"files\[(\d+)\]", lambda match: paths[int(match[1])], str(error))
+        raise ValueError(f"PATHS: {reason}") from error
 
 
 def _held_out(
@@ -465,13 +469,21 @@ def _held_out(
                 raise ValueError(
                     f"--held-out: {paths[0]} has another {name} than what is trained on"
                 )
-        if _mark(other) == _mark(data):
-            raise ValueError(f"--held-out: {paths[0]} is what is trained on, allowed is another")
-    elif shared := _real_paths(data) & _real_paths(other):
+        known = set(_rows(other))
+        shared = {name for name, tokens in _rows(data) if (name, tokens) in known}
+    else:
+        shared = _real_paths(data) & _real_paths(other)
+    if shared:
         raise ValueError(
             f"--held-out: got {len(shared):,} images that are trained on, such as {min(shared)!r}"
         )
     return other
+
+
+def _rows(file: TokenFile) -> Iterator[tuple[str, bytes]]:
+    """Id and tokens of each image."""
+    for name, tokens in zip(file.image_ids, file.tokens, strict=True):
+        yield name, tokens.tobytes()
 
 
 def _real_paths(images: Sequence[ImageFile]) -> set[str]:

@@ -57,7 +57,7 @@ def accelerate(
 
 def _vector_quantizer(module: nn.Module, backend: str) -> nn.Module | str:
     if all(hasattr(module, name) for name in ("n_e", "e_dim", "beta")):
-        return f"{_name(module)} is as SEED-Voken's and LlamaGen's, whose result is another"
+        return f"{_name(module)} is as SEED-Voken's and LlamaGen's, with returns of another form"
     if all(hasattr(module, name) for name in ("num_embeddings", "embedding_dim")):
         return f"{_name(module)} is MaskGIT-VQGAN's, whose returns are in another order"
     needed = ("codebook_size", "token_size", "commitment_cost", "use_l2_norm", "embedding")

@@ -60,7 +60,7 @@ def model_class(config: Mapping[str, Any], classes: Sequence[type[Model]]) -> ty
         ValueError: when it is of none.
     """
     for kind in classes:
-        if found_at(config, kind.config_key) is not None:
+        if found_at(kind.narrowed(config), kind.config_key) is not None:
             return kind
     keys = ", ".join(f"{kind.config_key} ({kind.__name__})" for kind in classes)
     raise ValueError(f"config: got keys {', '.join(config)}, allowed is one that has {keys}")

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 OLD_WEIGHTS_FILE = "pytorch_model.bin"
+MAX_INTERPOLATIONS = 10  # one that stands for another, and so on
 FLOATING = (*DTYPES, torch.float64)
 
 Model = TypeVar("Model", bound="PretrainedModel")
@@ -72,7 +73,8 @@ class PretrainedModel(nn.Module):
 
     Attributes:
         config: the configuration as plain dicts and lists, with OmegaConf's interpolations
-            replaced; keys that the model does not use are kept and saved.
+            replaced; of a training file the section of the model. Keys that the model does not use
+            are kept and saved.
     """
 
     releases: ClassVar[Mapping[str, Release]]
@@ -84,10 +86,23 @@ class PretrainedModel(nn.Module):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
-        self.config: dict[str, Any] = _plain(config, config)
-        if self.config_within is not None and found_at(self.config, self.config_key) is None:
-            within = found_at(self.config, self.config_within)
-            self.config = within if found_at(within, self.config_key) is not None else self.config
+        self.config = self.narrowed(config)
+
+    @classmethod
+    def narrowed(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """A configuration as plain dicts and lists, without interpolations.
+
+        Args:
+            config: it itself, or the training file that has it at `config_within`.
+
+        Raises:
+            ValueError: for an interpolation that ends in itself.
+        """
+        whole: dict[str, Any] = _plain(config, config)
+        if cls.config_within is None or found_at(whole, cls.config_key) is not None:
+            return whole
+        within = found_at(whole, cls.config_within)
+        return whole if found_at(within, cls.config_key) is None else within
 
     @classmethod
     def from_config(cls, name_or_config: str | Mapping[str, Any]) -> Self:
@@ -339,20 +354,24 @@ def load_weights(
     return model, sources
 
 
-def _plain(value: Any, root: Any) -> Any:
+def _plain(value: Any, root: Any, depth: int = 0) -> Any:
     """Nested mappings and sequences of any class as new dicts and lists, without interpolations.
 
     Official files hold OmegaConf's "${model.vq_model.num_latent_tokens}", which is what stands
     there in `root`.
     """
     if isinstance(value, Mapping):
-        return {str(key): _plain(item, root) for key, item in value.items()}
+        return {str(key): _plain(item, root, depth) for key, item in value.items()}
     if isinstance(value, str):
         match = re.fullmatch(r"\$\{([\w.]+)\}", value)
         found = found_at(root, match[1]) if match else None
-        return value if found is None else _plain(found, {})
+        if found is None:
+            return value
+        if depth == MAX_INTERPOLATIONS:
+            raise ValueError(f"config: {value} leads to itself")
+        return _plain(found, root, depth + 1)
     if isinstance(value, Sequence):
-        return [_plain(item, root) for item in value]
+        return [_plain(item, root, depth) for item in value]
     return python_number(value)
 
 

@@ -36,8 +36,9 @@ def check_temperature(name: str, temperature: float) -> None:
     """TypeError or ValueError unless it is a positive, finite number."""
     if not isinstance(temperature, int | float):
         raise TypeError(f"{name}: expected a float, got {type(temperature).__name__}")
-    if not 2**-126 <= temperature < 2**128:  # a normal number of float32
-        raise ValueError(f"{name}: {temperature} is not positive and finite in float32")
+    limits = torch.finfo(torch.float32)
+    if not limits.tiny <= temperature <= limits.max:
+        raise ValueError(f"{name}: {temperature} is not a positive normal number of float32")
 
 
 def check_process_group(process_group: object) -> None:

@@ -75,8 +75,6 @@ class Losses:
 SHOWN = 8  # images of a sheet
 LARGEST_PSNR = 100.0  # of an image, in dB, so that a blank one leaves the mean finite
 
-# Share of the crops that are mirrored, as officially.
-MIRRORED: Mapping[type[Tokenizer], float] = {TiTok: 0.5, IBQTokenizer: 0.0}
 ATTEMPTS = 100  # to read an image
 # Errors that are not the file's: to go on without it would train on something else each time.
 OF_THE_SYSTEM = (errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
@@ -172,11 +170,12 @@ class TokenizerTask(Task):
         """[B, 3, S, S] uint8."""
         if not self._augment:
             return torch.stack([self._read(int(row), None) for row in rows])
+        share = 0.5 if isinstance(self.model, TiTok) else 0.0  # mirrored, as officially
         images = []
         draws = torch.rand(len(rows), 3, generator=generator).tolist()
         for row, (across, down, mirrored) in zip(rows, draws, strict=True):
             image = self._read(int(row), (across, down))
-            images.append(image.flip(2) if mirrored < MIRRORED[type(self.model)] else image)
+            images.append(image.flip(2) if mirrored < share else image)
         return torch.stack(images)
 
     def _read(self, row: int, crop: Crop) -> Tensor:
@@ -196,7 +195,7 @@ class TokenizerTask(Task):
                     self._unreadable.add(place)
                     self._log(f"skipped {error}")
             place = key("instead", row, attempt) % self.count  # not a neighbour, of its class
-        raise OSError(f"none of {ATTEMPTS} images could be read, {self._paths[row]} the first")
+        raise OSError(f"no image could be read in {ATTEMPTS} attempts, {self._paths[row]} first")
 
     def loss(self, network: nn.Module, batch: Tensor, generator: torch.Generator) -> Tensor:
         images = to_float(batch.to(generator.device, non_blocking=True))
