@@ -294,7 +294,7 @@ def prepare_image(
 def _upright(image: Image.Image) -> Image.Image:
     image.load()
     try:
-        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # a damaged header raises whatever its reader runs into
         turn = None
     return image if turn is None else image.transpose(turn)
