@@ -1,5 +1,7 @@
 """The one `torch.library.Library` of the package, and what every op needs to register with it."""
 
+import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -7,6 +9,26 @@ import torch
 from torch import Tensor
 
 _library = torch.library.Library("titok_fast", "DEF")
+
+
+def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that `torch.compile` runs and never looks into.
+
+    Where a compiled function calls it after a graph break, tracing it would free tensors whose
+    addresses are all that is left of them. As long as nothing was compiled this costs nothing:
+    `torch.compiler.disable` would import the compiler, which takes a second.
+    """
+    disabled: list[Callable[..., Any]] = []
+
+    @functools.wraps(function)
+    def run(*arguments: Any) -> Any:
+        if "torch._dynamo" not in sys.modules:
+            return function(*arguments)
+        if not disabled:
+            disabled.append(torch.compiler.disable(function))
+        return disabled[0](*arguments)
+
+    return run
 
 
 def register(
@@ -26,8 +48,8 @@ def register(
     """
     name = schema.partition("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, cpu, "CPU")
-    _library.impl(name, cuda, "CUDA")
+    _library.impl(name, untraced(cpu), "CPU")
+    _library.impl(name, untraced(cuda), "CUDA")
     torch.library.register_fake(f"titok_fast::{name}", fake, lib=_library)
     op: Callable[..., Any] = getattr(torch.ops.titok_fast, name).default
     return op

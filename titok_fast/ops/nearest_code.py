@@ -210,7 +210,7 @@ def rescored_codes(
         raise ValueError("backend: 'reference' has no coarse pass; allowed: 'cpu', 'triton'")
     rescored = torch.zeros(z.shape[:-1], dtype=torch.int64, device=z.device)
     rows = z.detach().reshape(-1, z.shape[-1])
-    (_cpu if z.device.type == "cpu" else _triton)(
+    _library.untraced(_cpu if z.device.type == "cpu" else _triton)(
         rows, codebook.detach(), metric, False, backend, rescored.view(-1)
     )
     return rescored
