@@ -36,9 +36,12 @@ def moments_kernel(
     inside = (pixel < pixels)[:, None] & (channel < C)[None, :]
     where = (image * pixels + pixel)[:, None] * C + channel[None, :]
     value = tl.load(x + where, inside, 0.0).to(tl.float32)
-    count = tl.minimum(pixels - chunk * PIXELS, PIXELS)
-    # Approximate, a mean would leave something of a constant group.
-    mean = tl.div_rn(tl.sum(value, axis=0), count.to(tl.float32))
+    count = tl.minimum(pixels - chunk * PIXELS, PIXELS).to(tl.float32)
+    # Sums are of differences to one of the values, so that nothing is left of a constant group.
+    corner = x + (image * pixels + chunk * PIXELS) * C + channel
+    first = tl.load(corner, channel < C, 0.0).to(tl.float32)
+    total = tl.sum(tl.where(inside, value - first[None, :], 0.0), axis=0)
+    mean = first + total / count
     distance = tl.where(inside, value - mean[None, :], 0.0)
     out = moments + (image * 2 * chunks + chunk) * C + channel
     tl.store(out, mean, channel < C)
@@ -88,14 +91,15 @@ def scales_kernel(
     means = moments + image * 2 * chunks * C
     squares = means + chunks.to(tl.int64) * C
 
+    first = tl.load(means + group * GROUP)
     total = tl.zeros([CHUNKS, WIDTH], tl.float32)
     for start in tl.range(0, chunks, CHUNKS):
         inside, where, count = _chunks(
             start, pixels, chunks, group, C, GROUP, WIDTH, PIXELS, CHUNKS
         )
-        total += tl.load(means + where, inside, 0.0) * count
+        total += tl.where(inside, tl.load(means + where, inside, 0.0) - first, 0.0) * count
     size = pixels.to(tl.float32) * GROUP
-    mean = tl.div_rn(tl.sum(tl.sum(total, axis=0), axis=0), size)
+    mean = first + tl.sum(tl.sum(total, axis=0), axis=0) / size
 
     total = tl.zeros([CHUNKS, WIDTH], tl.float32)
     for start in tl.range(0, chunks, CHUNKS):

@@ -110,9 +110,7 @@ _BLACKWELL = {
     (64, 2): Config(Tile(128, 64, 8, 3), Tile(128, 32, 8, 2), Tile(32, 128, 8, 2)),
     (128, 1): Config(Tile(128, 64, 8, 3), Tile(128, 64, 8, 3), Tile(32, 128, 8, 2)),
     (128, 2): Config(Tile(128, 32, 8, 2), Tile(128, 32, 8, 2, 64, 64), Tile(32, 128, 8, 2, 64, 64)),
-    (256, 1): Config(
-        Tile(128, 32, 8, 3), Tile(128, 64, 8, 2, sharp=32), Tile(64, 128, 8, 2, sharp=32)
-    ),
+    (256, 1): Config(Tile(128, 32, 8, 3), Tile(128, 64, 8, 2, sharp=32), Tile(32, 128, 8, 2)),
     (_WIDE, 1): Config(
         Tile(128, 32, 8, 2, 64, 256), Tile(128, 32, 8, 2, 64, 256), Tile(32, 128, 8, 2, 64, 256)
     ),
@@ -1192,11 +1190,10 @@ def index_propagation_bwd_codebook_kernel(
         log_sum = tl.load(own + _LOG_SUM) * LOG2E - shift
         score, rest = tl.load(mean_score + row), tl.load(residual + row)
         below = s - top[None, :]
+        p = tl.exp2(below * LOG2E - log_sum[None, :])
         if PARTS == 1:  # half precision can do with fewer registers
-            p = tl.exp2(s * LOG2E - (top * LOG2E + log_sum)[None, :])
             ds = p * (slope - (score + rest)[None, :])
         else:
-            p = tl.exp2(below * LOG2E - log_sum[None, :])
             ds = p * (slope - score[None, :] - rest[None, :])
         if SHARP:
             real &= tl.load(own + _IN_FLOAT) > 0

@@ -153,10 +153,13 @@ def test_norm_of_data_with_a_large_mean(backend, device):
     assert relative_error(run(arguments, backend=backend), truth) <= 2e-4  # of x's own rounding
 
 
-def test_norm_of_a_constant_image(backend, device):
-    arguments = inputs((1, 8, 4, 3, 3), ("norm",), device=device)
-    arguments["x"].fill_(5.0)
-    assert_accurate(arguments, backend=backend, norm_eps=1e-3)
+@pytest.mark.parametrize("value", [5.0, 1.9, 100.1])
+@pytest.mark.parametrize("size", [(3, 3), (20, 31)])
+def test_norm_of_a_constant_image(backend, device, value, size):
+    """Nothing is left of it: the factor of 1,000 would show any rounding of the mean."""
+    arguments = inputs((1, 8, 4, *size), ("norm",), device=device)
+    arguments["x"].fill_(value)
+    assert_accurate(arguments, backend=backend, norm_eps=1e-6)
 
 
 def test_silu_of_large_numbers(backend, device):

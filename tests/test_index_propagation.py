@@ -684,6 +684,27 @@ def test_meta_tensors_give_shapes():
     assert sample_entropy.shape == batch_entropy.shape == ()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("exponent", [7, 10, 15])
+def test_equal_logits_of_any_size(ibq_backend, device, dtype, exponent):
+    """Three codes share each row, and the fourth is far away."""
+
+    def gradient(dtype, backend):
+        large = 2.0**exponent
+        z, codes, slope = torch.zeros(4, 16), torch.zeros(4, 16), torch.zeros(4, 16)
+        z[:, 0], codes[:3, 0], codes[3, 0] = large, large, -large
+        codes[0, 1] = codes[1, 2] = codes[2, 3] = 1
+        slope[:, 1], slope[:, 2] = 1, -0.5
+        z, codes, slope = (x.to(device, dtype) for x in (z, codes, slope))
+        codes.requires_grad_()
+        quantized = index_propagation(z, codes, temperature=1.0, backend=backend)[0]
+        return torch.autograd.grad((quantized * slope).sum(), codes)[0].double().cpu()
+
+    truth = gradient(torch.float64, "reference")
+    error = relative_error(gradient(dtype, ibq_backend), truth)
+    assert error < torch.finfo(dtype).eps
+
+
 def test_one_code_may_have_all_of_many_rows():
     """2^23 weights of 1 fill a counter of 40 bits behind the point."""
     with torch.no_grad():
