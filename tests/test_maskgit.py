@@ -246,8 +246,11 @@ def test_numbers_and_labels_of_numpy():
     model = small()
     expected = model.generate([0, 1], steps=3, guidance_scale=2.5, seed=7)
     options = {"steps": np.int32(3), "guidance_scale": np.float32(2.5), "seed": np.uint64(7)}
-    for labels in (np.array([0, 1], np.int32), np.array([0, 1], np.uint8), [np.int64(0), 1]):
+    big_endian, reverse = np.array([0, 1], ">i8"), np.array([1, 0], np.uint64)[::-1]
+    for labels in (np.array([0, 1], np.int32), big_endian, reverse, [np.int64(0), np.int32(1)]):
         assert torch.equal(model.generate(labels, **options), expected)
+    with pytest.raises(ValueError, match=r"labels: got shape \[\], allowed is \[B\]"):
+        model.generate(np.array(1))
     with pytest.raises(ValueError, match="steps: got True, allowed is a positive int"):
         model.generate([0], steps=np.bool_(True))
 

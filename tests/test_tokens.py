@@ -4,6 +4,7 @@ import io
 import pickle
 import resource
 import zipfile
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -14,7 +15,7 @@ from safetensors.numpy import save_file
 from tests.conformance import manifest
 from titok_fast.images import write_png
 from titok_fast.models import IBQTokenizer, TiTok
-from titok_fast.tokens import TokenFile, fingerprint
+from titok_fast.tokens import TokenFile, concatenated, fingerprint
 
 SUFFIXES = [".npz", ".safetensors"]
 IDS = ["a/ü 1.png", "a/b\n2.jpg", "odd\udc80.png"]
@@ -303,3 +304,15 @@ def test_the_fingerprint_of_ibq_is_that_of_its_encoder():
             part.weight.view(-1)[-1] += 1
         assert fingerprint(model) != name
         name = fingerprint(model)
+
+
+def test_files_of_one_kind_are_one():
+    first = token_file()
+    second = replace(first, class_names=first.class_names and tuple(first.class_names))
+    both = concatenated([first, second])
+    assert np.array_equal(both.tokens, np.concatenate([first.tokens, second.tokens]))
+    assert both.image_ids == [*first.image_ids, *second.image_ids]
+    with pytest.raises(ValueError, match="files: got none, at least one is needed"):
+        concatenated([])
+    with pytest.raises(ValueError, match=r"files\[1\] has another image_size than files\[0\]"):
+        concatenated([first, replace(first, image_size=first.image_size + 1)])

@@ -1507,10 +1507,12 @@ def test_held_out_tokens_of_another_kind_are_refused(
     for name, value in (
         ("fingerprint", "1" * 16),
         ("class_names", [str(i) for i in range(11)]),
+        ("tokens", file.tokens[:, :4]),
     ):
         dataclasses.replace(file, **{name: value}).save(path)
         result = titok_fast(*train, "--held-out", path)
-        assert result.returncode == 2 and f"has another {name} than" in result.err, result.err
+        words = "has images of [4] tokens, " if name == "tokens" else f"has another {name} than"
+        assert result.returncode == 2 and f"--held-out: {path} {words}" in result.err, result.err
     for name, tokens in (("empty", file.tokens[:0]), ("same", file.tokens)):
         rows = slice(len(tokens))
         labels, image_ids = file.labels[rows], file.image_ids[rows]

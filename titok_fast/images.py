@@ -241,6 +241,7 @@ def read_pixels(
             is the centre.
     """
     _check_interpolation(interpolation)
+    check_kind("size", size, COUNT)
     try:
         with Image.open(path) as file:
             image = _to_rgb(_upright(file), file.format)
@@ -270,7 +271,7 @@ def prepare_image(
     Raises:
         TypeError: for anything else.
         ValueError: for an unknown interpolation, a size that is no positive int, an image without
-            pixels or one whose white is unknown.
+            pixels, damaged, or one whose white is unknown.
     """
     _check_interpolation(interpolation)
     check_kind("size", size, COUNT)
@@ -286,8 +287,12 @@ def prepare_image(
         )
     if 0 in image.size:
         raise ValueError(f"image: got {image.width} x {image.height} pixels, allowed are some")
-    upright = _to_rgb(_upright(image), image.format)
-    pixels = _INTERPOLATIONS[interpolation](upright, size, None)
+    try:
+        upright = _to_rgb(_upright(image), image.format)
+        pixels = _INTERPOLATIONS[interpolation](upright, size, None)
+    except Exception as error:  # as in `read_pixels`
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"image: cannot be prepared ({reason})") from error
     return to_float(torch.from_numpy(pixels.transpose(2, 0, 1).copy()))
 
 

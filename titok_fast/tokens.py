@@ -187,18 +187,21 @@ def concatenated(files: Sequence[TokenFile]) -> TokenFile:
         files: at least one.
 
     Returns:
-        Its `model` and `revision` are the first one's.
+        A file whose `model` and `revision` are the first one's.
 
     Raises:
-        ValueError: for files of other weights, another image size, grid, codebook or classes.
+        ValueError: for no file, or files of other weights, another image size, grid, codebook or
+            classes.
     """
+    if not files:
+        raise ValueError("files: got none, at least one is needed")
     first = files[0]
-    if len(files) == 1:
-        return first
     for i, file in enumerate(files):
-        for name in ("fingerprint", "image_size", "codebook_size", "class_names"):
+        for name in ("fingerprint", "image_size", "codebook_size"):
             if getattr(file, name) != getattr(first, name):
                 raise ValueError(f"files[{i}] has another {name} than files[0]")
+        if _listed(file.class_names) != _listed(first.class_names):
+            raise ValueError(f"files[{i}] has another class_names than files[0]")
         if file.tokens.shape[1:] != first.tokens.shape[1:]:
             shapes = [list(each.tokens.shape[1:]) for each in (file, first)]
             raise ValueError(f"files[{i}] has images of {shapes[0]} tokens, files[0] {shapes[1]}")
@@ -209,6 +212,10 @@ def concatenated(files: Sequence[TokenFile]) -> TokenFile:
         image_ids=[name for file in files for name in file.image_ids],
         labels=np.concatenate(labels) if labels else None,
     )
+
+
+def _listed(names: Sequence[str] | None) -> list[str] | None:
+    return None if names is None else list(names)
 
 
 def _check_tokens(tokens: Array, codebook_size: int | None) -> None:

@@ -244,8 +244,10 @@ def train(
             if isinstance(data, TokenFile)
             else tokenizer_config(model)
         )
-    elif kind is IBQTokenizer:
-        config = {"use_entropy_loss": True, **kind.narrowed(config)}
+    else:
+        config = kind.narrowed(config)
+        if kind is IBQTokenizer:
+            config = {"use_entropy_loss": True, **config}
     of_proxies = kind in TOKENIZERS and predicts_proxies(config)
     if proxy is not None and not of_proxies:
         raise ValueError(f"--proxy: got {proxy!r}, which only a TiTok's first stage has a use for")
@@ -469,6 +471,12 @@ def _held_out(
                 raise ValueError(
                     f"--held-out: {paths[0]} has another {name} than what is trained on"
                 )
+        sizes = [list(each.tokens.shape[1:]) for each in (other, data)]
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"--held-out: {paths[0]} has images of {sizes[0]} tokens, what is trained on "
+                f"{sizes[1]}"
+            )
         known = set(_rows(other))
         shared = {name for name, tokens in _rows(data) if (name, tokens) in known}
     else:

@@ -9,7 +9,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from titok_fast.ops import inspect
-from titok_fast.ops.arguments import check_sizes, check_weights, strided
+from titok_fast.ops.arguments import check_sizes, check_weights, python_number, strided
 from titok_fast.ops.index_propagation import (
     BACKENDS,
     Propagation,
@@ -204,6 +204,7 @@ class IndexPropagationQuantize(nn.Module):
             sample_minimization_weight=sample_minimization_weight,
             batch_maximization_weight=batch_maximization_weight,
         )
+        entropy_temperature = python_number(entropy_temperature)
         check_temperature("entropy_temperature", entropy_temperature)
         inspect.check_backend(backend, BACKENDS)
         self.n_e = n_e

@@ -48,7 +48,7 @@ DECAY = Kind("a number from 0, below 1", lambda value: _is_number(value, 1) and 
 FLAG = Kind("true or false", lambda value: isinstance(value, bool))
 
 
-NARROW = (torch.int32, torch.int16, torch.int8, torch.uint8)  # what NumPy's arrays may hold
+NARROW = (torch.int32, torch.int16, torch.int8, torch.uint8)  # what a list of NumPy's numbers gives
 HEAD_WIDTHS = f"a multiple of 8 up to {MAX_HEAD_WIDTH}"
 
 
@@ -135,9 +135,11 @@ def check_kind(name: str, value: object, kind: Kind) -> None:
 
 
 def check_fields(options: object, **kinds: Kind) -> None:
-    """Raises ValueError unless each field that is named is of its kind."""
+    """Raises ValueError unless each field that is named is of its kind; NumPy's become Python's."""
     for name, kind in kinds.items():
-        check_kind(name, getattr(options, name), kind)
+        value = python_number(getattr(options, name))
+        check_kind(name, value, kind)
+        object.__setattr__(options, name, value)
 
 
 def check_floating(name: str, value: Tensor) -> None:
@@ -159,7 +161,9 @@ def as_labels(labels: Tensor | Sequence[int], num_classes: int, device: torch.de
     """Labels [B] int64 on the device; raises as `check_labels`."""
     if not isinstance(labels, Tensor | Sequence | np.ndarray):
         raise TypeError(f"labels: got {type(labels).__name__}, allowed is a tensor or a sequence")
-    empty = not isinstance(labels, Tensor) and len(labels) == 0  # which has no dtype of its own
+    if isinstance(labels, np.ndarray) and labels.dtype.kind in "iu":
+        labels = labels.astype(np.int64)  # of any size, byte order and strides
+    empty = not isinstance(labels, Tensor) and np.size(labels) == 0  # has no dtype of its own
     try:
         found = torch.as_tensor(labels, dtype=torch.int64 if empty else None)
     except (RuntimeError, TypeError, ValueError):  # what torch says names no argument
