@@ -8,25 +8,7 @@ namespace {
 
 constexpr int64_t kMegabyte = int64_t{1} << 20;
 
-const NearestCodeKernels& kernels() {
-#if defined(__x86_64__)
-  switch (active_isa()) {
-    case Isa::amx:
-      return nearest_code_amx;
-    case Isa::avx512bf16:
-      return nearest_code_avx512bf16;
-    case Isa::avx512vnni:
-      return nearest_code_avx512vnni;
-    case Isa::avx512:
-      return nearest_code_avx512;
-    case Isa::avx2:
-      return nearest_code_avx2;
-    default:
-      break;
-  }
-#endif
-  return nearest_code_portable;
-}
+const NearestCodeKernels& kernels() { return TITOK_OF_EACH_ISA(nearest_code); }
 
 NearestCodePlan make_plan(const NearestCodeKernels& kernels, int64_t n, int64_t k, int64_t d,
                           Metric metric, int threads) {

@@ -19,17 +19,19 @@ Isa active_isa();
 void force_isa(const std::string& name);
 
 // The variant of an op for the set in use. TITOK_OF_ISA is for an op that has it for AVX2 and for
-// AVX-512F, TITOK_OF_ISA_AND_DTYPE for one that also has AVX-512 BF16 and, for bfloat16, AMX.
+// AVX-512F, TITOK_OF_ISA_AND_DTYPE for one that also has AVX-512 BF16 and, for bfloat16, AMX, and
+// TITOK_OF_EACH_ISA for one that has it for every set.
 #if defined(__x86_64__)
 template <class T>
-const T& of_isa(const T& portable, const T& avx2, const T& avx512, const T& avx512bf16,
-                const T& amx) {
+const T& of_isa(const T& portable, const T& avx2, const T& avx512, const T& avx512vnni,
+                const T& avx512bf16, const T& amx) {
   switch (active_isa()) {
     case Isa::amx:
       return amx;
     case Isa::avx512bf16:
       return avx512bf16;
     case Isa::avx512vnni:
+      return avx512vnni;
     case Isa::avx512:
       return avx512;
     case Isa::avx2:
@@ -38,13 +40,17 @@ const T& of_isa(const T& portable, const T& avx2, const T& avx512, const T& avx5
       return portable;
   }
 }
-#define TITOK_OF_ISA(op) of_isa(op##_portable, op##_avx2, op##_avx512, op##_avx512, op##_avx512)
-#define TITOK_OF_ISA_AND_DTYPE(op, dtype)                        \
-  of_isa(op##_portable, op##_avx2, op##_avx512, op##_avx512bf16, \
+#define TITOK_OF_ISA(op) \
+  of_isa(op##_portable, op##_avx2, op##_avx512, op##_avx512, op##_avx512, op##_avx512)
+#define TITOK_OF_ISA_AND_DTYPE(op, dtype)                                     \
+  of_isa(op##_portable, op##_avx2, op##_avx512, op##_avx512, op##_avx512bf16, \
          (dtype) == DType::bfloat16 ? op##_amx : op##_avx512bf16)
+#define TITOK_OF_EACH_ISA(op) \
+  of_isa(op##_portable, op##_avx2, op##_avx512, op##_avx512vnni, op##_avx512bf16, op##_amx)
 #else
 #define TITOK_OF_ISA(op) (op##_portable)
 #define TITOK_OF_ISA_AND_DTYPE(op, dtype) (op##_portable)
+#define TITOK_OF_EACH_ISA(op) (op##_portable)
 #endif
 
 // As many of `most` threads as have at least `least` of the work: one may have to be woken.
