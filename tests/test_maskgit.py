@@ -249,6 +249,10 @@ def test_numbers_and_labels_of_numpy():
     big_endian, reverse = np.array([0, 1], ">i8"), np.array([1, 0], np.uint64)[::-1]
     for labels in (np.array([0, 1], np.int32), big_endian, reverse, [np.int64(0), np.int32(1)]):
         assert torch.equal(model.generate(labels, **options), expected)
+    assert torch.equal(model.generate([torch.tensor(0), torch.tensor(1)], **options), expected)
+    assert model.generate(np.zeros(0)).shape == (0, 9)
+    with pytest.raises(TypeError, match=r"labels: got \[\[1\], \[2, 3\]\], allowed is integers"):
+        model.generate([[1], [2, 3]])
     with pytest.raises(ValueError, match=r"labels: got shape \[\], allowed is \[B\]"):
         model.generate(np.array(1))
     with pytest.raises(ValueError, match="steps: got True, allowed is a positive int"):

@@ -26,7 +26,7 @@ def raise_together(error: Exception | None) -> None:
     """Raises the error of the first process that has one in all of them; all have to call it."""
     rank, _ = rank_and_size()
     # An error of any class need not survive pickling.
-    kinds = (kind for kind in (FloatingPointError, OSError) if isinstance(error, kind))
+    kinds = (kind for kind in (FloatingPointError, OSError, ValueError) if isinstance(error, kind))
     kind: type[Exception] = next(kinds, RuntimeError)
     found = gathered(None if error is None else (kind, str(error)))
     for number, first in enumerate(found):

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from titok_fast._files import replacing
 from titok_fast.models.checks import COUNT, check_kind
+from titok_fast.ops.arguments import python_number
 
 _KINDS = "avif bmp gif jp2 jpeg jpg pgm png pnm ppm tif tiff webp"
 Pixels = npt.NDArray[Any]
@@ -221,7 +222,7 @@ def read_image(
 
     Raises:
         OSError: the file is missing or is not a readable image; the message names it.
-        ValueError: for an unknown interpolation.
+        ValueError: for an unknown interpolation, or a size that is no positive int.
     """
     return to_float(read_pixels(path, size, interpolation=interpolation))
 
@@ -241,6 +242,7 @@ def read_pixels(
             is the centre.
     """
     _check_interpolation(interpolation)
+    size = python_number(size)
     check_kind("size", size, COUNT)
     try:
         with Image.open(path) as file:
@@ -274,6 +276,7 @@ def prepare_image(
             pixels, damaged, or one whose white is unknown.
     """
     _check_interpolation(interpolation)
+    size = python_number(size)
     check_kind("size", size, COUNT)
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:

@@ -163,7 +163,8 @@ def as_labels(labels: Tensor | Sequence[int], num_classes: int, device: torch.de
         raise TypeError(f"labels: got {type(labels).__name__}, allowed is a tensor or a sequence")
     if isinstance(labels, np.ndarray) and labels.dtype.kind in "iu":
         labels = labels.astype(np.int64)  # of any size, byte order and strides
-    empty = not isinstance(labels, Tensor) and np.size(labels) == 0  # has no dtype of its own
+    shape = labels.shape if isinstance(labels, Tensor | np.ndarray) else [len(labels)]
+    empty = not isinstance(labels, Tensor) and list(shape) == [0]  # has no dtype of its own
     try:
         found = torch.as_tensor(labels, dtype=torch.int64 if empty else None)
     except (RuntimeError, TypeError, ValueError):  # what torch says names no argument

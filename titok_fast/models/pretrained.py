@@ -96,7 +96,7 @@ class PretrainedModel(nn.Module):
             config: it itself, or the training file that has it at `config_within`.
 
         Raises:
-            ValueError: for an interpolation that ends in itself.
+            ValueError: for an interpolation that leads to itself, or through more than ten others.
         """
         whole: dict[str, Any] = _plain(config, config)
         if cls.config_within is None or found_at(whole, cls.config_key) is not None:
@@ -368,7 +368,7 @@ def _plain(value: Any, root: Any, depth: int = 0) -> Any:
         if found is None:
             return value
         if depth == MAX_INTERPOLATIONS:
-            raise ValueError(f"config: {value} leads to itself")
+            raise ValueError(f"config: {value} leads to itself, or on and on")
         return _plain(found, root, depth + 1)
     if isinstance(value, Sequence):
         return [_plain(item, root, depth) for item in value]

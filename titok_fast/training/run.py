@@ -356,11 +356,14 @@ class _Keeper:
             except Exception as error:
                 failure = error
         if failure or steps % self._options.save_every == 0 or steps == self._steps:
+            unsaved: Exception | None = None
             try:
                 self._save(steps, optimizer)
             except Exception as error:
-                failure = failure or error
-            raise_together(failure)
+                unsaved = error
+            raise_together(unsaved)
+        if failure:
+            raise failure
 
     def _save(self, steps: int, optimizer: torch.optim.Optimizer) -> None:
         if self._path is None or not self._writes:
