@@ -1,5 +1,7 @@
 """Which of how many processes this is, and what becomes of an error in one of them."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed as dist
@@ -22,8 +24,14 @@ def gathered(value: Any) -> list[Any]:
     return values
 
 
-def raise_together(error: Exception | None) -> None:
-    """Raises the error of the first process that has one in all of them; all have to call it."""
+@contextmanager
+def together() -> Iterator[None]:
+    """What all processes do; the error of the first that has one is raised in all of them."""
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as own:
+        error = own
     rank, _ = rank_and_size()
     # An error of any class need not survive pickling.
     kinds = (kind for kind in (FloatingPointError, OSError, ValueError) if isinstance(error, kind))

@@ -148,9 +148,9 @@ def load_images(
         RuntimeError: when a worker process dies.
     """
     _check_interpolation(interpolation)
-    for name, value in (("size", size), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"{name}: got {value}, allowed is a positive int")
+    size, batch_size = python_number(size), python_number(batch_size)
+    check_kind("size", size, COUNT)
+    check_kind("batch_size", batch_size, COUNT)
     # The others start in seconds; a worker touches neither CUDA nor this process's threads.
     context = "fork" if workers and sys.platform == "linux" else None
     loader = DataLoader(
@@ -246,16 +246,13 @@ def read_pixels(
     check_kind("size", size, COUNT)
     try:
         with Image.open(path) as file:
-            image = _to_rgb(_upright(file), file.format)
-            pixels = _INTERPOLATIONS[interpolation](image, size, crop)
+            return _prepared(file, size, interpolation, crop)
     except Exception as error:  # on a corrupt file Pillow's decoders raise whatever they run into
-        reason = " ".join(str(error).split()) or type(error).__name__
         name = os.fspath(path) if isinstance(path, str | os.PathLike) else type(path).__name__
-        unreadable = OSError(f"{name}: not a readable image ({reason})")
+        unreadable = OSError(f"{name}: not a readable image ({_reason(error)})")
         code = getattr(error, "errno", None)
         unreadable.errno = errno.ENOMEM if isinstance(error, MemoryError) else code
         raise unreadable from error
-    return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
 
 
 def prepare_image(
@@ -291,12 +288,19 @@ def prepare_image(
     if 0 in image.size:
         raise ValueError(f"image: got {image.width} x {image.height} pixels, allowed are some")
     try:
-        upright = _to_rgb(_upright(image), image.format)
-        pixels = _INTERPOLATIONS[interpolation](upright, size, None)
+        return to_float(_prepared(image, size, interpolation, None))
     except Exception as error:  # as in `read_pixels`
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"image: cannot be prepared ({reason})") from error
-    return to_float(torch.from_numpy(pixels.transpose(2, 0, 1).copy()))
+        raise ValueError(f"image: cannot be prepared ({_reason(error)})") from error
+
+
+def _prepared(image: Image.Image, size: int, interpolation: str, crop: Crop) -> Tensor:
+    upright = _to_rgb(_upright(image), image.format)
+    pixels = _INTERPOLATIONS[interpolation](upright, size, crop)
+    return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _upright(image: Image.Image) -> Image.Image:

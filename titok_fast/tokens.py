@@ -197,14 +197,8 @@ def concatenated(files: Sequence[TokenFile]) -> TokenFile:
         raise ValueError("files: got none, at least one is needed")
     first = files[0]
     for i, file in enumerate(files):
-        for name in ("fingerprint", "image_size", "codebook_size"):
-            if getattr(file, name) != getattr(first, name):
-                raise ValueError(f"files[{i}] has another {name} than files[0]")
-        if _listed(file.class_names) != _listed(first.class_names):
-            raise ValueError(f"files[{i}] has another class_names than files[0]")
-        if file.tokens.shape[1:] != first.tokens.shape[1:]:
-            shapes = [list(each.tokens.shape[1:]) for each in (file, first)]
-            raise ValueError(f"files[{i}] has images of {shapes[0]} tokens, files[0] {shapes[1]}")
+        if reason := difference(file, first, "files[0]"):
+            raise ValueError(f"files[{i}] {reason}")
     labels = [file.labels for file in files if file.labels is not None]
     return replace(
         first,
@@ -214,8 +208,19 @@ def concatenated(files: Sequence[TokenFile]) -> TokenFile:
     )
 
 
-def _listed(names: Sequence[str] | None) -> list[str] | None:
-    return None if names is None else list(names)
+def difference(file: TokenFile, other: TokenFile, name: str) -> str | None:
+    """Why the tokens of a file are of another kind than those of the `other`, which has a name."""
+    for field in ("fingerprint", "image_size", "codebook_size"):
+        if getattr(file, field) != getattr(other, field):
+            return f"has another {field} than {name}"
+    names = [each.class_names for each in (file, other)]
+    classes = [None if each is None else list(each) for each in names]
+    if classes[0] != classes[1]:
+        return f"has another class_names than {name}"
+    shapes = [list(each.tokens.shape[1:]) for each in (file, other)]
+    if shapes[0] != shapes[1]:
+        return f"has images of {shapes[0]} tokens, {name} {shapes[1]}"
+    return None
 
 
 def _check_tokens(tokens: Array, codebook_size: int | None) -> None:

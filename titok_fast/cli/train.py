@@ -40,7 +40,7 @@ from titok_fast.models.auto import (
 from titok_fast.models.checks import DECAY, NUMBER, check_kind, found_at
 from titok_fast.models.generate import Generator
 from titok_fast.models.pretrained import CONFIG_FILE, WEIGHTS_FILE, locate
-from titok_fast.tokens import TokenFile, concatenated, fingerprint, raw_bytes
+from titok_fast.tokens import TokenFile, concatenated, difference, fingerprint, raw_bytes
 from titok_fast.training import generator, tokenizer
 from titok_fast.training.adversary import Adversary, AdversaryOptions
 from titok_fast.training.generator import GeneratorTask, generator_config
@@ -466,17 +466,8 @@ def _held_out(
     if isinstance(other, TokenFile):
         if not len(other.tokens):
             raise ValueError(f"--held-out: {paths[0]} has no image")
-        for name in ("fingerprint", "image_size", "class_names"):
-            if getattr(other, name) != getattr(data, name):
-                raise ValueError(
-                    f"--held-out: {paths[0]} has another {name} than what is trained on"
-                )
-        sizes = [list(each.tokens.shape[1:]) for each in (other, data)]
-        if sizes[0] != sizes[1]:
-            raise ValueError(
-                f"--held-out: {paths[0]} has images of {sizes[0]} tokens, what is trained on "
-                f"{sizes[1]}"
-            )
+        if reason := difference(other, data, "what is trained on"):
+            raise ValueError(f"--held-out: {paths[0]} {reason}")
         known = set(_rows(other))
         shared = {name for name, tokens in _rows(data) if (name, tokens) in known}
     else:

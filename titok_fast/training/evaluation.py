@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from titok_fast._distributed import gathered, raise_together, rank_and_size
+from titok_fast._distributed import gathered, rank_and_size, together
 from titok_fast._files import remove_temporaries, replacing
 from titok_fast.images import grid, write_png
 from titok_fast.models.pretrained import evaluating
@@ -56,23 +56,16 @@ class Evaluator:
     def __call__(self, model: nn.Module, steps: int) -> None:
         """Measures a model after so many steps; all processes have to call it, and all raise."""
         rank, _ = rank_and_size()
-        failure: Exception | None = None
         with evaluating(model), torch.no_grad():
-            try:
+            with together():
                 sums = self._sums(model)
-            except Exception as error:
-                failure = error
-            raise_together(failure)
             measured = self._means(gathered(sums))
             for name, value in measured.items():
                 if not math.isfinite(value):
                     raise FloatingPointError(f"held out: got a {name} of {value} at step {steps}")
-            if rank == 0:
-                try:
+            with together():
+                if rank == 0:
                     self._tell(model, steps, measured)
-                except Exception as error:
-                    failure = error
-            raise_together(failure)
 
     def _tell(self, model: nn.Module, steps: int, measured: Mapping[str, float]) -> None:
         """A line of the log, and in the folder a line and a sheet of samples."""

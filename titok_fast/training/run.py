@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from titok_fast._distributed import gathered, raise_together, rank_and_size
+from titok_fast._distributed import gathered, rank_and_size, together
 from titok_fast._files import flush_to_disk, remove_temporaries, replacing
 from titok_fast.models.checks import COUNT, DECAY, WHOLE, check_fields, one_of, or_none
 from titok_fast.models.pretrained import CONFIG_FILE, WEIGHTS_FILE, PretrainedModel
@@ -290,19 +290,17 @@ class _Keeper:
             self.average = copy.deepcopy(task.model).requires_grad_(False)
 
     def start(self, optimizer: torch.optim.Optimizer) -> int:
-        steps, measured, failure = 0, False, None
-        try:
+        steps, measured = 0, False
+        with together():
             if self._path is not None:
                 steps = self._load(self._path, optimizer)
                 measured = self._writes and forget(self._path.parent, steps)
-        except Exception as error:
-            failure = error
-        raise_together(failure)
-        if len(set(gathered(steps))) > 1:
+        of_all = gathered((steps, measured))
+        if len({each for each, _ in of_all}) > 1:
             raise ValueError(f"folder: {self._path} is not one that all processes see")
+        _, measured = of_all[0]
         # An evaluation that failed, or a finished run that had no held-out examples.
-        missing = not gathered(measured)[0]
-        if self._evaluator is not None and steps and self._due(steps) and missing:
+        if self._evaluator is not None and steps and self._due(steps) and not measured:
             self._evaluator(self.average, steps)
         return steps
 
@@ -356,12 +354,8 @@ class _Keeper:
             except Exception as error:
                 failure = error
         if failure or steps % self._options.save_every == 0 or steps == self._steps:
-            unsaved: Exception | None = None
-            try:
+            with together():
                 self._save(steps, optimizer)
-            except Exception as error:
-                unsaved = error
-            raise_together(unsaved)
         if failure:
             raise failure
 
