@@ -235,23 +235,25 @@ def run(
     keeper = _Keeper(task, state, options, optimization.steps, evaluator, writes=rank == 0, log=log)
     devices = [device] if device.type == "cuda" else []
     ahead = Ahead(batch, optimization.steps * count, workers)
-    with ahead as batches, torch.random.fork_rng(devices=devices):
-        fit(
-            model.parameters(),
-            loss_at,
-            optimization,
-            undecayed=[
-                parameter
-                for name, parameter in model.named_parameters()
-                if any(part in name for part in task.undecayed)
-            ],
-            keeper=keeper,
-            log_every=options.log_every if rank == 0 else 0,
-            log=log,
-        )
-    if processes > 1:
-        del network
-        gc.collect()  # at the interpreter's exit it can abort the process
+    try:
+        with ahead as batches, torch.random.fork_rng(devices=devices):
+            fit(
+                model.parameters(),
+                loss_at,
+                optimization,
+                undecayed=[
+                    parameter
+                    for name, parameter in model.named_parameters()
+                    if any(part in name for part in task.undecayed)
+                ],
+                keeper=keeper,
+                log_every=options.log_every if rank == 0 else 0,
+                log=log,
+            )
+    finally:
+        if processes > 1:
+            del network
+            gc.collect()  # at the interpreter's exit it can abort the process
     return keeper.average.eval()
 
 
