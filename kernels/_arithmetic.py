@@ -26,6 +26,15 @@ def rounded(x, dtype: tl.constexpr, PRECISION: tl.constexpr):
     return x.to(dtype)
 
 
+@triton.jit
+def powers(largest, SCALE: tl.constexpr):
+    # Powers of two that bring the largest entry to 2^SCALE..2^(SCALE + 1) and back.
+    exponent = tl.maximum(largest.to(tl.int32, bitcast=True) >> 23, 21)
+    down = ((254 - exponent + SCALE) << 23).to(tl.float32, bitcast=True)
+    up = ((exponent - SCALE) << 23).to(tl.float32, bitcast=True)
+    return down, up
+
+
 def interpreted(x: Tensor, options: dict[str, Any]) -> dict[str, Any]:
     """The options of a launch, with "PRECISION" as the interpreter needs it for `x`."""
     if x.device.type == "cpu" and x.dtype == torch.bfloat16:

@@ -1,4 +1,4 @@
-"""The device that kernels are launched on, by which their tiles are chosen."""
+"""The device that kernels are launched on, by which their tiles are chosen, and memory there."""
 
 import functools
 from collections.abc import Iterator
@@ -7,6 +7,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 CAPABILITIES = (80, 90, 100, 120)  # for which there are tiles
 
@@ -50,3 +51,11 @@ def _cuda(device: torch.device) -> Device:
     lower = [c for c in CAPABILITIES if c <= 10 * major + minor]
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
     return Device(max(lower, default=min(CAPABILITIES)), multiprocessors)
+
+
+def floats(device: torch.device, *sizes: int) -> list[Tensor]:
+    """New float32 tensors of one allocation, each of its size."""
+    # Whole 16-byte units: a kernel is compiled again for a pointer of another alignment.
+    units = [-size % 4 + size for size in sizes]
+    parts = torch.empty(sum(units), dtype=torch.float32, device=device).split(units)
+    return [part[:size] for part, size in zip(parts, sizes, strict=True)]

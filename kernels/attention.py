@@ -14,9 +14,10 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from titok_fast.kernels._arithmetic import LOG2E, dot, interpreted, rounded
 from titok_fast.kernels._device import device_of
-from torch import Tensor
 
 # Integers of which no value is compiled into a kernel.
 _SIZES = (

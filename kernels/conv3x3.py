@@ -10,8 +10,9 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from titok_fast.kernels._arithmetic import interpreted, rounded
 from torch import Tensor
+
+from titok_fast.kernels._arithmetic import interpreted, rounded
 
 _PIXELS = 64  # of a chunk
 _APPLIED = 16  # of a program of the last pass

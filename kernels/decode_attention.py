@@ -10,8 +10,9 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from titok_fast.kernels._arithmetic import LOG2E, interpreted, rounded
 from torch import Tensor
+
+from titok_fast.kernels._arithmetic import LOG2E, interpreted, rounded
 
 _LOWEST = tl.constexpr(-3e38)
 _ELEMENTS = 4096  # of a block of keys, for all queries of a group together

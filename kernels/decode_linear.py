@@ -11,8 +11,9 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from titok_fast.kernels._arithmetic import dot, interpreted, rounded
 from torch import Tensor
+
+from titok_fast.kernels._arithmetic import dot, interpreted, rounded
 
 # Integers of which no value is compiled into the kernel; with ALIGNED in units of 8 elements.
 _UNITS = ("width", "x_stride", "weight_stride", "scale_stride", "shift_stride", "up_stride")

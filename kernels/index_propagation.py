@@ -15,13 +15,14 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from titok_fast.kernels._arithmetic import LOG2E
-from titok_fast.kernels._device import device_of
-from titok_fast.kernels.nearest_code import DOT, _best_of, _exact_scores, _floats, _merge
 from torch import Tensor
 
-_NONE = tl.constexpr(2147483647)
+from titok_fast.kernels._arithmetic import LOG2E, powers
+from titok_fast.kernels._device import device_of, floats
+from titok_fast.kernels._exact import DOT, NONE, best_of, exact_scores, merge
+
 _LARGEST_NORM = tl.constexpr(1e15)  # of what float32 can square; the bounds skip what is above
+_SCALE = tl.constexpr(14)  # entries of up to 2^15 in fp16
 _SHIFT = tl.constexpr(15)  # weights of up to 2^15 keep small ones normal in fp16
 # Of (s - max) / T: below, a sum of a million terms loses nothing.
 _SHARP_REACH = tl.constexpr(32.0)
@@ -131,20 +132,11 @@ _INTERPRETER = {
 
 
 @triton.jit
-def _powers(largest):
-    # Powers of two that bring the largest entry to 2^14..2^15 and back.
-    exponent = tl.maximum(largest.to(tl.int32, bitcast=True) >> 23, 21)
-    down = ((268 - exponent) << 23).to(tl.float32, bitcast=True)
-    up = ((exponent - 14) << 23).to(tl.float32, bitcast=True)
-    return down, up
-
-
-@triton.jit
 def _up(top, PARTS: tl.constexpr):
     # What undoes the scale of a copy in two parts.
     if PARTS == 1:
         return 1.0
-    _, up = _powers(tl.load(top))
+    _, up = powers(tl.load(top), _SCALE)
     return up
 
 
@@ -172,7 +164,7 @@ def index_propagation_measure_kernel(
         finite = tl.max((values > _LARGEST_NORM).to(tl.int32), axis=1) == 0
         values = tl.where(values <= _LARGEST_NORM, values, 0.0)
         entry = tl.max(values, axis=1)
-        down, up = _powers(entry)
+        down, up = powers(entry, _SCALE)
         scaled = values * down[:, None]  # up to 2^15
         length = tl.sqrt(tl.sum(scaled * scaled, axis=1)) * up * 1.001
         length = tl.where(finite, length, float("inf"))
@@ -208,7 +200,7 @@ def index_propagation_copy_kernel(
     to = out + row[:, None] * WIDTH + columns
     kept = (row < rows)[:, None]
     if PARTS == 2:
-        down, _ = _powers(tl.load(top))
+        down, _ = powers(tl.load(top), _SCALE)
         values = values.to(tl.float32) * down
         high = values.to(tl.float16)
         tl.store(to, high, mask=kept)
@@ -485,8 +477,8 @@ def _sharpen(
         error = _coarse_error(norm, tl.load(block_norm + block, mask=real, other=0.0), D, PARTS)
         top = tl.load(entries + block.to(tl.int64) * size, mask=real, other=0.0)
         pending = real & ~(top + error < threshold)
-        hit = tl.min(tl.where(pending, block, _NONE), axis=0)
-        while hit < _NONE:
+        hit = tl.min(tl.where(pending, block, NONE), axis=0)
+        while hit < NONE:
             for at in range(0, BLOCK, PIECE):
                 code = hit * BLOCK + at + tl.arange(0, PIECE)[:, None]
                 inside = code < k
@@ -502,7 +494,7 @@ def _sharpen(
                     total += tl.sum(q, axis=0)
                     weighted += tl.sum(q * x, axis=0)
             pending &= block != hit
-            hit = tl.min(tl.where(pending, block, _NONE), axis=0)
+            hit = tl.min(tl.where(pending, block, NONE), axis=0)
     return total, weighted
 
 
@@ -591,22 +583,22 @@ def index_propagation_fwd_rows_kernel(
 
     z_row = z + row * z_stride + tl.zeros([1], tl.int64)
     best = tl.full([1], float("nan"), tl.float64)
-    best_index = tl.full([1], _NONE, tl.int32)
+    best_index = tl.full([1], NONE, tl.int32)
     for start in range(0, tl.where(norm != norm, 0, blocks), CHUNK):
         block = start + tl.arange(0, CHUNK)
         real = block < blocks
         error = _coarse_error(norm, tl.load(block_norm + block, mask=real, other=0.0), D, PARTS)
         upper = tl.load(entries + block.to(tl.int64) * size, mask=real, other=0.0) + error
         pending = real & ~(upper < threshold)  # a NaN excludes nothing
-        hit = tl.min(tl.where(pending, block, _NONE), axis=0)
-        while hit < _NONE:
+        hit = tl.min(tl.where(pending, block, NONE), axis=0)
+        while hit < NONE:
             code = hit * BLOCK + tl.arange(0, BLOCK)[:, None]
-            score = _exact_scores(z_row, codebook, code, code < k, codebook_stride, D, DOT, 4)
-            here, index = _best_of(score, code, code < k)
-            best, best_index = _merge(best, best_index, here, index)
+            score = exact_scores(z_row, codebook, code, code < k, codebook_stride, D, DOT, 4)
+            here, index = best_of(score, code, code < k)
+            best, best_index = merge(best, best_index, here, index)
             pending &= block != hit
-            hit = tl.min(tl.where(pending, block, _NONE), axis=0)
-    index = tl.where(best_index == _NONE, 0, best_index).to(tl.int64)
+            hit = tl.min(tl.where(pending, block, NONE), axis=0)
+    index = tl.where(best_index == NONE, 0, best_index).to(tl.int64)
     tl.store(indices + row + tl.zeros([1], tl.int64), index)
 
     if ENTROPY:
@@ -945,7 +937,7 @@ def index_propagation_bwd_z_kernel(
         norm = tl.load(z_norm + row)
     code_scale = _up(code_top, PARTS)
     scale, grad_scale = _up(z_top, PARTS) * code_scale, _up(grad_top, PARTS) * code_scale
-    down, _ = _powers(tl.load(bound))
+    down, _ = powers(tl.load(bound), _SCALE)
     last = first + size
     first += start
     if D <= DEPTH:
@@ -1046,7 +1038,7 @@ def index_propagation_bwd_rows_kernel(
     own = statistics + row * 8
     split = tl.arange(0, STEP)
     columns = tl.arange(0, WIDTH)
-    _, up = _powers(tl.load(bound))
+    _, up = powers(tl.load(bound), _SCALE)
     rest = 0.0
     sums = tl.zeros([WIDTH], tl.float32)
     for at in range(0, slots, STEP):
@@ -1076,8 +1068,8 @@ def index_propagation_bwd_rows_kernel(
                 block = start + tl.arange(0, CHUNK)
                 where = needed + block.to(tl.int64) * n + row
                 pending = tl.load(where, mask=block < blocks, other=0) != 0
-                hit = tl.min(tl.where(pending, block, _NONE), axis=0)
-                while hit < _NONE:
+                hit = tl.min(tl.where(pending, block, NONE), axis=0)
+                while hit < NONE:
                     for at in range(0, BLOCK, PIECE):
                         code = hit * BLOCK + at + tl.arange(0, PIECE)[:, None]
                         inside = code < k
@@ -1096,7 +1088,7 @@ def index_propagation_bwd_rows_kernel(
                             )
                             sums += tl.sum((ds * (inverse_t / n)).to(tl.float32) * e, axis=0)
                     pending &= block != hit
-                    hit = tl.min(tl.where(pending, block, _NONE), axis=0)
+                    hit = tl.min(tl.where(pending, block, NONE), axis=0)
             if stage == 0:
                 exponent /= total
                 average /= total
@@ -1153,7 +1145,7 @@ def index_propagation_bwd_codebook_kernel(
     start = tl.program_id(0) * CODES
     code_scale, z_scale = _up(code_top, PARTS), _up(z_top, PARTS)
     scale, grad_scale = z_scale * code_scale, _up(grad_top, PARTS) * code_scale
-    down, up = _powers(tl.load(bound))
+    down, up = powers(tl.load(bound), _SCALE)
     up *= z_scale
     shift = tl.log2(down)
     rows, grads = (z, z_part, z_stride), (grad, z_part, z_stride)
@@ -1245,8 +1237,8 @@ def index_propagation_bwd_sparse_kernel(
         pending = tl.load(indices + row, mask=row < n, other=-PIECE) // PIECE == this
         if ENTROPY:
             pending |= tl.load(flags + row, mask=row < n, other=0) != 0
-        hit = tl.min(tl.where(pending, row, _NONE), axis=0)
-        while hit < _NONE:
+        hit = tl.min(tl.where(pending, row, NONE), axis=0)
+        while hit < NONE:
             found = 1
             at = hit.to(tl.int64)
             g = tl.load(grad + at * grad_stride + columns, mask=real, other=0.0).to(tl.float32)
@@ -1264,7 +1256,7 @@ def index_propagation_bwd_sparse_kernel(
                 )  # fmt: skip
                 sums += (ds * (inverse_t / n)).to(tl.float32) * a.to(tl.float32)
             pending &= row != hit
-            hit = tl.min(tl.where(pending, row, _NONE), axis=0)
+            hit = tl.min(tl.where(pending, row, NONE), axis=0)
     if found == 1:
         to = grad_codebook + code.to(tl.int64) * D + columns[None, :]
         kept = inside & real[None, :]
@@ -1368,12 +1360,12 @@ def _codes(
         yield first, min(k - first, most), out, out.stride(0) // 16, layout.width // 16
 
 
-def _config(x: Tensor, layout: _Layout, config: Config | None) -> tuple[Config, int]:
+def _config(device: torch.device, layout: _Layout) -> tuple[Config, int]:
     """Tiles and number of multiprocessors."""
-    gpu = device_of(x.device)
+    gpu = device_of(device)
     if gpu is None:
-        return config or _choose(_INTERPRETER, layout), 1
-    return config or _choose(CONFIGS[gpu.capability], layout), gpu.multiprocessors
+        return _choose(_INTERPRETER, layout), 1
+    return _choose(CONFIGS[gpu.capability], layout), gpu.multiprocessors
 
 
 def _choose(table: dict[tuple[int, int], Config], layout: _Layout) -> Config:
@@ -1494,8 +1486,6 @@ def launch_index_propagation_fwd(
     temperature: float,
     entropy: bool,
     gradients: bool,
-    *,
-    config: Config | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Outputs of the op `index_propagation_fwd`; `z` [N, D] and `codebook` [K, D] by row.
 
@@ -1505,7 +1495,6 @@ def launch_index_propagation_fwd(
         temperature: of the sharp softmax.
         entropy: whether to compute it.
         gradients: whether a backward pass follows; without, the mean code is empty.
-        config: instead of the device's own, to try out tiles.
     """
     (n, d), k = z.shape, codebook.shape[0]
     device, interpreted = z.device, z.device.type == "cpu"
@@ -1520,7 +1509,7 @@ def launch_index_propagation_fwd(
         return outputs
 
     layout = _layout(z, codebook)
-    config, multiprocessors = _config(z, layout, config)
+    config, multiprocessors = _config(z.device, layout)
     tile, inverse_t = config.fwd, 1.0 / temperature
     z_norm, z_top = _measure(z, layout)
     block_norm, code_top = _measure(codebook, layout, tile.codes)
@@ -1578,8 +1567,6 @@ def launch_index_propagation_bwd(
     code_weight: Tensor,
     temperature: float,
     entropy: bool,
-    *,
-    config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Outputs of the op `index_propagation_bwd`, in the inputs' dtype.
 
@@ -1594,7 +1581,6 @@ def launch_index_propagation_bwd(
         code_weight: [K] gradient of the mean over rows of q.
         temperature: as in the forward pass.
         entropy: likewise.
-        config: instead of the device's own, to try out tiles.
     """
     (n, d), k = z.shape, codebook.shape[0]
     device, interpreted = z.device, z.device.type == "cpu"
@@ -1608,14 +1594,14 @@ def launch_index_propagation_bwd(
     wide = torch.empty(n, 3, dtype=torch.float64, device=device)
     mean_code, statistics = mean_code.contiguous(), statistics.contiguous()
     layout = _layout(z, grad, codebook)
-    config, multiprocessors = _config(z, layout, config)
+    config, multiprocessors = _config(z.device, layout)
     tile, inverse_t = config.bwd_z, 1.0 / temperature
     z_norm, z_top = _measure(z, layout)
     grad_norm, grad_top = _measure(grad, layout)
     block_norm, code_top = _measure(codebook, layout, tile.codes)
     rows, z_part, z_stride = _rows(z, z_top, layout)
     grads, _, _ = _rows(grad, grad_top, layout)
-    mean_score, bound, residual = _floats(device, n, n, n)
+    mean_score, bound, residual = floats(device, n, n, n)
     own_rows = max(1, 4096 // layout.width)
     index_propagation_bwd_prepare_kernel[(triton.cdiv(n, own_rows),)](
         grad, grad_norm, mean_code, statistics, sample_weight, code_weight.abs().amax(),
@@ -1630,7 +1616,7 @@ def launch_index_propagation_bwd(
     needed = torch.empty(blocks * n if entropy else 1, dtype=torch.int8, device=device)
     partial = torch.empty(slots * plan.chunk * d, dtype=torch.float32, device=device)
     all_parts = slots * plan.chunk
-    residuals, sharp_sums, sharp_means = _floats(
+    residuals, sharp_sums, sharp_means = floats(
         device, all_parts, 3 * all_parts if entropy else 1, 3 * n if entropy else 1
     )
     options = _row_options(d, layout, tile.codes, interpreted)

@@ -12,19 +12,28 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from titok_fast.kernels._device import device_of
 from torch import Tensor
 
-L2 = tl.constexpr(0)
-COSINE = tl.constexpr(1)
-DOT = tl.constexpr(2)
-_METRICS = {"l2": 0, "cosine": 1, "dot": 2}
+from titok_fast.kernels._arithmetic import powers
+from titok_fast.kernels._device import device_of, floats
+from titok_fast.kernels._exact import (
+    COSINE,
+    L2,
+    METRICS,
+    NONE,
+    NORM_FLOOR,
+    best_of,
+    exact_scores,
+    floored,
+    merge,
+    sum_pairs,
+    to_double,
+)
 
 # Above this norm a row or code leaves the coarse pass; below it float32 cannot overflow.
 _LARGEST_NORM = tl.constexpr(1e18)
-_NORM_FLOOR = tl.constexpr(1e-12)
+_SCALE = tl.constexpr(9)  # entries of up to 2^10 in fp16, whose products cannot overflow
 _CENTER_CODES = tl.constexpr(8)
-_NONE = tl.constexpr(2147483647)
 _TABLE_BYTES = 256 << 20
 
 
@@ -133,22 +142,13 @@ def _center(codebook, k, stride, D: tl.constexpr, WIDTH: tl.constexpr, CENTERED:
 
 
 @triton.jit
-def _powers(largest):
-    # Powers of two that bring the largest entry to 2^9..2^10 and back.
-    exponent = tl.maximum(largest.to(tl.int32, bitcast=True) >> 23, 21)
-    down = ((263 - exponent) << 23).to(tl.float32, bitcast=True)
-    up = ((exponent - 9) << 23).to(tl.float32, bitcast=True)
-    return down, up
-
-
-@triton.jit
 def _measure(values):  # [ROWS, WIDTH]
     # (representable, largest entry, norm) of each row, at any scale.
     magnitude = tl.abs(values)
     finite = tl.min((magnitude <= _LARGEST_NORM).to(tl.int32), axis=1) == 1
     magnitude = tl.where(finite[:, None], magnitude, 0.0)
     largest = tl.max(magnitude, axis=1)
-    down, up = _powers(largest)
+    down, up = powers(largest, _SCALE)
     scaled = magnitude * down[:, None]
     length = tl.sqrt(tl.sum(scaled * scaled, axis=1)) * up
     return finite & (length <= _LARGEST_NORM), largest, length
@@ -217,9 +217,9 @@ def nearest_code_prepare_kernel(
                 values = _load_rows(codebook, code, k - 1, codebook_stride, center, D, WIDTH)
                 finite, entry, length = _measure(values)
                 if METRIC == COSINE:
-                    entry = entry / tl.maximum(length, _NORM_FLOOR)
+                    entry = entry / tl.maximum(length, NORM_FLOOR)
                 largest = tl.maximum(largest, tl.where(finite, entry, 0.0))
-            down, up = _powers(tl.zeros([ROWS], tl.float32) + tl.max(largest, axis=0))
+            down, up = powers(tl.zeros([ROWS], tl.float32) + tl.max(largest, axis=0), _SCALE)
         norm = tl.zeros([ROWS], tl.float32)
         error = tl.zeros([ROWS], tl.float32)
         for start in range(0, SPAN, ROWS):
@@ -227,7 +227,7 @@ def nearest_code_prepare_kernel(
             values = _load_rows(codebook, code, k - 1, codebook_stride, center, D, WIDTH)
             finite, _, length = _measure(values)
             if METRIC == COSINE:
-                inverse = 1.0 / tl.maximum(length, _NORM_FLOOR)
+                inverse = 1.0 / tl.maximum(length, NORM_FLOOR)
                 if COPY:
                     values *= inverse[:, None]
                 else:
@@ -265,7 +265,7 @@ def nearest_code_prepare_kernel(
         lost = tl.zeros([ROWS], tl.float32)
         if COPY:
             # Rows past the end write the last row again, with the same values.
-            down, up = _powers(tl.where(finite, largest, 0.0))
+            down, up = powers(tl.where(finite, largest, 0.0), _SCALE)
             row = tl.minimum(row, n - 1)
             length, lost = _round(values, finite, down, up, z_half, row, D, PADDED_D, WIDTH)
             tl.store(z_scale + row, up, mask=inside)
@@ -433,126 +433,13 @@ def _coarse_error(
 
 
 @triton.jit
-def _widen(x):
-    return x.to(tl.float32).to(tl.float64)
-
-
-@triton.jit
-def _part(
-    row,  # [1, A] pointers
-    code_row,  # [B, A] pointers
-    inside,  # [B, A]
-    part: tl.constexpr,
-    D: tl.constexpr,
-    METRIC: tl.constexpr,
-):
-    # Every eighth term of the sum, and of the code's squares.
-    total = tl.zeros(inside.shape, tl.float64)
-    square = tl.zeros(inside.shape, tl.float64)
-    for i in tl.static_range(part, D, 8):
-        a, b = _widen(tl.load(row + i)), _widen(tl.load(code_row + i, mask=inside, other=0.0))
-        if METRIC == L2:
-            total += (a - b) * (a - b)
-        else:
-            total += a * b
-            square += b * b
-    return total, square
-
-
-@triton.jit
-def _sum_pairs(x):
-    # [B, A, 8] -> [B, A] in the order of every backend.
-    a, b = tl.split(tl.reshape(x, [x.shape[0], x.shape[1], 4, 2]))
-    a, b = tl.split(tl.reshape(a + b, [x.shape[0], x.shape[1], 2, 2]))
-    a, b = tl.split(a + b)
-    return a + b
-
-
-@triton.jit
-def _floored(length):
-    return tl.where(length < _NORM_FLOOR, _NORM_FLOOR, length)
-
-
-@triton.jit
-def _exact_scores(
-    z_row,  # [A] pointers
-    codebook,
-    code,  # [B, A]
-    inside,  # [B, A]
-    codebook_stride,
-    D: tl.constexpr,
-    METRIC: tl.constexpr,
-    UNROLL: tl.constexpr = 6,  # loads under way; with eight ptxas spills
-):
-    code_row = codebook + code.to(tl.int64) * codebook_stride
-    row = z_row[None, :]
-    if D <= 16:  # a thread to a score: nothing moves between lanes
-        total0, square0 = _part(row, code_row, inside, 0, D, METRIC)
-        total1, square1 = _part(row, code_row, inside, 1, D, METRIC)
-        total2, square2 = _part(row, code_row, inside, 2, D, METRIC)
-        total3, square3 = _part(row, code_row, inside, 3, D, METRIC)
-        total4, square4 = _part(row, code_row, inside, 4, D, METRIC)
-        total5, square5 = _part(row, code_row, inside, 5, D, METRIC)
-        total6, square6 = _part(row, code_row, inside, 6, D, METRIC)
-        total7, square7 = _part(row, code_row, inside, 7, D, METRIC)
-        total = (total0 + total1) + (total2 + total3)
-        total += (total4 + total5) + (total6 + total7)
-        square = (square0 + square1) + (square2 + square3)
-        square += (square4 + square5) + (square6 + square7)
-    else:  # eight threads to a score, so that loads are wide
-        totals = tl.zeros([code.shape[0], code.shape[1], 8], tl.float64)
-        squares = tl.zeros([code.shape[0], code.shape[1], 8], tl.float64)
-        # With more loads under way, or unrolled whole, cosine's two sums spill.
-        unroll: tl.constexpr = min(UNROLL, 4, max(1, D // 16)) if METRIC == COSINE else UNROLL
-        for start in tl.range(0, D, 8, loop_unroll_factor=unroll):
-            columns = start + tl.arange(0, 8)[None, None, :]
-            a = _widen(tl.load(row[:, :, None] + columns, mask=columns < D, other=0.0))
-            b = _widen(
-                tl.load(
-                    code_row[:, :, None] + columns,
-                    mask=inside[:, :, None] & (columns < D),
-                    other=0.0,
-                )
-            )
-            if METRIC == L2:
-                totals += (a - b) * (a - b)
-            else:
-                totals += a * b
-                if METRIC == COSINE:
-                    squares += b * b
-        total = _sum_pairs(totals)
-        square = _sum_pairs(squares)
-    if METRIC == L2:
-        total = -total
-    if METRIC == COSINE:
-        total = total / _floored(tl.sqrt(square))
-    return total
-
-
-@triton.jit
-def _best_of(score, code, inside):
-    # The best of [B, A] scores along B and its code: NaN is worst, then _NONE; ties go low.
-    real = inside & (score == score)
-    top = tl.max(tl.where(real, score, float("-inf")), axis=0)
-    index = tl.min(tl.where(real & (score == top[None, :]), code, _NONE), axis=0)
-    return top, index
-
-
-@triton.jit
-def _merge(best, best_index, top, index):
-    nearer = (best_index == _NONE) | (top > best) | ((top == best) & (index < best_index))
-    nearer &= index != _NONE
-    return tl.where(nearer, top, best), tl.where(nearer, index, best_index)
-
-
-@triton.jit
 def _length(row, D: tl.constexpr):  # [A] pointers -> [1, A, 1]
     square = tl.zeros([1, row.shape[0], 8], tl.float64)
     for start in tl.range(0, D, 8, loop_unroll_factor=2):
         columns = start + tl.arange(0, 8)[None, None, :]
-        x = _widen(tl.load(row[None, :, None] + columns, mask=columns < D, other=0.0))
+        x = to_double(tl.load(row[None, :, None] + columns, mask=columns < D, other=0.0))
         square += x * x
-    return _floored(tl.sqrt(_sum_pairs(square)))[:, :, None]
+    return floored(tl.sqrt(sum_pairs(square)))[:, :, None]
 
 
 @triton.jit
@@ -571,7 +458,7 @@ def _store(
     METRIC: tl.constexpr,
     DISTANCE: tl.constexpr,
 ):
-    none = best_index == _NONE
+    none = best_index == NONE
     best_index = tl.where(none, 0, best_index).to(tl.int64)
     tl.store(indices + row, best_index, mask=inside)
     if not DISTANCE:
@@ -586,15 +473,15 @@ def _store(
         for start in tl.range(0, D, 8, loop_unroll_factor=2):
             columns = start + tl.arange(0, 8)[None, None, :]
             a = (
-                _widen(tl.load(z_row[None, :, None] + columns, mask=columns < D, other=0.0))
+                to_double(tl.load(z_row[None, :, None] + columns, mask=columns < D, other=0.0))
                 / z_length
             )
             b = (
-                _widen(tl.load(code_row[None, :, None] + columns, mask=columns < D, other=0.0))
+                to_double(tl.load(code_row[None, :, None] + columns, mask=columns < D, other=0.0))
                 / code_length
             )
             square += (a - b) * (a - b)
-        distance = tl.max(_sum_pairs(square), axis=0)
+        distance = tl.max(sum_pairs(square), axis=0)
     distance = tl.where(has_nan | none, float("nan"), distance.to(tl.float32))
     tl.store(distances + row, distance, mask=inside)
 
@@ -673,7 +560,7 @@ def nearest_code_rescore_kernel(
         threshold = tl.maximum(threshold, tl.max(lower, axis=0))
 
     best = tl.full([ROWS], float("nan"), tl.float64)
-    best_index = tl.full([ROWS], _NONE, tl.int32)
+    best_index = tl.full([ROWS], NONE, tl.int32)
     count = tl.zeros([ROWS], tl.int32)
     for start in range(0, blocks, CHUNK):
         block = start + tl.arange(0, CHUNK)
@@ -689,42 +576,42 @@ def nearest_code_rescore_kernel(
         pending = real & ~(top + bound < threshold[None, :]) & ~whole
 
         # Rows advance together, each through its own sub-blocks.
-        hit = tl.min(tl.where(pending, block[:, None], _NONE), axis=0)  # [ROWS]
-        while tl.min(hit, axis=0) < _NONE:
-            active = hit < _NONE
+        hit = tl.min(tl.where(pending, block[:, None], NONE), axis=0)  # [ROWS]
+        while tl.min(hit, axis=0) < NONE:
+            active = hit < NONE
             number = tl.load(entry + hit.to(tl.int64) * (n - first), mask=active, other=0) >> 32
             position = (number.to(tl.int32) & (SUBS - 1))[None, :] * FOLD
             for at in range(0, GROUP * FOLD, STEP):
                 i = at + tl.arange(0, STEP)[:, None]
                 code = _code(hit[None, :], position + i % FOLD, i // FOLD, TILE_CODES, GROUP, PARTS)
                 present = active[None, :] & (code < k)
-                score = _exact_scores(z_row, codebook, code, present, codebook_stride, D, METRIC)
-                top_here, index = _best_of(score, code, present)
-                best, best_index = _merge(best, best_index, top_here, index)
+                score = exact_scores(z_row, codebook, code, present, codebook_stride, D, METRIC)
+                top_here, index = best_of(score, code, present)
+                best, best_index = merge(best, best_index, top_here, index)
                 if COUNT:
                     count += tl.sum(present.to(tl.int32), axis=0)
             pending &= block[:, None] != hit[None, :]
-            hit = tl.min(tl.where(pending, block[:, None], _NONE), axis=0)
+            hit = tl.min(tl.where(pending, block[:, None], NONE), axis=0)
 
         # Whole blocks, one row at a time.
         key = one[None, :] * CHUNK + tl.arange(0, CHUNK)[:, None]
-        least = tl.min(tl.min(tl.where(whole, key, _NONE), axis=0), axis=0)
-        while least < _NONE:
+        least = tl.min(tl.min(tl.where(whole, key, NONE), axis=0), axis=0)
+        while least < NONE:
             this_row = first + tl.program_id(0).to(tl.int64) * ROWS + least // CHUNK
             this_z = z + (this_row + tl.zeros([1], tl.int64)) * z_stride
             this_block = start + least % CHUNK
             for at in range(0, GROUP * SIZE, PIECE):
                 i = at + tl.arange(0, PIECE)[:, None]
                 code = _code(this_block, i % SIZE, i // SIZE, TILE_CODES, GROUP, PARTS)
-                score = _exact_scores(this_z, codebook, code, code < k, codebook_stride, D, METRIC)
-                top_here, index = _best_of(score, code, code < k)
-                index = tl.where(one == least // CHUNK, index, _NONE)
-                best, best_index = _merge(best, best_index, top_here, index)
+                score = exact_scores(this_z, codebook, code, code < k, codebook_stride, D, METRIC)
+                top_here, index = best_of(score, code, code < k)
+                index = tl.where(one == least // CHUNK, index, NONE)
+                best, best_index = merge(best, best_index, top_here, index)
                 if COUNT:
                     real_codes = tl.sum((code < k).to(tl.int32), axis=0)
                     count += tl.where(one == least // CHUNK, real_codes, 0)
             whole &= key != least
-            least = tl.min(tl.min(tl.where(whole, key, _NONE), axis=0), axis=0)
+            least = tl.min(tl.min(tl.where(whole, key, NONE), axis=0), axis=0)
 
     _store(
         indices, distances, row, inside, z_row, codebook, codebook_stride, best, best_index,
@@ -753,12 +640,12 @@ def nearest_code_direct_kernel(
     row = tl.program_id(0).to(tl.int64) + tl.zeros([1], tl.int64)
     z_row = z + row * z_stride
     best = tl.full([1], float("nan"), tl.float64)
-    best_index = tl.full([1], _NONE, tl.int32)
+    best_index = tl.full([1], NONE, tl.int32)
     for start in range(0, k, CODES):
         code = start + tl.arange(0, CODES)[:, None]
-        score = _exact_scores(z_row, codebook, code, code < k, codebook_stride, D, METRIC)
-        top, index = _best_of(score, code, code < k)
-        best, best_index = _merge(best, best_index, top, index)
+        score = exact_scores(z_row, codebook, code, code < k, codebook_stride, D, METRIC)
+        top, index = best_of(score, code, code < k)
+        best, best_index = merge(best, best_index, top, index)
     # A NaN in the row makes every score NaN, and only a NaN in every code does too.
     every = tl.full([1], 1, tl.int1)
     _store(
@@ -785,14 +672,6 @@ def _steps(row_tiles: int, spans: int, slots: int) -> int:
 
     splits = (max(1, waves * slots // row_tiles) for waves in range(1, 9))
     return min((triton.cdiv(spans, split) for split in splits), key=cost)
-
-
-def _floats(device: torch.device, *sizes: int) -> list[Tensor]:
-    """New float32 tensors of one allocation, each of its size."""
-    # Whole 16-byte units: a kernel is compiled again for a pointer of another alignment.
-    units = [-size % 4 + size for size in sizes]
-    parts = torch.empty(sum(units), dtype=torch.float32, device=device).split(units)
-    return [part[:size] for part, size in zip(parts, sizes, strict=True)]
 
 
 def _prepare_options(padded_d: int, tile: Tile) -> dict[str, Any]:
@@ -849,8 +728,6 @@ def launch_nearest_code(
     metric: str,
     distance: bool = False,
     rescored: Tensor | None = None,
-    *,
-    config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Indices [N] int64 and distances [N] float32; `z` [N, D] and `codebook` [K, D] by row.
 
@@ -860,7 +737,6 @@ def launch_nearest_code(
         metric: "l2", "cosine" or "dot".
         distance: whether distances are computed; without it there are none.
         rescored: [N] int64, filled with the number of codes that were scored in float64.
-        config: instead of the device's own, to try out tiles.
     """
     (n, d), k = z.shape, codebook.shape[0]
     device = z.device
@@ -870,9 +746,9 @@ def launch_nearest_code(
         return indices, distances
 
     gpu = device_of(device)
-    config = config or (CONFIGS[gpu.capability] if gpu else _INTERPRETER)
+    config = CONFIGS[gpu.capability] if gpu else _INTERPRETER
     multiprocessors = gpu.multiprocessors if gpu else 1
-    kind = _METRICS[metric]
+    kind = METRICS[metric]
     z_stride, codebook_stride = z.stride(0), codebook.stride(0)
     if k * d <= config.direct_row and n * k * d <= config.direct:
         nearest_code_direct_kernel[(n,)](
@@ -885,7 +761,7 @@ def launch_nearest_code(
     spans = triton.cdiv(k, tile.span)
     far = max(z_stride, codebook_stride) >= 2**31  # the coarse pass has strides of 32 bits
     copy = z.dtype == torch.float32 or far or bool((d | z_stride | codebook_stride) % 16)
-    z_scale, z_norm, z_error, span_scale, span_bound, column = _floats(
+    z_scale, z_norm, z_error, span_scale, span_bound, column = floats(
         device, n, n, n, spans, 3 * spans, spans * tile.span
     )
     z_half, code_half = z, codebook

@@ -144,7 +144,11 @@ def test_every_op_has_files_nowhere_else():
     known = set(OPS) | {"__init__"}
     streaming = {f"{op}_streaming" for op in OPS}  # in PyTorch, but never N x K
     assert {p.stem for p in (PACKAGE / "reference").glob("*.py")} <= known | streaming
-    assert {p.stem for p in (ROOT / "kernels").glob("*.py")} <= known | {"_arithmetic", "_device"}
+    assert {p.stem for p in (ROOT / "kernels").glob("*.py")} <= known | {
+        "_arithmetic",
+        "_device",
+        "_exact",
+    }
     assert {p.stem for p in (ROOT / "docs/ops").glob("*.md")} <= known
 
 
