@@ -5,8 +5,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -100,12 +99,6 @@ def prepare(backend: str) -> Callable[[Case, Tensor, Tensor], Call]:
     return prepare
 
 
-@contextmanager
-def only(backend: SDPBackend) -> Iterator[None]:
-    with sdpa_kernel(backend):
-        yield
-
-
 def matrices(case: Case) -> str | None:
     return harness.over_budget(8 * case.b * case.h * case.l**2 * case.dtype.itemsize)
 
@@ -139,7 +132,7 @@ BENCH = Bench(
                 f"sdpa-{name}",
                 prepare("torch"),
                 devices=devices,
-                setting=partial(only, backend),
+                setting=partial(sdpa_kernel, backend),
                 too_much=matrices if name == "math" else lambda case: None,
             )
             for name, (backend, devices) in SDPA.items()

@@ -26,6 +26,7 @@ from torch import Tensor
 from titok_fast._contention import contention, other_cpus
 from titok_fast.models.widened import WIDENED
 from titok_fast.ops import inspect
+from titok_fast.ops.arguments import dtype_name
 from titok_fast.testing import cpu_isa, peak_extra_bytes, supported_isas
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,7 +60,7 @@ class Case:
 
     def info(self) -> dict[str, int | str]:
         own = {f.name: getattr(self, f.name) for f in fields(self)}
-        own["dtype"] = str(self.dtype).removeprefix("torch.")
+        own["dtype"] = dtype_name(self.dtype)
         return {k.upper() if isinstance(v, int) else k: v for k, v in own.items()}
 
     def __str__(self) -> str:
@@ -334,7 +335,7 @@ def _measure(
     flops, moved = what.work(case)
     dtype = provider.dtype or case.dtype
     row.info |= {
-        "gemm_dtype": str(dtype).removeprefix("torch."),
+        "gemm_dtype": dtype_name(dtype),
         "gflops": flops / device_seconds / 1e9,
         "gbytes_per_s": moved / device_seconds / 1e9,
         "share_of_gemm_peak": flops / device_seconds / gemm_peak(case.device, dtype),
@@ -508,7 +509,7 @@ def peaks(cases: list[Case]) -> dict[str, float]:
     for device in dict.fromkeys(case.device for case in cases):
         own = [case.dtype for case in cases if case.device == device]
         for dtype in dict.fromkeys([torch.float32, torch.bfloat16, *own]):
-            name = str(dtype).removeprefix("torch.")
+            name = dtype_name(dtype)
             found[f"gemm_gflops {device} {name}"] = gemm_peak(device, dtype) / 1e9
         found[f"copy_gbytes_per_s {device}"] = copy_peak(device) / 1e9
     return found

@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from bench import harness
-from titok_fast._files import replacing
+from titok_fast._files import write_json
 
 COMMAND = (sys.executable, "-c", "from titok_fast.cli import main; main()", "profile")
 
@@ -30,8 +30,7 @@ def main(arguments: list[str]) -> int:
         found = json.loads((Path(folder) / "profile.json").read_text())
     found["machine_info"] = harness.machine(own.bench_commit)
     target = own.into / "profiles" / f"{harness.host_kind()}-{found['model']}-{date.today()}.json"
-    with replacing(target) as temporary:
-        temporary.write_text(json.dumps(found, indent=2) + "\n")
+    write_json(target, found)
     print(f"saved {target}")
     return 0
 

@@ -9,7 +9,6 @@ rows alone, those of a goal first, and stops after 6.5 minutes; it needs a CUDA 
 """
 
 import argparse
-import json
 import math
 import signal
 import subprocess
@@ -20,7 +19,7 @@ from pathlib import Path
 
 from bench import record
 from bench.harness import ROOT, devices, host_kind
-from titok_fast._files import replacing
+from titok_fast._files import write_json
 
 GPU_MINUTES = 6.5  # of the eight that `make bench-gpu` may take with its profiles
 GPU = ("--bench-device=cuda", "--benchmark-max-time=0.3")
@@ -59,8 +58,7 @@ def main(arguments: list[str]) -> int:
     finally:
         found = record.results(*map(record.read, parts))
         if found is not None:
-            with replacing(target) as temporary:
-                temporary.write_text(json.dumps(found, indent=2) + "\n")
+            write_json(target, found)
             print(f"saved {target}: {len(found['benchmarks'])} rows")
             for name, gate in found["machine_info"]["failed"].items():
                 print(f"{name}: {gate}")

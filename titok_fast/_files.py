@@ -1,6 +1,7 @@
 """Files that appear whole or not at all."""
 
 import hashlib
+import json
 import os
 import secrets
 from collections.abc import Iterator
@@ -46,3 +47,9 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Writes a value as JSON, whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

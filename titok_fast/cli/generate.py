@@ -19,7 +19,7 @@ import typer
 from numpy.lib.format import open_memmap
 from torch import Tensor
 
-from titok_fast._files import remove_temporaries, replacing
+from titok_fast._files import remove_temporaries, replacing, write_json
 from titok_fast.cli.common import (
     DEFAULT_MODEL,
     BatchSize,
@@ -40,7 +40,7 @@ from titok_fast.cli.common import (
     say,
     with_options,
 )
-from titok_fast.cli.runs import Parts, Setting, changed, write_settings
+from titok_fast.cli.runs import Parts, Setting, changed
 from titok_fast.images import grid, read_pixels, to_float, write_png
 from titok_fast.models import MaskGIT
 from titok_fast.models.generate import (
@@ -364,7 +364,7 @@ class _Run:
         self._whole = all(path.exists() for path in (*self._paths, *last))
         self._parts = Parts(home, options)
         if folder is not None:
-            write_settings(folder / "options.json", options)
+            write_json(folder / "options.json", options)
             remove_temporaries(folder, "*.png")
         if npz is not None:
             remove_temporaries(npz.parent, glob.escape(npz.name))

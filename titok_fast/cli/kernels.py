@@ -1,6 +1,5 @@
 """What the GPU kernels compile to, on a machine without a GPU."""
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -10,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.progress import track
 
-from titok_fast._files import replacing
+from titok_fast._files import write_json
 from titok_fast.cli.common import check_place, errors, processors, say
 from titok_fast.ops import inspect
 from titok_fast.ops.inspect import KernelReport
@@ -64,8 +63,7 @@ def kernels(
     verdict = f"{len(faulty)} spill or cannot launch" if faulty else "no spills, all can launch"
     say(f"{len(reports)} kernels in {seconds:.1f} s: {verdict}")
     if json_file is not None:
-        with replacing(json_file) as temporary:
-            temporary.write_text(json.dumps(_json(reports, seconds), indent=2) + "\n")
+        write_json(json_file, _json(reports, seconds))
     for report in faulty:
         name = f"{report.kernel} [{report.constants}] on sm_{report.capability}"
         say(f"{name} {' and '.join(report.faults)}", errors, style="red")

@@ -1,12 +1,11 @@
 """A sampler's speed beside a diffusion model's."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from titok_fast._files import replacing
+from titok_fast._files import write_json
 from titok_fast.cli.common import (
     DEFAULT_MODEL,
     Device,
@@ -21,6 +20,7 @@ from titok_fast.cli.common import (
 )
 from titok_fast.cli.profile_chart import draw_profile, duration
 from titok_fast.images import write_png
+from titok_fast.ops.arguments import dtype_name
 from titok_fast.profiling import BASELINES, MODELS, Measurement, Profile
 from titok_fast.profiling import profile as measure
 
@@ -73,8 +73,7 @@ def profile(
     for line in _lines(result):
         say(line)
     if output is not None:
-        with replacing(output / "profile.json") as temporary:
-            temporary.write_text(json.dumps(_json(result), indent=2) + "\n")
+        write_json(output / "profile.json", _json(result))
         write_png(output / "profile.png", draw_profile(result, headline(result)))
         say(f"profile.json, profile.png and traces to {output}")
 
@@ -82,10 +81,9 @@ def profile(
 def headline(result: Profile) -> str:
     """What was measured, where."""
     against = "" if result.baseline is None else f" and {result.baseline}"
-    dtype = str(result.dtype).removeprefix("torch.")
     return (
         f"{result.model}{against}: {result.image_size} x {result.image_size} px, batch of "
-        f"{result.batch_size}, {dtype}, {result.device}"
+        f"{result.batch_size}, {dtype_name(result.dtype)}, {result.device}"
     )
 
 
@@ -127,7 +125,7 @@ def _json(result: Profile) -> dict[str, object]:
         "baseline": result.baseline,
         "image_size": result.image_size,
         "batch_size": result.batch_size,
-        "dtype": str(result.dtype).removeprefix("torch."),
+        "dtype": dtype_name(result.dtype),
         "device": result.device,
         "versions": dict(result.versions),
         "paper_speed_up": result.paper_speed_up,

@@ -11,16 +11,10 @@ from typing import IO
 
 import numpy as np
 
-from titok_fast._files import replacing
+from titok_fast._files import replacing, write_json
 from titok_fast.tokens import Array, read_arrays
 
 Setting = str | int | float | bool | None
-
-
-def write_settings(path: Path, settings: Mapping[str, Setting]) -> None:
-    """Writes the settings of a run as JSON."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def changed(old: Mapping[str, Setting], settings: Mapping[str, Setting]) -> str:
@@ -30,7 +24,7 @@ def changed(old: Mapping[str, Setting], settings: Mapping[str, Setting]) -> str:
 
 
 def check_settings(path: Path, settings: Mapping[str, Setting]) -> None:
-    """Raises ValueError unless `write_settings` wrote the same to the path."""
+    """Raises ValueError unless the file holds the same, as JSON."""
     try:
         changes = changed(json.loads(path.read_text(encoding="utf-8")), settings)
     except (AttributeError, OSError, ValueError):
@@ -74,7 +68,7 @@ class Parts:
             check_settings(manifest, settings)
             return
         self._clear()  # nothing was done yet, or its removal was interrupted
-        write_settings(manifest, settings)
+        write_json(manifest, settings)
 
     def add(self, indices: Iterable[int], tokens: Array) -> None:
         """Keeps the tokens [n, ...] of n images; writes them once the interval has passed."""

@@ -15,6 +15,7 @@ import torch.distributed as dist
 import typer
 
 from titok_fast._distributed import rank_and_size
+from titok_fast._files import write_json
 from titok_fast.cli.common import (
     Device,
     check_place,
@@ -27,7 +28,7 @@ from titok_fast.cli.common import (
     say,
     with_options,
 )
-from titok_fast.cli.runs import Setting, check_settings, locked, write_settings
+from titok_fast.cli.runs import Setting, check_settings, locked
 from titok_fast.images import ImageFile, find_images
 from titok_fast.models import ARTransformer, IBQTokenizer, MaskGIT, MaskGITVQGAN, TiTok, compile
 from titok_fast.models.auto import (
@@ -336,7 +337,7 @@ def train(
     if rank == 0:
         lock = locked(output / LOCK_FILE)
         _check_output(output, settings)  # another run may have begun since
-        write_settings(output / SETTINGS_FILE, settings)
+        write_json(output / SETTINGS_FILE, settings)
         size = sum(parameter.numel() for parameter in task.model.parameters()) / 1e6
         apart = "" if evaluated is None else f", {evaluated.count:,} held out"
         say(f"{name}, {size:,.1f} million parameters, {task.count:,} images{apart}")

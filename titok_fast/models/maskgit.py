@@ -48,7 +48,30 @@ SCHEDULES: Mapping[str, Callable[[float], float]] = {
 Noise = Callable[[int, str, tuple[int, ...]], Tensor]
 
 
-def _config(num_tokens: int, network: Mapping[str, Any], **sampling: Any) -> Mapping[str, Any]:
+# By number of tokens; the generators of 512 px were never released and take those of 256 px.
+_SAMPLING: Mapping[int, Mapping[str, Any]] = {
+    32: {
+        "num_steps": 8,
+        "randomize_temperature": 9.5,
+        "guidance_scale": 4.5,
+        "guidance_decay": "linear",
+    },
+    64: {
+        "num_steps": 8,
+        "randomize_temperature": 11.0,
+        "guidance_scale": 3.0,
+        "guidance_decay": "linear",
+    },
+    128: {
+        "num_steps": 64,
+        "randomize_temperature": 2.8,
+        "guidance_scale": 6.9,
+        "guidance_decay": "power-cosine",
+    },
+}
+
+
+def _config(num_tokens: int, network: Mapping[str, Any]) -> Mapping[str, Any]:
     generator = {
         **network,
         "dropout": 0.1,
@@ -56,7 +79,7 @@ def _config(num_tokens: int, network: Mapping[str, Any], **sampling: Any) -> Map
         "class_label_dropout": 0.1,
         "image_seq_len": num_tokens,
         "condition_num_classes": 1000,
-        **sampling,
+        **_SAMPLING[num_tokens],
     }
     return {"model": {"vq_model": {"codebook_size": 4096}, "generator": generator}}
 
@@ -198,46 +221,26 @@ class MaskGIT(PretrainedModel):
 
     releases: ClassVar[Mapping[str, Release]] = {
         "maskgit-vit-l-32": Release(
-            _config(
-                32, _VIT, num_steps=8, randomize_temperature=9.5, guidance_scale=4.5,
-                guidance_decay="linear",
-            ),
+            _config(32, _VIT),
             hub_id="yucornetto/generator_titok_l32_imagenet",
             checkpoint="generator_titok_l32.bin",
         ),
         "maskgit-vit-b-64": Release(
-            _config(
-                64, _VIT, num_steps=8, randomize_temperature=11.0, guidance_scale=3.0,
-                guidance_decay="linear",
-            ),
+            _config(64, _VIT),
             hub_id="yucornetto/generator_titok_b64_imagenet",
             checkpoint="generator_titok_b64.bin",
         ),
         "maskgit-uvit-s-128": Release(
-            _config(
-                128, _UVIT, num_steps=64, randomize_temperature=2.8, guidance_scale=6.9,
-                guidance_decay="power-cosine",
-            ),
+            _config(128, _UVIT),
             hub_id="yucornetto/generator_titok_s128_imagenet",
             checkpoint="generator_titok_s128.bin",
         ),
-        # Never released: their sampling is that of the 256 px generator of as many tokens.
-        "maskgit-vit-l-64-512": Release(
-            _config(
-                64, _VIT, num_steps=8, randomize_temperature=11.0, guidance_scale=3.0,
-                guidance_decay="linear",
-            ),
-        ),
-        "maskgit-vit-b-128-512": Release(
-            _config(
-                128, _VIT, num_steps=64, randomize_temperature=2.8, guidance_scale=6.9,
-                guidance_decay="power-cosine",
-            ),
-        ),
+        "maskgit-vit-l-64-512": Release(_config(64, _VIT)),
+        "maskgit-vit-b-128-512": Release(_config(128, _VIT)),
         "maskgit-digits": Release(
             _DIGITS, folder=Path(__file__).parent / "data" / "maskgit-digits"
         ),
-    }  # fmt: skip
+    }
     config_key = "model.generator"
 
     _step = staticmethod(maskgit_step)  # an attribute, which a profile can time

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from titok_fast._files import replacing
+from titok_fast._files import replacing, write_json
 from titok_fast.models.checks import found_at
 from titok_fast.models.convert import naming, read_checkpoint, select
 from titok_fast.ops.arguments import DTYPES, python_number
@@ -216,8 +216,7 @@ class PretrainedModel(nn.Module):
                 save_file(tensors, temporary, metadata={"format": "pt"})
             except SafetensorError as error:
                 raise OSError(f"{folder / WEIGHTS_FILE}: {error}") from None
-        with replacing(folder / CONFIG_FILE) as temporary:
-            temporary.write_text(json.dumps(self.config, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / CONFIG_FILE, self.config)
 
 
 @dataclass
