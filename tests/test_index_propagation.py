@@ -1,6 +1,5 @@
 """index_propagation against its float64 reference: values, gradients and what surrounds them."""
 
-import gc
 import math
 
 import pytest
@@ -9,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests.kernels import assert_kernels_compile, launched
+from tests.processes import in_two_processes
 from titok_fast import index_propagation, nearest_code
 from titok_fast.ops import inspect
 from titok_fast.ops.index_propagation import propagate
@@ -808,7 +808,7 @@ class Tokenizer(nn.Module):
 def test_two_ranks_equal_one_process_with_the_whole_batch(tmp_path, choice, first):
     model, x = Tokenizer(choice, first == 12), torch.randn(24, 5)
     torch.save((model.state_dict(), x.split([first, 24 - first])), tmp_path / "in.pt")
-    torch.multiprocessing.spawn(_rank, args=(tmp_path, choice), nprocs=2)
+    in_two_processes(_rank, tmp_path, choice)
     loss, batch_entropy = model(x)
     loss.backward()
     ranks = [torch.load(tmp_path / f"out{rank}.pt") for rank in range(2)]
@@ -820,9 +820,6 @@ def test_two_ranks_equal_one_process_with_the_whole_batch(tmp_path, choice, firs
 
 
 def _rank(rank, folder, choice):
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
-    )
     state, parts = torch.load(folder / "in.pt")
     model = Tokenizer(choice, len(parts[0]) == len(parts[1]), torch.distributed.group.WORLD)
     model.load_state_dict(state)
@@ -831,10 +828,6 @@ def _rank(rank, folder, choice):
     loss.backward()
     grads = {name: parameter.grad for name, parameter in model.named_parameters()}
     torch.save((entropy.detach(), loss.detach(), grads), folder / f"out{rank}.pt")
-    del parallel, loss, entropy
-    gc.collect()  # at the interpreter's exit DDP can abort it
-    torch.distributed.barrier()  # gloo aborts where a peer leaves early
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.gpu

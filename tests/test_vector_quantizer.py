@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.processes import in_two_processes
 from titok_fast import VectorQuantizer
 from titok_fast.testing import relative_error
 
@@ -202,7 +203,7 @@ def test_clustering_over_two_ranks_equals_one_process(tmp_path):
     layer = make(clustering_vq=True).train()
     z = torch.randn(4, 12, 1, 16)
     torch.save((layer.state_dict(), z), tmp_path / "in.pt")
-    torch.multiprocessing.spawn(_rank, args=(tmp_path,), nprocs=2)
+    in_two_processes(_rank, tmp_path)
     layer(z)
     for rank in range(2):
         state = torch.load(tmp_path / f"out{rank}.pt")
@@ -211,12 +212,8 @@ def test_clustering_over_two_ranks_equals_one_process(tmp_path):
 
 
 def _rank(rank, folder):
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
-    )
     state, z = torch.load(folder / "in.pt")
     layer = VectorQuantizer(64, 12, 0.25, False, True).train()
     layer.load_state_dict(state)
     layer(z[2 * rank : 2 * rank + 2])
     torch.save(layer.state_dict(), folder / f"out{rank}.pt")
-    torch.distributed.destroy_process_group()
