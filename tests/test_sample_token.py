@@ -185,6 +185,8 @@ def test_auto_is_the_reference_on_a_gpu_without_cuda_ops(monkeypatch):
     monkeypatch.setattr(inspect, "why_not", lambda backend, _: missing.get(backend))
     assert choose("auto", "cuda", BACKENDS) == "reference"
     assert choose("cuda", "cuda", BACKENDS) == "cuda"  # which then says what is missing
+    monkeypatch.setattr(inspect, "_extension", lambda: missing["cuda"])  # a tree that was not built
+    assert choose("auto", "cuda", BACKENDS) == "cuda"
 
 
 def test_no_filter_is_a_wide_filter(backend, device):
