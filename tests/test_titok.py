@@ -15,6 +15,7 @@ import titok_fast
 from tests.conformance import expected, image, manifest, parameter, weights
 from titok_fast.models import DiagonalGaussian, MaskGITVQGAN, TiTok, pretrained
 from titok_fast.models.maskgit_vqgan import VQGAN_CONFIG, PixelDecoder
+from titok_fast.models.packed import Packable
 from titok_fast.testing import relative_error
 
 MANIFESTS = {
@@ -700,6 +701,19 @@ def test_compiled_blocks_agree_with_eager_ones():
     assert relative_error(model.decode(model.encode(images)), decoded) < 1e-4
     with pytest.raises(ValueError, match="model: Linear has no block"):
         titok_fast.compile(torch.nn.Linear(2, 2))
+
+
+def test_blocks_of_packed_weights_are_not_compiled():
+    model = titok_fast.pack_weights(small("stage2"))
+    packed = [m for m in model.modules() if isinstance(m, Packable) and m._packed is not None]
+    assert packed
+    titok_fast.compile(model)
+    compiled = [m for m in model.modules() if m._compiled_call_impl is not None]
+    assert not any(layer in list(block.modules()) for layer in packed for block in compiled)
+    for layer in packed:
+        layer.unpack()
+    titok_fast.compile(model)
+    assert any(m._compiled_call_impl is not None for m in model.modules())
 
 
 def test_capture_needs_a_gpu():

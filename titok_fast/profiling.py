@@ -24,6 +24,7 @@ from titok_fast.models import MaskGIT, TiTok, compile
 from titok_fast.models.checks import replaced
 from titok_fast.models.cuda_graphs import capture
 from titok_fast.models.generate import PAIRS, pack_pair
+from titok_fast.models.packed import packable
 from titok_fast.ops import inspect
 
 TRANSFORMER, STEP_OP, DE_TOKENIZER, OTHER = "transformer", "step op", "de-tokenizer", "other"
@@ -254,8 +255,10 @@ class _TiTokSampler:
         return self.tokenizer.decode(self.generator.generate(self.labels, steps=steps))
 
     def compile(self) -> None:
-        compile(self.generator)
-        compile(self.tokenizer)
+        for model in (self.generator, self.tokenizer):
+            for layer in packable(model):
+                layer.unpack()
+            compile(model)
 
     def captured(self) -> Callable[[int], Tensor]:
         """The same with all steps, as two CUDA graphs."""

@@ -30,6 +30,9 @@ def compile(model: Model) -> Model:
     lies between them is not worth compiling. The first call for a new shape compiles. Of
     `ARTransformer` that is `logits` and a prefix; decoding steps are ops of their own.
 
+    A block with weights of `pack_weights` is left as it is: compiled code does not read the copies,
+    with which a CPU is faster.
+
     Args:
         model: any model of this package, or a module that holds its blocks.
 
@@ -46,7 +49,8 @@ def compile(model: Model) -> Model:
     # IBQ's blocks alone have more shapes than the 8 that torch compiles one code for.
     raised = {"recompile_limit": 64} if "recompile_limit" in _COMPILE_OPTIONS else {}
     for block in blocks:
-        block.compile(**raised)
+        if not any(layer._packed for layer in packable(block)):
+            block.compile(**raised)
     return model
 
 
