@@ -94,11 +94,11 @@ def generate(
         float | None, option("Exponent of the power-cosine decay (TiTok).", "3")
     ] = None,
     randomize_temperature: Annotated[
-        float | None, option("Of the noise in the first step (TiTok).", "the model's")
+        float | None, option("Of the noise; falls to 0 in the last step (TiTok).", "the model's")
     ] = None,
     softmax_temperature_annealing: Annotated[
         bool | None,
-        option("Divide the logits by 1.3 in the first step, falling to 0.5 (TiTok).", "yes"),
+        option("Divide the logits by up to 1.3, at last by 0.5 (TiTok).", "yes"),
     ] = None,
     schedule: Annotated[str | None, option(f"TiTok: {', '.join(SCHEDULES)}.", "arccos")] = None,
     rule: Annotated[str | None, option(f"TiTok: {', '.join(RULES)}.", "titok")] = None,

@@ -267,8 +267,9 @@ class IBQTokenizer(PretrainedModel):
         config: the official configuration as a mapping, or the training file that has it in
             model.init_args, of n_embed, embed_dim and ddconfig; beta,
             use_entropy_loss, cosine_similarity, entropy_temperature, sample_minimization_weight and
-            batch_maximization_weight, where present, go to the quantizer. There is no remap: a
-            token is a position in the whole codebook.
+            batch_maximization_weight, where present, go to the quantizer. The releases' lack
+            use_entropy_loss; `titok_fast.training.tokenizer.tokenizer_config` has it, to train with
+            entropies. There is no remap: a token is a position in the whole codebook.
 
     Attributes:
         image_size: height and width in pixels of the images it was trained on.

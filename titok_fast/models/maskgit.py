@@ -128,13 +128,15 @@ class Sampling:
         guidance_decay: "constant"; "linear", growing from 0 over the steps; or "power-cosine",
             growing from 1, with which the scale weighs the unconditional logits.
         guidance_scale_pow: exponent of the power-cosine decay.
-        randomize_temperature: of the noise in the first step; it falls to 0 linearly.
-        softmax_temperature_annealing: divide the logits by 1.3 in the first step, falling linearly
-            to 0.5 in the last.
+        randomize_temperature: of the noise; a step takes it times the share of the steps that are
+            left after it, so that the last has none.
+        softmax_temperature_annealing: divide the logits by 0.5 + 0.8 times that share: by 1.2 in
+            the first of 8 steps, by 0.5 in the last.
         schedule: how many positions stay masked after each step, a key of `SCHEDULES`.
         rule: "titok" adds noise of one temperature to the draw of a token and to its confidence,
             the token's logit; "maskgit" draws tokens at temperature 1, adds noise to the confidence
-            only, and takes the log-probability for it.
+            only, and takes the log-probability for it. That paper has the schedule "cosine" and no
+            annealing.
     """
 
     steps: int
@@ -345,7 +347,7 @@ class MaskGIT(PretrainedModel):
             guidance_scale: of classifier-free guidance, see `Sampling`.
             guidance_decay: "constant", "linear" or "power-cosine".
             guidance_scale_pow: exponent of the power-cosine decay.
-            randomize_temperature: of the noise in the first step.
+            randomize_temperature: of the noise, see `Sampling`.
             softmax_temperature_annealing: see `Sampling`.
             schedule: "arccos", "cosine", "linear", "root" or "square".
             rule: "titok" or "maskgit", see `Sampling`.
