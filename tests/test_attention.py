@@ -56,14 +56,18 @@ def with_gradient(qkv, grad, **options):
 
 
 def assert_accurate(qkv, grad, backend="triton", slack=0.0, **options):
-    """Output and gradient as near to float64 as those of the reference in the inputs' dtype."""
+    """Output and gradient as near to float64 as those of the reference in the inputs' dtype.
+
+    `slack` is for what float32 loses elsewhere: in the gradient, and on a GPU, whose tensor cores
+    truncate the sums of three TF32 products, in the output too.
+    """
     actual = with_gradient(qkv, grad, backend=backend, **options)
     eager = with_gradient(qkv, grad, backend="reference", **options)
     truth = with_gradient(qkv.double(), grad.double(), backend="reference", **options)
     for name, ours, plain, exact in zip(("out", "grad"), actual, eager, truth, strict=True):
         assert ours.dtype == qkv.dtype and ours.shape == exact.shape
         error, allowed = relative_error(ours, exact), relative_error(plain, exact) + ROUNDING
-        allowed += slack if name == "grad" else 0.0
+        allowed += slack if name == "grad" or DEVICE == "cuda" else 0.0
         assert error <= allowed, f"{name}: {error:.3e}, allowed {allowed:.3e}"
     return actual
 
@@ -85,7 +89,8 @@ def test_long_sequences(dtype, length, d):
 
 @pytest.mark.parametrize("backend", ["torch", "auto"])
 def test_other_backends(backend):
-    assert_accurate(*packed(2, 33, 3, 48), backend=backend)
+    ours = backend == "auto" or DEVICE == "cpu"  # PyTorch's multiplies in TF32 three times, too
+    assert_accurate(*packed(2, 33, 3, 48), backend=backend, slack=0.0 if ours else 1e-6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -553,7 +558,7 @@ def test_kernels_compile_for_every_architecture():
     assert_kernels_compile("attention", {"attention_fwd_kernel", "attention_bwd_kernel"})
 
 
-def test_dropout_and_wide_heads_do_not_spill():
+def test_dropout_and_wide_heads_compile_for_every_architecture():
     """What has the most registers, on the architecture whose products take all from registers."""
     wanted = [
         {"QUERY": True, "TILE": 64, "TILE_TAIL": 32, "D": 64, "DROPOUT": True},
