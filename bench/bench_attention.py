@@ -99,7 +99,7 @@ def prepare(backend: str) -> Callable[[Case, Tensor, Tensor], Call]:
     return prepare
 
 
-def matrices(case: Case) -> str | None:
+def weights(case: Case) -> str | None:
     return harness.over_budget(8 * case.b * case.h * case.l**2 * case.dtype.itemsize)
 
 
@@ -123,7 +123,7 @@ BENCH = Bench(
             too_much={
                 "cpu": without_gradient,
                 "cpu[isa]": without_gradient,
-                "reference": matrices,
+                "reference": weights,
             },
         ),
         Provider("sdpa", prepare("torch")),
@@ -133,7 +133,7 @@ BENCH = Bench(
                 prepare("torch"),
                 devices=devices,
                 setting=partial(sdpa_kernel, backend),
-                too_much=matrices if name == "math" else lambda case: None,
+                too_much=weights if name == "math" else lambda case: None,
             )
             for name, (backend, devices) in SDPA.items()
         ),

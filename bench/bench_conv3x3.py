@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import harness
-from bench.bench_decode_linear import slow
 from bench.harness import Bench, Call, Provider, own_providers
+from bench.ops import Mode, compiled, eager, slower_kinds
 from titok_fast import conv3x3, pack_conv3x3
 from titok_fast.testing import relative_error
 
@@ -108,13 +108,9 @@ def prepare_ours(backend: str) -> Callable[[Case, Arguments], Call]:
     return prepare
 
 
-def prepare_official(case: Case, arguments: Arguments) -> Call:
-    return lambda: official(**arguments)
-
-
-def prepare_compiled(case: Case, arguments: Arguments) -> Call:
-    compiled = harness.compiled(official)
-    return lambda: compiled(**arguments)
+def prepare_official(case: Case, arguments: Arguments, mode: Mode = eager) -> Call:
+    run = mode(official)
+    return lambda: run(**arguments)
 
 
 BENCH = Bench(
@@ -123,12 +119,12 @@ BENCH = Bench(
     providers=(
         *own_providers(prepare_ours, gpu="triton", bf16=True),
         Provider("official", prepare_official),
-        Provider("compiled", prepare_compiled),
+        Provider("compiled", partial(prepare_official, mode=compiled)),
     ),
     inputs=inputs,
     work=work,
     check=check,
-    slow=slow,
+    slow=slower_kinds,
 )
 
 

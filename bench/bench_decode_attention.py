@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import harness
-from bench.bench_decode_linear import copies, in_turn, slow, too_far
 from bench.harness import Bench, Call, Provider, own_providers
+from bench.ops import copies, in_turn, slower_kinds, too_far
 from titok_fast import decode_attention
 from titok_fast.reference.decode_attention import rotate
 
@@ -128,7 +128,7 @@ BENCH = Bench(
     inputs=inputs,
     work=work,
     check=lambda case, output: too_far(case, output, truth(case)),
-    slow=slow,
+    slow=slower_kinds,
 )
 
 

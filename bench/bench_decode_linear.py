@@ -1,9 +1,8 @@
 """decode_linear on the layers of IBQ's transformers against the official sequence of operations."""
 
-import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -12,9 +11,9 @@ from torch import Tensor, nn
 
 from bench import harness
 from bench.harness import Bench, Call, Provider, own_providers
+from bench.ops import Mode, compiled, copies, eager, in_turn, slower_kinds, too_far
 from titok_fast import decode_linear
 from titok_fast.models.packed import PackableLinear, _can_pack
-from titok_fast.testing import relative_error
 
 MODELS = {1024: 2816, 1920: 5120}  # width of ibq-ar-b and -xxl: channels inside SwiGLU
 MODULATED = ("norm", "scale", "shift")
@@ -25,8 +24,6 @@ PARTS = {
     "w2": ("residual", "residual_scale"),
     "head": MODULATED,
 }
-CACHE = 128 * 2**20  # bytes that pass every cache of a CPU
-TOLERANCE = {torch.float32: 2**-20, torch.bfloat16: 2**-6}  # as much as 16 and 4 roundings
 
 Layer = dict[str, Any]
 
@@ -66,11 +63,6 @@ def cases(device: str, quick: bool) -> list[Case]:
     ]
 
 
-def copies(case: harness.Case, size: int) -> int:
-    """How many copies of `size` bytes come from memory in turn; a GPU's cache is overwritten."""
-    return 1 if case.device == "cuda" else min(64, -(-CACHE // size))
-
-
 @lru_cache(maxsize=1)
 def inputs(case: Case) -> tuple[list[Layer]]:
     """Arguments of `decode_linear`, once for each copy of the weights; outputs are around 1."""
@@ -105,13 +97,6 @@ def truth(case: Case) -> Tensor:
     return decode_linear(**{k: v.double() for k, v in layer.items()}, backend="reference")
 
 
-def too_far(case: harness.Case, output: Tensor, expected: Tensor) -> tuple[int, int]:
-    """Rows that are farther from float64 than rounding explains, and rows."""
-    pairs = zip(output, expected, strict=True)
-    wrong = sum(not relative_error(*pair) <= TOLERANCE[case.dtype] for pair in pairs)
-    return wrong, len(expected)
-
-
 def official(
     x: Tensor,
     weight: Any,
@@ -134,22 +119,12 @@ def official(
     return out if residual is None else residual + out * residual_scale
 
 
-def in_turn(function: Callable[..., Tensor], layers: list[Layer], **options: Any) -> Call:
-    """A call with the next copy."""
-    turns: Iterator[Layer] = itertools.cycle(layers)
-    return lambda: function(**next(turns), **options)
-
-
 def prepare_ours(backend: str) -> Callable[[Case, list[Layer]], Call]:
     return lambda case, layers: in_turn(decode_linear, layers, backend=backend)
 
 
-def prepare_official(case: Case, layers: list[Layer]) -> Call:
-    return in_turn(official, layers)
-
-
-def prepare_compiled(case: Case, layers: list[Layer]) -> Call:
-    return in_turn(harness.compiled(official), layers)
+def prepare_official(case: Case, layers: list[Layer], mode: Mode = eager) -> Call:
+    return in_turn(mode(official), layers)
 
 
 def prepare_packed(case: Case, layers: list[Layer]) -> Call:
@@ -167,17 +142,13 @@ def prepare_packed(case: Case, layers: list[Layer]) -> Call:
     return in_turn(official, both, linear=lambda x, layer: layer(x))
 
 
-def slow(case: harness.Case, provider: Provider) -> bool:
-    return provider.name in ("reference", "compiled") or "[" in provider.name
-
-
 BENCH = Bench(
     op="decode_linear",
     cases=cases,
     providers=(
         *own_providers(prepare_ours, gpu="triton", bf16=True),
         Provider("official", prepare_official),
-        Provider("compiled", prepare_compiled),
+        Provider("compiled", partial(prepare_official, mode=compiled)),
         Provider(
             "packed",
             prepare_packed,
@@ -188,7 +159,7 @@ BENCH = Bench(
     inputs=inputs,
     work=work,
     check=lambda case, output: too_far(case, output, truth(case)),
-    slow=slow,
+    slow=slower_kinds,
 )
 
 

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import harness
-from bench.bench_nearest_code import matrices
 from bench.harness import Bench, Call, Provider, Relative, own_providers
+from bench.ops import compiled, matrices, too_much_for_reference
 from titok_fast import index_propagation
 from titok_fast.testing import relative_error
 
@@ -132,10 +132,6 @@ def ours(backend: str) -> Quantize:
     return quantize
 
 
-def compiled() -> Quantize:
-    return harness.compiled(official)
-
-
 def prepare(make: Callable[[], Quantize]) -> Callable[[Case, Tensor, Tensor, Tensor], Call]:
     """The call is a training step: forward, backward, and the codebook's gradient as its result."""
 
@@ -230,12 +226,6 @@ def too_slow_on_cpu(case: Case) -> str | None:
     return None
 
 
-def too_slow_for_reference(case: Case) -> str | None:
-    if case.n * case.k * case.d > 2**29:
-        return f"{case.n * case.k * case.d:.1e} float64 terms, over {2**29:.1e}"
-    return matrices(16, itemsize=8)(case)
-
-
 def slow(case: Case, provider: Provider) -> bool:
     """The largest codebook, slower instruction sets, and what the goals and charts leave out."""
     half, rows = case.dtype == torch.bfloat16, (case.n, case.k, case.d) in OVER_ROWS
@@ -261,7 +251,7 @@ BENCH = Bench(
             prepare_ours,
             gpu="triton",
             bf16=True,
-            too_much={"cpu[isa]": too_slow_on_cpu, "reference": too_slow_for_reference},
+            too_much={"cpu[isa]": too_slow_on_cpu, "reference": too_much_for_reference(16)},
         ),
         Provider(
             "titok_fast-streaming",
@@ -270,7 +260,7 @@ BENCH = Bench(
             too_much=too_slow_on_cpu,
         ),
         Provider("official", prepare(lambda: official), too_much=matrices(12)),
-        Provider("compiled", prepare(compiled), too_much=matrices(12)),
+        Provider("compiled", prepare(lambda: compiled(official)), too_much=matrices(12)),
         Provider(
             "cut-cross-entropy",
             prepare_cut_cross_entropy,

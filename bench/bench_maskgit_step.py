@@ -3,13 +3,14 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
 
 from bench import harness
 from bench.harness import Bench, Call, Provider, own_providers
+from bench.ops import Mode, compiled, eager
 from titok_fast import maskgit_step
 
 SHAPES = (
@@ -136,13 +137,11 @@ def prepare_ours(backend: str) -> Callable[..., Call]:
     return prepare
 
 
-def prepare_official(case: Case, cond: Tensor, uncond: Tensor, ids: Tensor) -> Call:
-    return lambda: official(cond, uncond, ids, case.v, case.kept)
-
-
-def prepare_compiled(case: Case, cond: Tensor, uncond: Tensor, ids: Tensor) -> Call:
-    compiled = harness.compiled(official)
-    return lambda: compiled(cond, uncond, ids, case.v, case.kept)
+def prepare_official(
+    case: Case, cond: Tensor, uncond: Tensor, ids: Tensor, mode: Mode = eager
+) -> Call:
+    run = mode(official)
+    return lambda: run(cond, uncond, ids, case.v, case.kept)
 
 
 BENCH = Bench(
@@ -151,7 +150,7 @@ BENCH = Bench(
     providers=(
         *own_providers(prepare_ours),
         Provider("official", prepare_official),
-        Provider("compiled", prepare_compiled),
+        Provider("compiled", partial(prepare_official, mode=compiled)),
     ),
     inputs=inputs,
     work=work,

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bench import harness
 from bench.harness import Bench, Call, Provider, own_providers
+from bench.ops import Mode, compiled, eager, matrices, too_much_for_reference
 from titok_fast import nearest_code
 
 SHAPES = (
@@ -118,13 +119,9 @@ def prepare_ours(backend: str) -> Callable[[Case, Tensor, Tensor], Call]:
     return prepare
 
 
-def prepare_official(case: Case, z: Tensor, codebook: Tensor) -> Call:
-    return lambda: official_formula(z, codebook, case.metric)
-
-
-def prepare_compiled(case: Case, z: Tensor, codebook: Tensor) -> Call:
-    compiled = harness.compiled(official_formula)
-    return lambda: compiled(z, codebook, case.metric)
+def prepare_official(case: Case, z: Tensor, codebook: Tensor, mode: Mode = eager) -> Call:
+    run = mode(official_formula)
+    return lambda: run(z, codebook, case.metric)
 
 
 def prepare_cdist(case: Case, z: Tensor, codebook: Tensor) -> Call:
@@ -162,19 +159,6 @@ def prepare_flash_kmeans(case: Case, z: Tensor, codebook: Tensor) -> Call:
     return call
 
 
-def matrices(count: int, itemsize: int | None = None) -> Callable[[Case], str | None]:
-    """Whether `count` N x K matrices, in the inputs' dtype or of `itemsize` bytes, are too much."""
-    return lambda case: harness.over_budget(
-        count * case.n * case.k * (itemsize or case.dtype.itemsize)
-    )
-
-
-def too_much_for_reference(case: Case) -> str | None:
-    if case.n * case.k * case.d > 2**29:
-        return f"{case.n * case.k * case.d:.1e} float64 terms, over {2**29:.1e}"
-    return matrices(12, itemsize=8)(case)
-
-
 def slow(case: Case, provider: Provider) -> bool:
     """The largest codebook but for the series; and what the series over K and N can do without."""
     series = (case.n, case.k, case.d, case.metric) in (*OVER_CODES, *OVER_ROWS)
@@ -195,10 +179,13 @@ BENCH = Bench(
     cases=cases,
     providers=(
         *own_providers(
-            prepare_ours, gpu="triton", bf16=True, too_much={"reference": too_much_for_reference}
+            prepare_ours,
+            gpu="triton",
+            bf16=True,
+            too_much={"reference": too_much_for_reference(12)},
         ),
         Provider("official", prepare_official, too_much=matrices(3)),
-        Provider("compiled", prepare_compiled, too_much=matrices(3)),
+        Provider("compiled", partial(prepare_official, mode=compiled), too_much=matrices(3)),
         Provider("cdist", prepare_cdist, too_much=matrices(2)),
         Provider(
             "faiss",

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bench import harness
 from bench.harness import Bench, Call, Provider, own_providers
+from bench.ops import Mode, compiled, eager
 from titok_fast import sample_token
 
 SHAPES = ((1, 262_144), (4, 262_144), (64, 16_384))
@@ -119,13 +120,9 @@ def prepare_ours(backend: str) -> Callable[..., Call]:
     return prepare
 
 
-def prepare_official(case: Case, cond: Tensor, uncond: Tensor) -> Call:
-    return lambda: official(case, cond, uncond)
-
-
-def prepare_compiled(case: Case, cond: Tensor, uncond: Tensor) -> Call:
-    compiled = harness.compiled(partial(official, case))
-    return lambda: compiled(cond, uncond)
+def prepare_official(case: Case, cond: Tensor, uncond: Tensor, mode: Mode = eager) -> Call:
+    run = mode(partial(official, case))
+    return lambda: run(cond, uncond)
 
 
 BENCH = Bench(
@@ -134,7 +131,7 @@ BENCH = Bench(
     providers=(
         *own_providers(prepare_ours),
         Provider("official", prepare_official),
-        Provider("compiled", prepare_compiled),
+        Provider("compiled", partial(prepare_official, mode=compiled)),
     ),
     inputs=inputs,
     work=work,

@@ -45,12 +45,6 @@ LATE = "skipped: no time was left"
 Call = Callable[[], Any]
 
 
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """torch.compile of one case; what was compiled for others is dropped."""
-    torch.compiler.reset()
-    return torch.compile(function, dynamic=False, fullgraph=True)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Case:
     """One point of a benchmark. A subclass adds its sizes (int) and options (str)."""
