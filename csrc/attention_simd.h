@@ -221,14 +221,7 @@ void run(const AttentionArgs& args, const AttentionPlan& plan, const Team::Membe
 #if defined(__AMX_BF16__)
   Attention<simd::BFloat16>{args, plan, member}.run();
 #else
-  switch (args.dtype) {
-    case DType::float32:
-      return Attention<float>{args, plan, member}.run();
-    case DType::float16:
-      return Attention<simd::Half>{args, plan, member}.run();
-    case DType::bfloat16:
-      return Attention<simd::BFloat16>{args, plan, member}.run();
-  }
+  simd::with_type(args.dtype, [&](auto x) { Attention<decltype(x)>{args, plan, member}.run(); });
 #endif
 }
 

@@ -323,14 +323,7 @@ struct Winograd : Inputs<T> {
 
 #if !defined(__AMX_BF16__)
 void run(const Conv3x3Args& args, const Conv3x3Plan& plan, const Team::Member& member) {
-  switch (args.dtype) {
-    case DType::float32:
-      return Winograd<float>{{args, plan, member}}.run();
-    case DType::float16:
-      return Winograd<simd::Half>{{args, plan, member}}.run();
-    case DType::bfloat16:
-      return Winograd<simd::BFloat16>{{args, plan, member}}.run();
-  }
+  simd::with_type(args.dtype, [&](auto x) { Winograd<decltype(x)>{{args, plan, member}}.run(); });
 }
 
 constexpr Conv3x3Kernel make_kernel() {

@@ -209,14 +209,7 @@ void run_typed(const DecodeLinearArgs& args, const DecodeLinearPlan& plan,
 
 #if !defined(__AMX_BF16__)
 void run(const DecodeLinearArgs& args, const DecodeLinearPlan& plan, const Team::Member& member) {
-  switch (args.dtype) {
-    case DType::float32:
-      return run_typed<float>(args, plan, member);
-    case DType::float16:
-      return run_typed<simd::Half>(args, plan, member);
-    case DType::bfloat16:
-      return run_typed<simd::BFloat16>(args, plan, member);
-  }
+  simd::with_type(args.dtype, [&](auto x) { run_typed<decltype(x)>(args, plan, member); });
 }
 #endif
 

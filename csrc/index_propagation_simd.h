@@ -983,14 +983,7 @@ void with_dtype(const IndexPropagationArgs& args, const IndexPropagationPlan& pl
 #if defined(__AMX_BF16__)
   fn(Propagation<simd::BFloat16>{args, plan, member});
 #else
-  switch (args.dtype) {
-    case DType::float32:
-      return fn(Propagation<float>{args, plan, member});
-    case DType::float16:
-      return fn(Propagation<simd::Half>{args, plan, member});
-    case DType::bfloat16:
-      return fn(Propagation<simd::BFloat16>{args, plan, member});
-  }
+  simd::with_type(args.dtype, [&](auto x) { fn(Propagation<decltype(x)>{args, plan, member}); });
 #endif
 }
 

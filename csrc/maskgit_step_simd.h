@@ -144,14 +144,7 @@ struct Step {
 };
 
 void run(const MaskgitStepArgs& args, const MaskgitStepPlan& plan, const Team::Member& member) {
-  switch (args.dtype) {
-    case DType::float32:
-      return Step<float>{args, plan, member}.sample_all();
-    case DType::float16:
-      return Step<simd::Half>{args, plan, member}.sample_all();
-    case DType::bfloat16:
-      return Step<simd::BFloat16>{args, plan, member}.sample_all();
-  }
+  simd::with_type(args.dtype, [&](auto x) { Step<decltype(x)>{args, plan, member}.sample_all(); });
 }
 
 }  // namespace

@@ -821,14 +821,9 @@ struct Search {
 
 void run(const NearestCodeArgs& args, const NearestCodePlan& plan, const Team::Member& member,
          Team::Member::Range rows, void* workspace) {
-  switch (args.dtype) {
-    case DType::float32:
-      return Search<float>{args, plan, member, workspace}.run(rows.begin, rows.end);
-    case DType::float16:
-      return Search<simd::Half>{args, plan, member, workspace}.run(rows.begin, rows.end);
-    case DType::bfloat16:
-      return Search<simd::BFloat16>{args, plan, member, workspace}.run(rows.begin, rows.end);
-  }
+  simd::with_type(args.dtype, [&](auto x) {
+    Search<decltype(x)>{args, plan, member, workspace}.run(rows.begin, rows.end);
+  });
 }
 
 constexpr NearestCodeKernels make_kernels() {

@@ -283,14 +283,7 @@ void sample_rows(const SampleTokenArgs& args, const SampleTokenPlan& plan,
 }
 
 void run(const SampleTokenArgs& args, const SampleTokenPlan& plan, const Team::Member& member) {
-  switch (args.dtype) {
-    case DType::float32:
-      return sample_rows<float>(args, plan, member);
-    case DType::float16:
-      return sample_rows<simd::Half>(args, plan, member);
-    case DType::bfloat16:
-      return sample_rows<simd::BFloat16>(args, plan, member);
-  }
+  simd::with_type(args.dtype, [&](auto x) { sample_rows<decltype(x)>(args, plan, member); });
 }
 
 }  // namespace

@@ -12,6 +12,7 @@
 #endif
 
 #include "amx.h"
+#include "common.h"
 
 namespace titok {
 // Unnamed: a copy compiled for one set must never be linked into the path of another.
@@ -24,6 +25,19 @@ struct Half {
 struct BFloat16 {
   uint16_t bits;
 };
+
+// fn(x) with an x of the type that a dtype has here.
+template <class Fn>
+void with_type(DType dtype, const Fn& fn) {
+  switch (dtype) {
+    case DType::float32:
+      return fn(float{});
+    case DType::float16:
+      return fn(Half{});
+    case DType::bfloat16:
+      return fn(BFloat16{});
+  }
+}
 
 inline float widen(float x) { return x; }
 
@@ -740,7 +754,7 @@ struct Portable {
     return low > high ? low : high;
   }
   static V scale(V p, V shifted) {
-    typedef int32_t I __attribute__((vector_size(16)));
+    typedef uint32_t I __attribute__((vector_size(16)));
     return reinterpret_cast<V>(reinterpret_cast<I>(p) + (reinterpret_cast<I>(shifted) << 23));
   }
   static V zero_below(V value, V x, float limit) {
