@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.bench_attention import longest_for_triton
 from tests.kernels import assert_kernels_compile
-from titok_fast import attention
+from titok_fast import attention, decode_linear, index_propagation
 from titok_fast.ops import inspect
 from titok_fast.ops.attention import TRITON_UP_TO
 from titok_fast.reference.attention import dropout_mask
@@ -210,6 +210,31 @@ def test_cpp_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = attention(qkv, backend="cpu")
     assert torch.equal(out, attention(qkv.bfloat16(), backend="cpu"))
+
+
+def test_gradients_around_vmap():
+    """A batched tensor does not say itself that a gradient is asked for."""
+    qkv = on_cpu(3, 2 * 6, 2, 8).unflatten(1, (2, 6))
+    whole = qkv.flatten(0, 1).requires_grad_()
+    attention(whole).square().sum().backward()
+    expected = whole.grad.view_as(qkv)
+    over = torch.func.vmap(attention)
+    actual = torch.func.grad(lambda x: over(x).square().sum())(qkv)
+    torch.testing.assert_close(actual, expected)
+    leaf = qkv.clone().requires_grad_()
+    over(leaf).square().sum().backward()
+    torch.testing.assert_close(leaf.grad, expected)
+    compiled = torch.compile(over, backend="eager", fullgraph=True)
+    actual = torch.autograd.grad(compiled(leaf).square().sum(), leaf)[0]
+    torch.testing.assert_close(actual, expected)
+    with torch.no_grad():
+        torch.testing.assert_close(over(leaf), over(qkv))
+    codes = torch.randn(5, 8)
+    with pytest.raises(RuntimeError, match=r"autograd\.Function"):
+        torch.func.vmap(lambda z: index_propagation(z, codes)[0])(leaf[:, 0, 0, 0]).sum().backward()
+    x, weight = torch.randn(3, 2, 4, requires_grad=True), torch.randn(5, 4)
+    with pytest.raises(RuntimeError, match="x: has no gradient here"):
+        torch.func.vmap(lambda x: decode_linear(x, weight))(x)
 
 
 def test_cpp_has_neither_gradient_nor_dropout():

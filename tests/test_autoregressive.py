@@ -7,9 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 import titok_fast
 from tests.conformance import expected, manifest, uniform, weights
+from tests.processes import in_two_processes
 from titok_fast.models import ARTransformer, autoregressive
 from titok_fast.models.autoregressive import ARSampling, Decoding
 from titok_fast.models.cuda_graphs import is_recording, recording
@@ -317,6 +319,82 @@ def test_compiled():
     titok_fast.compile(model)
     assert torch.equal(model.generate([1, 2], guidance_scale=2.0, prefix=tokens[:, :4]), tokens)
     assert relative_error(model.logits(tokens, LABELS[:2] % 2), logits) < 1e-6
+
+
+def test_one_graph_for_every_length(tiny, ids):
+    network = torch.compile(tiny, backend="eager", dynamic=True, fullgraph=True)
+    for count in (4, 7):
+        assert relative_error(network(ids[:, :count], LABELS), tiny(ids[:, :count], LABELS)) < 1e-6
+
+
+def test_gradients_of_each_image(tiny, ids):
+    def loss(parameters, ids, label):
+        given = ids[None, :-1], label[None]
+        logits = torch.func.functional_call(tiny, parameters, given)
+        return F.cross_entropy(logits.flatten(0, 1), ids)
+
+    parameters = {name: parameter.detach() for name, parameter in tiny.named_parameters()}
+    grads = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(parameters, ids, LABELS)
+    for i in range(2):
+        leaves = {name: p.clone().requires_grad_() for name, p in parameters.items()}
+        expected = torch.autograd.grad(loss(leaves, ids[i], LABELS[i]), list(leaves.values()))
+        for name, own in zip(leaves, expected, strict=True):
+            torch.testing.assert_close(grads[name][i], own, rtol=1e-4, atol=1e-6)
+
+
+class Elsewhere(torch.Tensor):
+    """A tensor whose numbers are in another, as those of a quantised weight are."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function.namespace == "titok_fast":
+            raise NotImplementedError(str(function))
+        plain = torch.utils._pytree.tree_map_only(cls, lambda x: x.inner, args)
+        result = function(*plain, **(kwargs or {}))
+        return cls(result) if function is torch.ops.aten.detach.default else result
+
+
+@pytest.mark.parametrize("count", [2, 20])
+def test_weights_of_another_kind(tiny, count):
+    labels = torch.arange(count) % 2
+    expected = tiny.generate(labels, temperature=0.0, guidance_scale=1.0)
+    model = copy.deepcopy(tiny)
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            weight = Elsewhere(module.weight.detach())
+            module.weight = nn.Parameter(weight, requires_grad=False)
+            assert type(module.weight) is Elsewhere
+    assert torch.equal(model.generate(labels, temperature=0.0, guidance_scale=1.0), expected)
+
+
+def _sharded(rank, folder):
+    state, config, ids = torch.load(folder / "in.pt")
+    model = ARTransformer.from_config(config).eval()
+    model.load_state_dict(state)
+    for block in model.blocks:
+        fully_shard(block)
+    fully_shard(model)
+    model(ids, LABELS).square().sum().backward()
+    grads = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
+    torch.save(grads, folder / f"{rank}.pt")
+
+
+def test_blocks_are_sharded_apart(tiny, ids, tmp_path):
+    torch.save((tiny.state_dict(), tiny.config, ids), tmp_path / "in.pt")
+    in_two_processes(_sharded, tmp_path)
+    tiny.zero_grad()
+    tiny(ids, LABELS).square().sum().backward()
+    grads = torch.load(tmp_path / "1.pt")
+    for name, parameter in tiny.named_parameters():
+        torch.testing.assert_close(grads[name], parameter.grad, rtol=1e-4, atol=1e-5)
+    tiny.zero_grad()
 
 
 @pytest.mark.parametrize("count", [2, 20])

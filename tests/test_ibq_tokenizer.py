@@ -105,6 +105,19 @@ def test_compiles_the_blocks_of_every_shape(monkeypatch):
         assert model.decode(tokens).shape == (1, 3, 64, 64)
 
 
+def test_one_graph(tiny):
+    """For `encode`, and of `forward` for any number of images."""
+    images = torch.rand(3, 3, 64, 64)
+    tokens = torch.compile(tiny.encode, backend="eager", fullgraph=True)(images)
+    assert torch.equal(tokens, tiny.encode(images))
+    dim = torch.export.Dim("batch")
+    program = torch.export.export(tiny, (images[:2],), dynamic_shapes=({0: dim},))
+    made, found = program.module()(images)
+    wanted, result = tiny(images)
+    torch.testing.assert_close(made, wanted)
+    assert torch.equal(found["min_encoding_indices"], result["min_encoding_indices"])
+
+
 def test_encodes_and_decodes_without_dropout(tiny):
     config = copy.deepcopy(tiny.config)
     config["ddconfig"]["dropout"] = 0.5

@@ -10,7 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+from torch.nn.utils import parametrize
 
 import titok_fast
 from tests.conformance import FOLDER, expected, manifest, uniform, weights
@@ -340,6 +342,32 @@ def test_distributed_checkpoints(model_type):
     set_model_state_dict(other, state)
     ids, labels = torch.zeros(2, 9).long(), torch.tensor([0, 1])
     assert torch.equal(other.logits(ids, labels), model.logits(ids, labels))
+
+
+def test_a_parametrised_matrix_is_stored_as_its_original():
+    model = small("ViT")
+    layer = model.model["encoder"]["layer"][0].attention["self"]
+    expected = layer.in_proj_weight.detach().clone()
+    parametrize.register_parametrization(layer, "in_proj_weight", nn.Tanh())
+    state = {k: v for k, v in model.state_dict().items() if "layer.0.attention.self" in k}
+    names = {k.rsplit("self.")[1]: v for k, v in state.items()}
+    assert torch.equal(names.pop("parametrizations.in_proj_weight.original"), expected)
+    assert set(names) == {"query.bias", "key.bias", "value.bias"}
+
+
+def test_some_of_query_key_and_value_are_loaded():
+    model, other = small("ViT"), small("ViT")
+    nn.init.normal_(model.model["encoder"]["layer"][0].attention["self"].in_proj_bias)
+    state = model.state_dict()
+    del state["model.encoder.layer.0.attention.self.key.bias"]
+    found = other.load_state_dict(state, strict=False)
+    assert [k.rsplit("0.")[1] for k in found.missing_keys] == ["attention.self.key.bias"]
+    assert found.unexpected_keys == []
+    mine, theirs = (m.model["encoder"]["layer"][0].attention["self"] for m in (other, model))
+    assert torch.equal(mine.query.bias, theirs.query.bias)
+    assert torch.equal(mine.value.bias, theirs.value.bias) and not mine.key.bias.any()
+    with pytest.raises(RuntimeError, match=r"Missing key\(s\).*attention\.self\.key\.bias"):
+        other.load_state_dict(state)
 
 
 def test_generates_in_several_threads_while_training():

@@ -102,8 +102,8 @@ class _HeadNorm(nn.Module):
         scale, shift = self.ada_lin(condition).chunk(2, dim=-1)
         return torch.stack([scale + 1, shift])  # [2, B, 1, W]
 
-    def forward(self, x: Tensor, modulation: Tensor) -> Tensor:
-        scale, shift = modulation
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        scale, shift = self.modulation(condition) if condition.ndim == 3 else condition
         return torch.addcmul(shift, self.rmsnorm(x), scale)
 
 
@@ -215,8 +215,8 @@ class ARTransformer(PretrainedModel):
         condition = self.condition(labels)
         x = self.token_drop(torch.cat([condition, self.tok_emb(tokens)], dim=1))
         rotation = self.rotation()[: length + 1]
-        modulations = self.modulations(condition)
-        return self._whole(x, modulations, rotation)
+        # Each block makes its own modulation, so that one that is sharded is whole by then.
+        return self._whole(x, [condition] * (len(self.blocks) + 1), rotation)
 
     @torch.no_grad()
     def generate(
@@ -348,19 +348,22 @@ class ARTransformer(PretrainedModel):
     def network(
         self,
         x: Tensor,
-        modulations: Sequence[Tensor],
+        conditions: Sequence[Tensor],
         rotation: Tensor,
         caches: Sequence[KVCache] | None = None,
     ) -> Tensor:
-        """Embeddings [B, T, W] of the first T positions through the blocks, which fill caches."""
+        """Embeddings [B, T, W] of the first T positions through the blocks, which fill caches.
+
+        `conditions`: of each block and of the head, as `LlamaBlock` takes them.
+        """
         for i, block in enumerate(self.blocks):
-            x = block(x, modulations[i], rotation, None if caches is None else caches[i])
+            x = block(x, conditions[i], rotation, None if caches is None else caches[i])
         return x
 
-    def _whole(self, x: Tensor, modulations: Sequence[Tensor], rotation: Tensor) -> Tensor:
+    def _whole(self, x: Tensor, conditions: Sequence[Tensor], rotation: Tensor) -> Tensor:
         """Embeddings [B, T, W] of the first T positions to logits [B, T, V]."""
-        x = self.network(x, modulations, rotation)
-        logits: Tensor = self.head(self.head_nm(x, modulations[-1]))
+        x = self.network(x, conditions, rotation)
+        logits: Tensor = self.head(self.head_nm(x, conditions[-1]))
         return logits
 
     def decodes(self) -> bool:

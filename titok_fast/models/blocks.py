@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from titok_fast.models.packed import PackableLinear, PackableMatrix, gelu_of, untouched
+from titok_fast.models.packed import PackableLinear, PackableMatrix, gelu_of, ordinary, untouched
 from titok_fast.models.widened import Linear
 from titok_fast.ops.arguments import DTYPES
 from titok_fast.ops.attention import attention
@@ -136,16 +136,34 @@ class SeparateSelfAttention(PackableMatrix):
     @staticmethod
     def _split(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
         for kind in ("weight", "bias"):
-            whole = state.pop(f"{prefix}in_proj_{kind}")
+            whole = state.pop(f"{prefix}in_proj_{kind}", None)
+            if whole is None:  # parametrised, and stored as its original
+                continue
             for name, part in zip(_PARTS, whole.chunk(3), strict=True):
                 state[f"{prefix}{name}.{kind}"] = part
 
     @staticmethod
-    def _join(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    def _join(
+        module: nn.Module,
+        state: dict[str, Tensor],
+        prefix: str,
+        metadata: Any,
+        strict: bool,
+        missing: list[str],
+        *_: Any,
+    ) -> None:
         for kind in ("weight", "bias"):
             names = [f"{prefix}{name}.{kind}" for name in _PARTS]
-            if all(name in state for name in names):
-                state[f"{prefix}in_proj_{kind}"] = torch.cat([state.pop(name) for name in names])
+            found = [state[name] for name in names if name in state]
+            own = getattr(module, f"in_proj_{kind}").detach()
+            if not found or (len(found) < 3 and own.is_meta):
+                continue
+            missing += [name for name in names if name not in state]
+            parts = [
+                state.pop(name) if name in state else part.to(found[0])
+                for name, part in zip(names, own.chunk(3), strict=True)
+            ]
+            state[f"{prefix}in_proj_{kind}"] = torch.cat(parts)
 
 
 class _DenseAndNorm(nn.Module):
@@ -283,7 +301,7 @@ def decode_layer(
         residual: what the output is added to, and the factor that it has then, [B, N] each.
     """
     layers = (layer,) if up is None else (layer, up)
-    ours = all(untouched(each, PackableLinear) for each in layers)
+    ours = all(untouched(each, PackableLinear) and ordinary(each.weight) for each in layers)
     if norm is not None:
         ours = ours and untouched(norm[0], nn.RMSNorm)
     fast = x.dtype in DTYPES and has_fast_backend(x.device.type)
@@ -350,7 +368,7 @@ class CausalSelfAttention(nn.Module):
             q,
             k,
             v,
-            is_causal=x.shape[1] > 1,
+            is_causal=True,
             dropout_p=self.dropout if self.training else 0.0,
             enable_gqa=self.heads[0] != self.heads[1],
         )
@@ -417,9 +435,13 @@ class LlamaBlock(nn.Module):
         return torch.cat([parts[:2], parts[2:4] + 1, parts[4:]])
 
     def forward(
-        self, x: Tensor, modulation: Tensor, rotation: Tensor, cache: KVCache | None = None
+        self, x: Tensor, condition: Tensor, rotation: Tensor, cache: KVCache | None = None
     ) -> Tensor:
-        """Maps [B, T, W] to [B, T, W]; rotation and cache as in `CausalSelfAttention`."""
+        """Maps [B, T, W] to [B, T, W]; rotation and cache as in `CausalSelfAttention`.
+
+        `condition` is class embeddings [B, 1, W], or what `modulation` made of them.
+        """
+        modulation = self.modulation(condition) if condition.ndim == 3 else condition
         gate1, gate2, scale1, scale2, shift1, shift2 = modulation
         h = torch.addcmul(shift1, self.attention_norm(x), scale1)
         x = torch.addcmul(x, self._kept(self.attention(h, rotation, cache)), gate1)

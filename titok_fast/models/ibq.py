@@ -371,7 +371,7 @@ class IBQTokenizer(PretrainedModel):
             quantized, losses, (_, _, indices) = self.quantize(z.to(self.quant_conv.weight.dtype))
         z = self.post_quant_conv(quantized.to(self.post_quant_conv.weight.dtype))
         pixels = (image_by_image(self.decoder, z) + 1) / 2
-        grid = indices.view(len(images), *quantized.shape[2:])
+        grid = indices.view(images.shape[0], *quantized.shape[2:])
         result = {"quantizer_loss": losses, "min_encoding_indices": grid}
         if isinstance(losses, tuple):  # with the entropies of rows and of the batch
             result["quantizer_loss"], _, _, result["entropy_loss"] = losses

@@ -16,7 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from titok_fast.models import widened
 from titok_fast.models.widened import linear
-from titok_fast.ops.arguments import differentiated
+from titok_fast.ops.arguments import differentiated, has_values
 
 # Set once an optimizer, of which PyTorch's fused ones leave a weight's version as it is, may have
 # moved the weight.
@@ -99,6 +99,11 @@ def untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
     return type(module) is kind and not (module._forward_hooks or module._forward_pre_hooks)
 
 
+def ordinary(weight: Tensor) -> bool:
+    """Whether it is a plain tensor: a quantised or sharded weight keeps its numbers elsewhere."""
+    return type(weight) in (Tensor, nn.Parameter)
+
+
 class Packable(nn.Module):
     """A layer with a weight of which `pack_weights` makes it keep a copy."""
 
@@ -108,7 +113,8 @@ class Packable(nn.Module):
     def pack(self) -> None:
         """Keeps a copy of the weight, where a product by it is faster and it has no gradient."""
         weight = getattr(self, self._weight)
-        copy = None if _has_gradient(weight) else self._arranged(weight.detach())
+        fit = ordinary(weight) and not _has_gradient(weight)
+        copy = self._arranged(weight.detach()) if fit else None
         self._packed = None if copy is None else _Packed(weight, copy)
 
     def unpack(self) -> None:
@@ -121,9 +127,11 @@ class Packable(nn.Module):
     def _copy_for(self, x: Tensor, *others: Tensor | None) -> Tensor | None:
         """The copy, if it is of the weight as it is now and `plain` of x and the others."""
         packed = self._packed  # which another thread may take away
-        if packed is None or torch.compiler.is_compiling():
+        if packed is None:
             return None
         weight = getattr(self, self._weight)
+        if not has_values(weight):
+            return None
         if not packed.is_of(weight):
             self.unpack()
             return None

@@ -232,6 +232,9 @@ _evaluated_lock = threading.Lock()
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Within it, all modules are in evaluation mode, of several threads until the last leaves."""
+    if torch.compiler.is_compiling() and not any(module.training for module in model.modules()):
+        yield  # a lock would break the graph
+        return
     with _evaluated_lock:
         modes = _evaluated.get(model)
         if modes is None:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -120,8 +121,21 @@ def differentiated(tensor: Tensor | None) -> bool:
     """Whether a gradient of `tensor` is asked for, backward or forward."""
     if tensor is None:
         return False
+    functorch = torch._C._functorch
+    while functorch.is_batchedtensor(tensor):  # of vmap: what it holds says so, it does not
+        if torch.compiler.is_compiling():  # which cannot look
+            return torch.is_grad_enabled()
+        tensor = functorch.get_unwrapped(tensor)
     backward = torch.is_grad_enabled() and tensor.requires_grad
     return backward or forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether values can be read: not of what is traced, nor within a transform of torch.func."""
+    if torch.compiler.is_compiling():
+        return False
+    wrapped: bool = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return not (wrapped or isinstance(tensor, FakeTensor))
 
 
 def autocast_dtype(tensor: object) -> torch.dtype | None:
