@@ -401,12 +401,6 @@ def test_packing_says_what_it_takes(weight, error, words):
         pack_conv3x3(weight)
 
 
-def test_backend_asked_for_by_name_says_what_is_missing(monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
-    with pytest.raises(RuntimeError, match="backend 'triton' is not available: it needs CUDA"):
-        run(inputs((1, 4, 3, 2, 2)), backend="triton")
-
-
 @pytest.mark.gpu
 def test_gpu_more_images_than_a_grid_is_deep():
     x = torch.randn(65_537, 32, 1, 1, device="cuda")

@@ -482,12 +482,6 @@ def test_bad_input(change, error, words):
     assert "\n" not in str(raised.value)
 
 
-def test_backend_asked_for_by_name_says_what_is_missing(monkeypatch):
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
-    with pytest.raises(RuntimeError, match="backend 'triton' is not available: it needs CUDA"):
-        run(inputs(1, 1, 1, 2, 4), 0, backend="triton")
-
-
 @pytest.mark.gpu
 def test_gpu_clamps_a_position():
     tensors = inputs(2, 2, 2, 9, 64, torch.bfloat16, "cuda")

@@ -1,11 +1,14 @@
 """What the ops share in how they are registered."""
 
 import warnings
+from contextlib import contextmanager
 
 import pytest
 import torch
 
 import titok_fast as ops
+from titok_fast import _library
+from titok_fast.ops import inspect
 
 CALLS = {
     "nearest_code": lambda: (torch.randn(50, 16), torch.randn(300, 16)),
@@ -40,6 +43,29 @@ def test_no_compiler_looks_into_an_op(name):
     for ours, theirs in zip(*map(_tensors, (result, expected)), strict=True):
         assert torch.equal(ours, theirs)
     assert not [each for each in caught if "titok_fast._C" in str(each.message)]
+
+
+@pytest.mark.parametrize("name", inspect.TRITON_OPS)
+def test_backend_asked_for_by_name_says_what_is_missing(name, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(RuntimeError, match="backend 'triton' is not available: it needs CUDA"):
+        getattr(ops, name)(*CALLS[name](), backend="triton")
+
+
+def test_a_cuda_implementation_runs_on_the_device_of_its_tensors(monkeypatch):
+    current = []
+
+    @contextmanager
+    def device(where):
+        current.append(where)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    run = _library.on_its_device(lambda *arguments: (current[:], arguments))
+    tensor = torch.empty(0, device="meta")
+    assert run(None, tensor, 1) == ([tensor.device], (None, tensor, 1))
+    assert current == []
 
 
 def _tensors(result):

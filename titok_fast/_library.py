@@ -31,6 +31,18 @@ def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def on_its_device(cuda: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that runs on the device of its first tensor, which need not be the current one."""
+
+    @functools.wraps(cuda)
+    def run(*arguments: Any) -> Any:
+        first = next(x for x in arguments if isinstance(x, Tensor))
+        with torch.cuda.device(first.device):
+            return cuda(*arguments)
+
+    return run
+
+
 def register(
     schema: str,
     *,
@@ -43,13 +55,13 @@ def register(
     Args:
         schema: name, arguments and returns in PyTorch's schema language.
         cpu: implementation for CPU tensors.
-        cuda: implementation for CUDA tensors.
+        cuda: implementation for CUDA tensors; their device is current when it is called.
         fake: output shapes and dtypes for tracing.
     """
     name = schema.partition("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, untraced(cpu), "CPU")
-    _library.impl(name, untraced(cuda), "CUDA")
+    _library.impl(name, untraced(on_its_device(cuda)), "CUDA")
     torch.library.register_fake(f"titok_fast::{name}", fake, lib=_library)
     op: Callable[..., Any] = getattr(torch.ops.titok_fast, name).default
     return op

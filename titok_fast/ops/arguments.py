@@ -162,11 +162,6 @@ def without_autocast(x: Tensor) -> AbstractContextManager[object]:
     return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
-def on_device(x: Tensor) -> AbstractContextManager[object]:
-    """Where Triton launches for `x`: on the current device, which need not be that of `x`."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
-
-
 def dtype_name(dtype: torch.dtype) -> str:
     """As C++ takes it: "float32"."""
     return str(dtype).removeprefix("torch.")

@@ -15,7 +15,6 @@ from titok_fast.ops.arguments import (
     check_no_gradient,
     differentiated,
     dtype_name,
-    on_device,
     python_number,
 )
 
@@ -93,8 +92,7 @@ def _fake_bwd(grad: Tensor, qkv: Tensor, *_: object) -> Tensor:
 def _triton_fwd(qkv: Tensor, seed: Tensor | None, dropout_p: float) -> tuple[Tensor, Tensor]:
     inspect.require_backend("triton", qkv.device.type)
     launch = inspect.kernels("attention").launch_attention_fwd
-    with on_device(qkv):
-        out, lse = launch(_aligned(qkv), seed, dropout_p)
+    out, lse = launch(_aligned(qkv), seed, dropout_p)
     return out, lse
 
 
@@ -108,10 +106,9 @@ def _triton_bwd(
 ) -> Tensor:
     inspect.require_backend("triton", qkv.device.type)
     launch = inspect.kernels("attention").launch_attention_bwd
-    with on_device(qkv):
-        grad_qkv: Tensor = launch(
-            _aligned(grad), _aligned(qkv), out.contiguous(), lse.contiguous(), seed, dropout_p
-        )
+    grad_qkv: Tensor = launch(
+        _aligned(grad), _aligned(qkv), out.contiguous(), lse.contiguous(), seed, dropout_p
+    )
     return grad_qkv
 
 

@@ -15,7 +15,6 @@ from titok_fast.ops.arguments import (
     check_norm_eps,
     check_tensor,
     dtype_name,
-    on_device,
     python_number,
     without_autocast,
 )
@@ -159,8 +158,7 @@ def _normalised(
     pixels = _pixels(x)
     out = torch.empty_like(pixels)
     launch = inspect.kernels("conv3x3").launch_norm_silu
-    with on_device(x):
-        launch(pixels, norm.contiguous(), norm_bias.contiguous(), num_groups, norm_eps, out)
+    launch(pixels, norm.contiguous(), norm_bias.contiguous(), num_groups, norm_eps, out)
     return out.permute(0, 3, 1, 2)
 
 

@@ -11,7 +11,6 @@ from titok_fast.ops.arguments import (
     check_tensor,
     dense_rows,
     dtype_name,
-    on_device,
     python_number,
 )
 
@@ -85,8 +84,7 @@ def _run(
     known = _known(position, length)
     if backend == "triton":
         launch = inspect.kernels("decode_attention").launch_decode_attention
-        with on_device(qkv):
-            launch(qkv, keys, values, rotation, position, out)
+        launch(qkv, keys, values, rotation, position, out)
         return out
     extension, threads = inspect.extension(), torch.get_num_threads()
     size = extension.decode_attention_cpu_workspace(length, width, threads)

@@ -13,7 +13,6 @@ from titok_fast.ops.arguments import (
     check_tensor,
     dense_rows,
     dtype_name,
-    on_device,
     python_number,
 )
 
@@ -78,8 +77,7 @@ def _run(
     others = [None if tensor is None else dense_rows(tensor) for tensor in optional]
     if backend == "triton":
         launch = inspect.kernels("decode_linear").launch_decode_linear
-        with on_device(x):
-            launch(x, weight, norm, norm_eps, *others, out)
+        launch(x, weight, norm, norm_eps, *others, out)
         return out
     extension, threads = inspect.extension(), torch.get_num_threads()
     space = extension.decode_linear_cpu_workspace(batch, width, size, threads)

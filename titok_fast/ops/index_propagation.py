@@ -13,7 +13,6 @@ from titok_fast.ops.arguments import (
     dense_rows,
     differentiated,
     dtype_name,
-    on_device,
     python_number,
     without_autocast,
 )
@@ -198,10 +197,9 @@ def _triton_fwd(
 ) -> Forward:
     inspect.require_backend(backend, z.device.type)
     launch = inspect.kernels("index_propagation").launch_index_propagation_fwd
-    with on_device(z):
-        indices, mean_code, statistics, probability, codes, weights = launch(
-            dense_rows(z), dense_rows(codebook), temperature, entropy, gradients
-        )
+    indices, mean_code, statistics, probability, codes, weights = launch(
+        dense_rows(z), dense_rows(codebook), temperature, entropy, gradients
+    )
     return indices, mean_code, statistics, probability.double(), codes, weights.double()
 
 
@@ -222,11 +220,10 @@ def _triton_bwd(
 ) -> tuple[Tensor, Tensor]:
     inspect.require_backend(backend, z.device.type)
     launch = inspect.kernels("index_propagation").launch_index_propagation_bwd
-    with on_device(z):
-        grad_z, grad_codebook = launch(
-            dense_rows(grad), dense_rows(z), dense_rows(codebook), indices, mean_code, statistics,
-            sample_weight, code_weight, temperature, entropy,
-        )  # fmt: skip
+    grad_z, grad_codebook = launch(
+        dense_rows(grad), dense_rows(z), dense_rows(codebook), indices, mean_code, statistics,
+        sample_weight, code_weight, temperature, entropy,
+    )  # fmt: skip
     return grad_z, grad_codebook
 
 

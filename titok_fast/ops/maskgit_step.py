@@ -175,18 +175,13 @@ def _run(
     return ids_next, tokens, scores
 
 
-def _cuda(cond_logits: Tensor, *args: Any) -> Result:
-    with torch.cuda.device(cond_logits.device):
-        return _run(cond_logits, *args)
-
-
 _op = _library.register(
     "maskgit_step(Tensor cond_logits, Tensor? uncond_logits, Tensor ids, int mask_id, "
     "Tensor? image_ids, Tensor? positions, Tensor? token_noise, Tensor? confidence_noise, "
     "str guidance_form, str confidence, int[] counts, float[] factors, Tensor?[] tensors, "
     "str backend) -> (Tensor ids_next, Tensor tokens, Tensor scores)",
     cpu=_run,
-    cuda=_cuda,
+    cuda=_run,
     fake=_fake,
 )
 

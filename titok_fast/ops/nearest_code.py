@@ -7,7 +7,7 @@ from torch import Tensor
 
 from titok_fast import _library, reference
 from titok_fast.ops import inspect
-from titok_fast.ops.arguments import autocast_dtype, check_dtype, dense_rows, dtype_name, on_device
+from titok_fast.ops.arguments import autocast_dtype, check_dtype, dense_rows, dtype_name
 
 METRICS = ("l2", "cosine", "dot")
 BACKENDS = {"cpu": ("cpu", "triton"), "cuda": ("triton",), "meta": ("cpu", "triton")}
@@ -102,8 +102,7 @@ def _triton(
 ) -> tuple[Tensor, Tensor]:
     inspect.require_backend(backend, z.device.type)
     launch = inspect.kernels("nearest_code").launch_nearest_code
-    with on_device(z):
-        indices, distances = launch(dense_rows(z), dense_rows(codebook), metric, distance, rescored)
+    indices, distances = launch(dense_rows(z), dense_rows(codebook), metric, distance, rescored)
     return indices, distances
 
 
@@ -210,7 +209,6 @@ def rescored_codes(
         raise ValueError("backend: 'reference' has no coarse pass; allowed: 'cpu', 'triton'")
     rescored = torch.zeros(z.shape[:-1], dtype=torch.int64, device=z.device)
     rows = z.detach().reshape(-1, z.shape[-1])
-    _library.untraced(_cpu if z.device.type == "cpu" else _triton)(
-        rows, codebook.detach(), metric, False, backend, rescored.view(-1)
-    )
+    run = _cpu if z.device.type == "cpu" else _library.on_its_device(_triton)
+    _library.untraced(run)(rows, codebook.detach(), metric, False, backend, rescored.view(-1))
     return rescored

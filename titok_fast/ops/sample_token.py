@@ -107,16 +107,11 @@ def _run(
     return tokens
 
 
-def _cuda(logits: Tensor, *args: Any) -> Tensor:
-    with torch.cuda.device(logits.device):
-        return _run(logits, *args)
-
-
 _op = _library.register(
     "sample_token(Tensor logits, Tensor? uncond_logits, Tensor? image_ids, int[] counts, "
     "float[] factors, Tensor?[] tensors, str backend) -> Tensor",
     cpu=_run,
-    cuda=_cuda,
+    cuda=_run,
     fake=_fake,
 )
 
