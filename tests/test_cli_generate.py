@@ -28,12 +28,8 @@ DIGITS = ("generate", "--model", "titok-digits")
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
-    """The work is too small to share."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def _one_thread(set_threads):
+    set_threads(1)  # the work is too small to share
 
 
 def contents(folder):

@@ -334,12 +334,8 @@ def quantize(quantizer, z):
     return output[0, :, 0].T, loss, indices
 
 
-def test_ibq_uses_the_codebook_where_plain_vq_collapses():
+def test_ibq_uses_the_codebook_where_plain_vq_collapses(set_threads):
     torch.manual_seed(0)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the work is too small to share
-    try:
-        assert train(VectorQuantizer(128, 8)) < 0.5
-        assert train(IndexPropagationQuantize(128, 8, use_entropy_loss=True)) > 0.9
-    finally:
-        torch.set_num_threads(threads)
+    set_threads(1)  # the work is too small to share
+    assert train(VectorQuantizer(128, 8)) < 0.5
+    assert train(IndexPropagationQuantize(128, 8, use_entropy_loss=True)) > 0.9

@@ -442,7 +442,7 @@ def test_subnormal_codes(flushed_subnormals):
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_same_bits_however_it_is_run(metric):
+def test_same_bits_however_it_is_run(metric, set_threads):
     """Batch split, stride, thread count and instruction set, on data full of ties."""
     z, codebook = _duplicated(701, 3001, 20)
     z[::3] = codebook[torch.randint(3001, (234,))]
@@ -459,15 +459,11 @@ def test_same_bits_however_it_is_run(metric):
     wide[:, 5:25] = z
     assert torch.equal(search(wide[:, 5:25], codebook.T.contiguous().T), expected)
     assert torch.equal(search(z.flip(0)[::2]), expected.flip(1)[:, ::2])
-    threads = torch.get_num_threads()
     for isa in supported_isas():
         with cpu_isa(isa):
-            try:
-                for count in (1, 2, 3, 8):
-                    torch.set_num_threads(count)
-                    assert torch.equal(search(), expected)
-            finally:
-                torch.set_num_threads(threads)
+            for count in (1, 2, 3, 8):
+                set_threads(count)
+                assert torch.equal(search(), expected)
 
 
 @pytest.mark.parametrize(
@@ -493,7 +489,7 @@ def test_never_holds_the_scores(n, k, d, dtype, metric, peak):
     assert extra <= min(n * k // 128 * 4, 256 << 20) + (16 << 20), f"{extra / 2**20:.1f} MiB"
 
 
-def test_time_grows_linearly_with_the_codebook():
+def test_time_grows_linearly_with_the_codebook(set_threads):
     """At most 3 times the linear growth, on one thread; a busy machine gets five tries."""
     z, codebook = rows_and_codes(48, 2**20, 8)
 
@@ -505,15 +501,11 @@ def test_time_grows_linearly_with_the_codebook():
             times.append(time.perf_counter() - start)
         return min(times)
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        for _ in range(5):
-            small, middle, large = (seconds(2**i) for i in (10, 15, 20))
-            if middle <= 3 * 32 * small and large <= 3 * 32 * middle:
-                return
-    finally:
-        torch.set_num_threads(threads)
+    set_threads(1)
+    for _ in range(5):
+        small, middle, large = (seconds(2**i) for i in (10, 15, 20))
+        if middle <= 3 * 32 * small and large <= 3 * 32 * middle:
+            return
     pytest.fail(f"{small:.2e} s at 2^10 codes, {middle:.2e} s at 2^15, {large:.2e} s at 2^20")
 
 
@@ -580,15 +572,6 @@ def test_under_autocast_the_wider_dtype_counts():
         assert torch.equal(nearest_code(codebook, z), nearest_code(codebook, z.float()))
     with pytest.raises(TypeError, match="differs from z's"):
         nearest_code(z, codebook)
-
-
-def test_backend_asked_for_by_name_says_what_is_missing(monkeypatch):
-    z, codebook = rows_and_codes(2, 3, 4)
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
-    with pytest.raises(
-        RuntimeError, match="backend 'triton' is not available: it needs CUDA tensors"
-    ):
-        nearest_code(z, codebook, backend="triton")
 
 
 @pytest.mark.gpu

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -30,11 +30,8 @@ TASKS = Path("/proc/self/task")
 
 
 @pytest.fixture(autouse=True)
-def _two_threads() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(threads)
+def _two_threads(set_threads: Callable[[int], None]) -> None:
+    set_threads(2)
 
 
 @pytest.fixture(params=inspect.OPS)

@@ -229,13 +229,10 @@ def test_a_short_generator_recipe_improves(monkeypatch):
     assert not model.training
 
 
-def test_a_recipe_writes_a_model_and_its_card(each, tmp_path, capsys):
-    threads, out = torch.get_num_threads(), tmp_path / "out"
-    try:
-        each.main(["-o", str(out), "--steps", "2", "--seed", "3", "--threads", "1"])
-        expected, _ = each.train(2, 3, log=quiet)
-    finally:
-        torch.set_num_threads(threads)
+def test_a_recipe_writes_a_model_and_its_card(each, tmp_path, capsys, set_threads):
+    out = tmp_path / "out"
+    each.main(["-o", str(out), "--steps", "2", "--seed", "3", "--threads", "1"])
+    expected, _ = each.train(2, 3, log=quiet)
     printed = capsys.readouterr().out
     shown = ("PSNR", "codebook usage") if each is recipe else ("read as their label", "distinct")
     for word in (*shown, "parameters", "trained in"):
