@@ -114,6 +114,25 @@ def say(text: str, console: Console = out, style: str | None = None) -> None:
     console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
+def say_table(rows: Sequence[Sequence[str]], texts: Container[int]) -> None:
+    """Print rows of cells below each other: texts from the left, numbers to the right.
+
+    A row may have one cell more than the first, of any length.
+
+    Args:
+        rows: of cells, the first a heading.
+        texts: the columns that are no numbers.
+    """
+    columns = zip(*(row[: len(rows[0])] for row in rows), strict=True)
+    widths = [max(map(len, column)) for column in columns]
+    for row in rows:
+        cells = [
+            cell.ljust(width) if i in texts else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=False))
+        ]
+        say("  ".join([*cells, *row[len(widths) :]]).rstrip())
+
+
 @dataclass(frozen=True)
 class Network:
     """A loaded model and what identifies it.

@@ -255,7 +255,8 @@ def _numbers(flag: str, text: str, limit: int) -> list[int]:
             raise ValueError(f"{flag}: got {part!r}, allowed is a list such as 1,7,20-29")
         first, last = int(match[1]), int(match[2] or match[1])
         if not first <= last < limit:
-            raise ValueError(f"{flag}: got {part!r}, allowed is 0 to {limit - 1}, ascending")
+            order = ", ascending" if last < first else ""
+            raise ValueError(f"{flag}: got {part!r}, allowed is 0 to {limit - 1}{order}")
         numbers += range(first, last + 1)
     return numbers
 

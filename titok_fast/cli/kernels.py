@@ -10,7 +10,7 @@ import typer
 from rich.progress import track
 
 from titok_fast._files import write_json
-from titok_fast.cli.common import check_place, errors, processors, say
+from titok_fast.cli.common import check_place, errors, processors, say, say_table
 from titok_fast.ops import inspect
 from titok_fast.ops.inspect import KernelReport
 
@@ -55,8 +55,11 @@ def kernels(
     compiled = inspect.kernel_report(configurations, jobs=jobs or min(8, processors()))
     reports += track(compiled, "compile", len(configurations), console=errors, transient=True)
     seconds = time.perf_counter() - start
-    for line in _lines(reports):
-        say(line)
+    head = (
+        "kernel", "arch", "warps", "registers", "spills", "shared", "blocks", "occupancy",
+        "matrix instructions", "configuration",
+    )  # fmt: skip
+    say_table([head, *map(_cells, reports)], texts=(0, 1, 8, 9))
     if missing:
         say(f"CUDA C++: {missing}")
     faulty = [report for report in reports if report.faults]
@@ -76,27 +79,6 @@ def _known(option: str, given: list[str] | None, allowed: Sequence[str]) -> Sequ
         if name not in allowed:
             raise ValueError(f"{option}: {name!r} is not one of {', '.join(allowed)}")
     return list(dict.fromkeys(given or allowed))
-
-
-def _lines(reports: Sequence[KernelReport]) -> list[str]:
-    """A table whose last column, the configuration, has any length."""
-    head = (
-        "kernel", "arch", "warps", "registers", "spills", "shared", "blocks", "occupancy",
-        "matrix instructions", "configuration",
-    )  # fmt: skip
-    rows = [head, *map(_cells, reports)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head) - 1)]
-    left = (0, 1, 8)  # texts; numbers end in one column
-    return [
-        "  ".join(
-            [
-                cell.ljust(width) if i in left else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(row[:-1], widths, strict=True))
-            ]
-            + [row[-1]]
-        ).rstrip()
-        for row in rows
-    ]
 
 
 def _cells(report: KernelReport) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from titok_fast.cli.common import (
     named_dtype,
     option,
     say,
+    say_table,
 )
 from titok_fast.cli.profile_chart import draw_profile, duration
 from titok_fast.images import write_png
@@ -70,8 +71,10 @@ def profile(
             notify=lambda text: say(text, errors),
         )
     say(headline(result))
-    for line in _lines(result):
-        say(line)
+    segments = list(dict.fromkeys(name for m in result.measurements for name in m.measured))
+    head = ["model", "mode", "steps", "images/s", "latency", "speed-up", "paper", *segments]
+    rows = [_cells(result, measurement, segments) for measurement in result.measurements]
+    say_table([head, *rows], texts=(0, 1))
     if output is not None:
         write_json(output / "profile.json", _json(result))
         write_png(output / "profile.png", draw_profile(result, headline(result)))
@@ -87,24 +90,8 @@ def headline(result: Profile) -> str:
     )
 
 
-def _lines(result: Profile) -> list[str]:
-    """A table; what is said of a measurement stands behind its numbers."""
-    segments = list(dict.fromkeys(name for m in result.measurements for name in m.measured))
-    head = ["model", "mode", "steps", "images/s", "latency", "speed-up", "paper", *segments]
-    rows = [head, *(_cells(result, measurement, segments) for measurement in result.measurements)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    lines = []
-    for row, measurement in zip(rows, (None, *result.measurements), strict=True):
-        cells = [
-            cell.ljust(width) if i < 2 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        note = measurement.note if measurement is not None else ""
-        lines.append("  ".join([*cells, note] if note else cells))
-    return lines
-
-
 def _cells(result: Profile, measurement: Measurement, segments: list[str]) -> list[str]:
+    """A row of the table; what is said of a measurement stands behind its numbers."""
     speed_up, paper = result.speed_up(measurement), result.paper_speed_up
     breakdown = measurement.breakdown
     return [
@@ -116,6 +103,7 @@ def _cells(result: Profile, measurement: Measurement, segments: list[str]) -> li
         "-" if speed_up is None else f"{speed_up:.3g}x",
         "-" if speed_up is None or paper is None else f"{paper}x",
         *(duration(breakdown[name]) if name in breakdown else "-" for name in segments),
+        measurement.note,
     ]
 
 

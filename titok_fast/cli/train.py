@@ -239,28 +239,17 @@ def train(
         kind, held_out, data, evaluate_every=evaluate_every, samples_with=samples_with
     )
     decoder = _decoder(samples_with, data)
-    if config is None and model is not None:
-        config = (
-            generator_config(model, data)
-            if isinstance(data, TokenFile)
-            else tokenizer_config(model)
-        )
-    else:
-        config = kind.narrowed(config)
-        if kind is IBQTokenizer:
-            config = {"use_entropy_loss": True, **config}
-    of_proxies = kind in TOKENIZERS and predicts_proxies(config)
-    if proxy is not None and not of_proxies:
-        raise ValueError(f"--proxy: got {proxy!r}, which only a TiTok's first stage has a use for")
-    if second_stage and not (init and of_proxies):
-        raise ValueError("--second-stage: allowed with --init of a first-stage TiTok")
-    if adversary and adversary.adversarial_start >= optimization.steps:
-        raise ValueError(f"--adversarial-start: got {adversary.adversarial_start}, allowed is less "
-                         f"than the {optimization.steps} --steps")  # fmt: skip
-    of_pixels = kind in TOKENIZERS and (second_stage or not of_proxies)
-    for field, asked in (("adversarial_weight", adversary), ("perceptual", perceptual)):
-        if asked and not of_pixels:
-            raise ValueError(f"{flag(field)}: allowed for a tokenizer that predicts pixels")
+    config = _config(kind, model, config, data)
+    _check_stage(
+        kind,
+        config,
+        proxy=proxy,
+        second_stage=second_stage,
+        init=init,
+        adversary=adversary,
+        perceptual=perceptual,
+        steps=optimization.steps,
+    )
     perceptual_weight = _perceptual_weight(kind, perceptual, perceptual_weight)
     allowed = None
     if kind in TOKENIZERS:
@@ -364,6 +353,41 @@ def _source(model: str | None, init: str | None) -> tuple[type[Trained], Path | 
             f"--model: {model!r} is not one of {', '.join(names)}; --init takes one with weights"
         )
     return next(kind for kind in KINDS if model in kind.releases), None, None
+
+
+def _config(kind: type[Trained], model: str | None, config: Any, data: Any) -> Any:
+    """The configuration of a new model by name, or of the weights, as it is trained."""
+    if config is None and model is not None:
+        of_tokens = isinstance(data, TokenFile)
+        return generator_config(model, data) if of_tokens else tokenizer_config(model)
+    config = kind.narrowed(config)
+    return {"use_entropy_loss": True, **config} if kind is IBQTokenizer else config
+
+
+def _check_stage(
+    kind: type[Trained],
+    config: Any,
+    *,
+    proxy: str | None,
+    second_stage: bool,
+    init: str | None,
+    adversary: AdversaryOptions | None,
+    perceptual: str | None,
+    steps: int,
+) -> None:
+    """ValueError for options that the stage of the model has no use for."""
+    of_proxies = kind in TOKENIZERS and predicts_proxies(config)
+    if proxy is not None and not of_proxies:
+        raise ValueError(f"--proxy: got {proxy!r}, which only a TiTok's first stage has a use for")
+    if second_stage and not (init and of_proxies):
+        raise ValueError("--second-stage: allowed with --init of a first-stage TiTok")
+    if adversary and adversary.adversarial_start >= steps:
+        raise ValueError(f"--adversarial-start: got {adversary.adversarial_start}, allowed is less "
+                         f"than the {steps} --steps")  # fmt: skip
+    of_pixels = kind in TOKENIZERS and (second_stage or not of_proxies)
+    for field, asked in (("adversarial_weight", adversary), ("perceptual", perceptual)):
+        if asked and not of_pixels:
+            raise ValueError(f"{flag(field)}: allowed for a tokenizer that predicts pixels")
 
 
 def _optimization(
