@@ -21,7 +21,7 @@ SHAPES = (
     (32, 4096, 12, "cosine"),
 )
 OVER_CODES = tuple((1024, k, 256, "l2") for k in (1024, 4096, 16384, 65536, 1048576))
-OVER_ROWS = tuple((n, 16384, 256, "l2") for n in (64, 256, 4096))
+OVER_ROWS = tuple((n, 16384, 256, "l2") for n in (1, 64, 256, 4096))
 LARGE = (  # where there is a GPU
     (65536, 4096, 12, "cosine"),
     (65536, 8192, 64, "l2"),

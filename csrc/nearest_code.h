@@ -39,7 +39,8 @@ struct NearestCodePlan {
   int64_t padded_depth;  // d rounded up to the widest step of the packing
   int64_t values;        // d rounded up to words of any kind
   int threads;
-  int teams;  // of threads that share the codes: one of all, or each thread alone with its rows
+  bool direct;  // whether rows meet the codes as they are; then only `best` counts of the offsets
+  int teams;    // of threads that share the codes: one of all, or each thread alone with its rows
   std::size_t panel_bytes, team_bytes;
   // Byte offsets in a team's workspace.
   std::size_t center, z, z_norm, z_residual, z_scale, factor, block_norm, block_residual, table,

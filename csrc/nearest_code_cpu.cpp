@@ -10,6 +10,9 @@ constexpr int64_t kMegabyte = int64_t{1} << 20;
 
 const NearestCodeKernels& kernels() { return TITOK_OF_EACH_ISA(nearest_code); }
 
+// Few enough rows that to pack the codes for them takes longer than to read them as they are.
+bool is_direct(int64_t n, int64_t d) { return n <= (d < 32 ? 0 : d < 128 ? 2 : 4); }
+
 NearestCodePlan make_plan(const NearestCodeKernels& kernels, int64_t n, int64_t k, int64_t d,
                           Metric metric, int threads) {
   NearestCodePlan plan{};
@@ -20,6 +23,17 @@ NearestCodePlan make_plan(const NearestCodeKernels& kernels, int64_t n, int64_t 
   plan.words = std::max(plan.depth, kernels.word_group);
   plan.padded_depth = round_up(d, plan.lanes * 4);
   plan.values = round_up(d, 4 * kernels.word_group);
+
+  plan.direct = is_direct(n, d);
+  if (plan.direct) {
+    plan.threads = threads_for(2.0 * (n + 1) * k * d, 1.5e6, threads);
+    plan.teams = 1;
+    plan.rows = n;
+    Workspace workspace;
+    plan.best = workspace.take(n * 24 * plan.threads);
+    plan.team_bytes = workspace.size;
+    return plan;
+  }
 
   // Rescoring a block costs block_vectors * d, a row's search k * d: small d wants small blocks.
   const int64_t tile_vectors = plan.tile_codes / plan.lanes;

@@ -547,6 +547,55 @@ struct Search {
     for (int j = 0; j < count; ++j) best.offer(scores[j], codes[j]);
   }
 
+  // As `estimate`, of neighbouring codes, for dot and cosine, which bounds the products themselves.
+  template <Metric metric>
+  V estimate_alone(const T* row, int64_t first, int64_t count, V& error) const {
+    constexpr int kGroup = 4;
+    const V zero = S::broadcast(0.0f);
+    V sums[S::lanes], sizes[S::lanes], squares[S::lanes];
+    for (int l = 0; l < S::lanes; l += kGroup) {
+      const T* e[kGroup];
+      V sum[kGroup], size[kGroup], square[kGroup];
+      for (int g = 0; g < kGroup; ++g) {
+        e[g] = code(first + (l + g < count ? l + g : 0));
+        sum[g] = size[g] = square[g] = zero;
+      }
+      for (int64_t i = 0; i < args.d; i += S::lanes) {
+        const V a = simd::load_row(row + i, args.d - i);
+        for (int g = 0; g < kGroup; ++g) {
+          const V b = simd::load_row(e[g] + i, args.d - i);
+          const V product = S::mul(a, b);
+          sum[g] = S::add(sum[g], product);
+          size[g] = S::add(size[g], S::max(product, S::sub(zero, product)));
+          if constexpr (metric == Metric::cosine) square[g] = S::fmadd(b, b, square[g]);
+        }
+      }
+      for (int g = 0; g < kGroup; ++g) {
+        sums[l + g] = sum[g], sizes[l + g] = size[g], squares[l + g] = square[g];
+      }
+    }
+    const auto total = [](V(&parts)[S::lanes]) {
+      S::transpose(parts);
+      V sum = parts[0];
+      for (int l = 1; l < S::lanes; ++l) sum = S::add(sum, parts[l]);
+      return sum;
+    };
+    const float flushed = static_cast<float>(args.d) * 0x1p-120f;
+    const float rounding = static_cast<float>((static_cast<double>(args.d) + 16.0) * 0x1.1p-23);
+    V score = total(sums);
+    error = S::mul(total(sizes), S::broadcast(rounding));
+    if constexpr (metric == Metric::cosine) {
+      const V square = total(squares);
+      const V norm = S::max(S::sqrt(square), S::broadcast(static_cast<float>(kNormFloor)));
+      score = S::div(score, norm);
+      // NaN where the square is infinite.
+      error = S::add(S::div(S::add(error, S::broadcast(flushed)), norm), S::mul(square, zero));
+    } else {
+      error = S::add(error, S::broadcast(flushed));
+    }
+    return score;
+  }
+
   // The scores of codes first, first + step, ... in float32; `error` bounds their distance from
   // those in float64, and is infinite where float32 cannot tell. `reach` bounds ||z|| ||e||.
   template <Metric metric>
@@ -591,14 +640,18 @@ struct Search {
   }
 
   // Codes first, first + step, ... below `end`.
-  template <Metric metric>
+  template <Metric metric, bool alone = false>
   void offer_codes(const T* row, int64_t first, int64_t end, int64_t step, float reach,
                    Best& best) const {
     const int64_t all = codes_between(first, end, step);
     for (int64_t done = 0; done < all; done += S::lanes) {
       const int64_t count = all - done < S::lanes ? all - done : S::lanes, k = first + done * step;
-      V error;
-      const V score = estimate<metric>(row, k, step, count, reach, error);
+      V error, score;
+      if constexpr (alone && metric != Metric::l2) {
+        score = estimate_alone<metric>(row, k, count, error);
+      } else {
+        score = estimate<metric>(row, k, step, count, reach, error);
+      }
       // Below the best so far, rounded down, or below another of these, a code has no chance.
       constexpr double kLargest = std::numeric_limits<float>::max();
       float known = -kInfinity;
@@ -786,6 +839,11 @@ struct Search {
       }
     }
     member.barrier();
+    choose(first, rows);
+  }
+
+  // Of what each thread found.
+  void choose(int64_t first, int64_t rows) const {
     const auto share = member.share(rows);
     for (int64_t r = share.begin; r < share.end; ++r) {
       Best chosen = best(0)[r];
@@ -804,7 +862,34 @@ struct Search {
     }
   }
 
+  // Every code as it is, a few at a time, so that rows share what they read.
+  template <Metric metric>
+  void scan() const {
+    const simd::Subnormals counted;
+    constexpr int64_t kNear = 4 * S::lanes;
+    Best* found = best(member.index);
+    uint64_t none = 0;
+    for (int64_t r = 0; r < args.n; ++r) {
+      found[r] = Best{};
+      none |= static_cast<uint64_t>(has_nan(z_row(r))) << r;
+    }
+    const auto codes = member.share(args.k, S::lanes);
+    for (int64_t first = codes.begin; first < codes.end; first += kNear) {
+      const int64_t end = first + kNear < codes.end ? first + kNear : codes.end;
+      for (int64_t r = 0; r < args.n; ++r) {
+        if (none >> r & 1) continue;
+        offer_codes<metric, true>(z_row(r), first, end, 1, 0.0f, found[r]);
+      }
+    }
+    member.barrier();
+    choose(0, args.n);
+  }
+
   void run(int64_t begin, int64_t end) const {
+    if (plan.direct) {
+      if (args.metric == Metric::l2) return scan<Metric::l2>();
+      return args.metric == Metric::cosine ? scan<Metric::cosine>() : scan<Metric::dot>();
+    }
     [[maybe_unused]] const simd::Registers registers;
     if (member.index == 0) find_center();
     member.barrier();

@@ -151,7 +151,10 @@ HARD = {
         _not_finite,
     )
 }
-ODD_SHAPES = ((1, 1, 1), (37, 1, 7), (61, 997, 1), (67, 2111, 13), (13, 523, 67), (7, 1409, 131))
+ODD_SHAPES = (
+    (1, 1, 1), (37, 1, 7), (61, 997, 1), (67, 2111, 13), (13, 523, 67), (7, 1409, 131),
+    (2, 1000, 33), (1, 1, 64), (4, 643, 131),  # few rows, for which no code is packed
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -439,6 +442,12 @@ def test_subnormal_codes(flushed_subnormals):
     for isa in supported_isas():
         with cpu_isa(isa):
             assert (nearest_code(z, codebook, metric="dot") == 17).all()
+    few = torch.full((2, 40), 700_000, dtype=torch.int32).view(torch.float32)
+    large = torch.full((300, 40), 1e15)
+    large[217] *= 1.001
+    for isa in supported_isas():
+        with cpu_isa(isa):
+            assert (nearest_code(few, large, metric="dot") == 217).all()
 
 
 @pytest.mark.parametrize("metric", METRICS)
