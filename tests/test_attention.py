@@ -229,12 +229,23 @@ def test_gradients_around_vmap():
     torch.testing.assert_close(actual, expected)
     with torch.no_grad():
         torch.testing.assert_close(over(leaf), over(qkv))
+    scale = torch.tensor(2.0)
+    inner = torch.func.grad(lambda s, x: (s * attention(x)).square().sum())  # wraps x, too
+    given = torch.autograd.grad(inner(scale, whole), whole)[0]
+    torch.testing.assert_close(given, 4 * expected.flatten(0, 1))
     codes = torch.randn(5, 8)
     with pytest.raises(RuntimeError, match=r"autograd\.Function"):
         torch.func.vmap(lambda z: index_propagation(z, codes)[0])(leaf[:, 0, 0, 0]).sum().backward()
     x, weight = torch.randn(3, 2, 4, requires_grad=True), torch.randn(5, 4)
     with pytest.raises(RuntimeError, match="x: has no gradient here"):
         torch.func.vmap(lambda x: decode_linear(x, weight))(x)
+    over = torch.compile(torch.func.vmap(lambda x: decode_linear(x, weight)), backend="eager")
+    with pytest.raises(
+        RuntimeError, match=r"x: has no gradient here; call it under torch\.no_grad"
+    ):
+        over(x.detach())  # which cannot be known
+    with torch.no_grad():
+        torch.testing.assert_close(over(x), x @ weight.T)
 
 
 def test_cpp_has_neither_gradient_nor_dropout():
@@ -577,7 +588,7 @@ def test_kernels_compile_for_every_architecture():
     assert_kernels_compile("attention", {"attention_fwd_kernel", "attention_bwd_kernel"})
 
 
-def test_dropout_and_wide_heads_compile_for_every_architecture():
+def test_dropout_and_wide_heads_do_not_spill():
     """What has the most registers, on the architecture whose products take all from registers."""
     wanted = [
         {"QUERY": True, "TILE": 64, "TILE_TAIL": 32, "D": 64, "DROPOUT": True},

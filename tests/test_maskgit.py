@@ -368,6 +368,16 @@ def test_some_of_query_key_and_value_are_loaded():
     assert torch.equal(mine.value.bias, theirs.value.bias) and not mine.key.bias.any()
     with pytest.raises(RuntimeError, match=r"Missing key\(s\).*attention\.self\.key\.bias"):
         other.load_state_dict(state)
+    nn.init.normal_(mine.in_proj_bias)
+    before = mine.key.bias.clone()
+    other.load_state_dict({name: x.bfloat16() for name, x in state.items()}, strict=False)
+    assert torch.equal(mine.key.bias, before)
+    assert torch.equal(mine.query.bias, theirs.query.bias.bfloat16().float())
+    state["model.encoder.layer.0.attention.self.query.bias"] = torch.zeros(3)  # of another width
+    assert (
+        "model.encoder.layer.0.attention.self.value.bias"
+        in other.load_state_dict(state, strict=False).unexpected_keys
+    )
 
 
 def test_generates_in_several_threads_while_training():

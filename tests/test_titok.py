@@ -703,17 +703,19 @@ def test_compiled_blocks_agree_with_eager_ones():
         titok_fast.compile(torch.nn.Linear(2, 2))
 
 
-def test_blocks_of_packed_weights_are_not_compiled():
+def test_blocks_of_packed_weights_are_compiled_only_to_learn():
+    def compiled(model):
+        model = titok_fast.compile(model)
+        return [block for block in model.modules() if block._compiled_call_impl is not None]
+
     model = titok_fast.pack_weights(small("stage2"))
-    packed = [m for m in model.modules() if isinstance(m, Packable) and m._packed is not None]
-    assert packed
-    titok_fast.compile(model)
-    compiled = [m for m in model.modules() if m._compiled_call_impl is not None]
-    assert not any(layer in list(block.modules()) for layer in packed for block in compiled)
-    for layer in packed:
-        layer.unpack()
-    titok_fast.compile(model)
-    assert any(m._compiled_call_impl is not None for m in model.modules())
+    assert any(isinstance(layer, Packable) and layer.is_packed() for layer in model.modules())
+    assert not compiled(model)
+    assert compiled(copy.deepcopy(model).train())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2)
+    assert compiled(model)  # the copies are stale
 
 
 def test_capture_needs_a_gpu():

@@ -98,7 +98,7 @@ def generate(
     ] = None,
     softmax_temperature_annealing: Annotated[
         bool | None,
-        option("Divide the logits by up to 1.3, at last by 0.5 (TiTok).", "yes"),
+        option("Divide the logits by less than 1.3, at last by 0.5 (TiTok).", "yes"),
     ] = None,
     schedule: Annotated[str | None, option(f"TiTok: {', '.join(SCHEDULES)}.", "arccos")] = None,
     rule: Annotated[str | None, option(f"TiTok: {', '.join(RULES)}.", "titok")] = None,

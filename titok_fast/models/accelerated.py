@@ -30,8 +30,8 @@ def compile(model: Model) -> Model:
     lies between them is not worth compiling. The first call for a new shape compiles. Of
     `ARTransformer` that is `logits` and a prefix; decoding steps are ops of their own.
 
-    A block with weights of `pack_weights` is left as it is: compiled code does not read the copies,
-    with which a CPU is faster.
+    A block in evaluation mode with weights of `pack_weights` is left as it is: compiled code does
+    not read the copies, with which a CPU is faster.
 
     Args:
         model: any model of this package, or a module that holds its blocks.
@@ -49,7 +49,7 @@ def compile(model: Model) -> Model:
     # IBQ's blocks alone have more shapes than the 8 that torch compiles one code for.
     raised = {"recompile_limit": 64} if "recompile_limit" in _COMPILE_OPTIONS else {}
     for block in blocks:
-        if not any(layer._packed for layer in packable(block)):
+        if block.training or not any(layer.is_packed() for layer in packable(block)):
             block.compile(**raised)
     return model
 
@@ -66,6 +66,7 @@ def pack_weights(model: Model) -> Model:
     another call. A linear layer is not packed where PyTorch has no oneDNN. One that
     is replaced, by an adapter say, or has a forward hook is called as it is; a weight with a
     gradient, which an optimizer is about to change, is not packed.
+    Compiled code does not read the copies.
     `ARTransformer.generate` has no use for it: it reads weights as they are for up to 16 rows, and
     packs them by itself for more.
 

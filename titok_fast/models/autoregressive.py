@@ -103,7 +103,7 @@ class _HeadNorm(nn.Module):
         return torch.stack([scale + 1, shift])  # [2, B, 1, W]
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        scale, shift = self.modulation(condition) if condition.ndim == 3 else condition
+        scale, shift = self.modulation(condition)
         return torch.addcmul(shift, self.rmsnorm(x), scale)
 
 
@@ -215,8 +215,7 @@ class ARTransformer(PretrainedModel):
         condition = self.condition(labels)
         x = self.token_drop(torch.cat([condition, self.tok_emb(tokens)], dim=1))
         rotation = self.rotation()[: length + 1]
-        # Each block makes its own modulation, so that one that is sharded is whole by then.
-        return self._whole(x, [condition] * (len(self.blocks) + 1), rotation)
+        return self._whole(x, condition, rotation)
 
     @torch.no_grad()
     def generate(
@@ -348,22 +347,19 @@ class ARTransformer(PretrainedModel):
     def network(
         self,
         x: Tensor,
-        conditions: Sequence[Tensor],
+        condition: Tensor,
         rotation: Tensor,
         caches: Sequence[KVCache] | None = None,
     ) -> Tensor:
-        """Embeddings [B, T, W] of the first T positions through the blocks, which fill caches.
-
-        `conditions`: of each block and of the head, as `LlamaBlock` takes them.
-        """
+        """Embeddings [B, T, W] of the first T positions through the blocks, which fill caches."""
         for i, block in enumerate(self.blocks):
-            x = block(x, conditions[i], rotation, None if caches is None else caches[i])
+            x = block(x, condition, rotation, None if caches is None else caches[i])
         return x
 
-    def _whole(self, x: Tensor, conditions: Sequence[Tensor], rotation: Tensor) -> Tensor:
+    def _whole(self, x: Tensor, condition: Tensor, rotation: Tensor) -> Tensor:
         """Embeddings [B, T, W] of the first T positions to logits [B, T, V]."""
-        x = self.network(x, conditions, rotation)
-        logits: Tensor = self.head(self.head_nm(x, conditions[-1]))
+        x = self.network(x, condition, rotation)
+        logits: Tensor = self.head(self.head_nm(x, condition))
         return logits
 
     def decodes(self) -> bool:
@@ -461,14 +457,13 @@ class Decoding:
             self._state = state
         self._seed = self._state[-1] if isinstance(seed, Tensor) else seed
         self._image_ids, self._condition, *modulations = self._state[: 2 + len(modulations)]
-        self._modulations = modulations
         self._parts = [of_layer[:, :, 0].unbind() for of_layer in modulations]
         count = prefix.shape[1]
         self.tokens[:, 1 : count + 1] = prefix
         if count and self._by_cache:
             x = torch.cat([self._condition, self._embedded(prefix[:, :-1])], dim=1)
             with evaluating(model):
-                model.network(x, modulations, self._rotation[:count], self._caches)
+                model.network(x, self._condition, self._rotation[:count], self._caches)
 
     def step(self, position: Tensor) -> Tensor:
         """Draws the token at a position [1] int64; returns `tokens`."""
@@ -495,7 +490,7 @@ class Decoding:
             x = torch.cat([self._condition, self._embedded(self.tokens[:, 1 : count + 1])], dim=1)
             with evaluating(model):
                 rotation = self._rotation[: count + 1]
-                return model._whole(model.token_drop(x), self._modulations, rotation)[:, -1]
+                return model._whole(model.token_drop(x), self._condition, rotation)[:, -1]
         last = self._embedded(self.tokens.index_select(1, position))
         x = torch.where(position == 0, self._condition, last)[:, 0]  # [rows, W]
         return model.decode(x, self._parts, self._rotation, self._caches, position)

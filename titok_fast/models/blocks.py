@@ -155,15 +155,17 @@ class SeparateSelfAttention(PackableMatrix):
         for kind in ("weight", "bias"):
             names = [f"{prefix}{name}.{kind}" for name in _PARTS]
             found = [state[name] for name in names if name in state]
-            own = getattr(module, f"in_proj_{kind}").detach()
-            if not found or (len(found) < 3 and own.is_meta):
-                continue
-            missing += [name for name in names if name not in state]
-            parts = [
-                state.pop(name) if name in state else part.to(found[0])
-                for name, part in zip(names, own.chunk(3), strict=True)
-            ]
-            state[f"{prefix}in_proj_{kind}"] = torch.cat(parts)
+            if 0 < len(found) < 3:
+                whole = getattr(module, f"in_proj_{kind}")
+                own = dict(zip(names, whole.detach().chunk(3), strict=True))
+                fits = ordinary(whole) and not whole.is_meta
+                if not fits or any(x.shape != own[names[0]].shape for x in found):
+                    continue
+                absent = [name for name in names if name not in state]
+                state |= {name: own[name].to(found[0].device) for name in absent}
+                missing += absent
+            if found:
+                state[f"{prefix}in_proj_{kind}"] = torch.cat([state.pop(name) for name in names])
 
 
 class _DenseAndNorm(nn.Module):
@@ -439,10 +441,10 @@ class LlamaBlock(nn.Module):
     ) -> Tensor:
         """Maps [B, T, W] to [B, T, W]; rotation and cache as in `CausalSelfAttention`.
 
-        `condition` is class embeddings [B, 1, W], or what `modulation` made of them.
+        `condition` is class embeddings [B, 1, W]. Their modulation is made here, where a block that
+        is sharded is whole.
         """
-        modulation = self.modulation(condition) if condition.ndim == 3 else condition
-        gate1, gate2, scale1, scale2, shift1, shift2 = modulation
+        gate1, gate2, scale1, scale2, shift1, shift2 = self.modulation(condition)
         h = torch.addcmul(shift1, self.attention_norm(x), scale1)
         x = torch.addcmul(x, self._kept(self.attention(h, rotation, cache)), gate1)
         h = torch.addcmul(shift2, self.ffn_norm(x), scale2)

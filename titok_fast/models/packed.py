@@ -117,6 +117,11 @@ class Packable(nn.Module):
         copy = self._arranged(weight.detach()) if fit else None
         self._packed = None if copy is None else _Packed(weight, copy)
 
+    def is_packed(self) -> bool:
+        """Whether it keeps a copy of the weight as it is now."""
+        packed = self._packed
+        return packed is not None and packed.is_of(getattr(self, self._weight))
+
     def unpack(self) -> None:
         """Frees the copy."""
         self._packed = None

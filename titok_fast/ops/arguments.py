@@ -118,20 +118,26 @@ def check_counters(fixed: dict[str, Any]) -> None:
 
 
 def differentiated(tensor: Tensor | None) -> bool:
-    """Whether a gradient of `tensor` is asked for, backward or forward."""
+    """Whether a gradient of `tensor` is asked for, backward or forward.
+
+    So it is of any batch of vmap in a function that is being compiled, unless gradients are off.
+    """
     if tensor is None:
         return False
     functorch = torch._C._functorch
-    while functorch.is_batchedtensor(tensor):  # of vmap: what it holds says so, it does not
-        if torch.compiler.is_compiling():  # which cannot look
-            return torch.is_grad_enabled()
-        tensor = functorch.get_unwrapped(tensor)
-    backward = torch.is_grad_enabled() and tensor.requires_grad
-    return backward or forward_ad.unpack_dual(tensor).tangent is not None
+    while True:
+        backward = torch.is_grad_enabled() and tensor.requires_grad
+        if backward or forward_ad.unpack_dual(tensor).tangent is not None:
+            return True
+        if torch.compiler.is_compiling():  # which cannot look into a batch
+            return torch.is_grad_enabled() and functorch.is_batchedtensor(tensor)
+        if not functorch.is_functorch_wrapped_tensor(tensor):
+            return False
+        tensor = functorch.get_unwrapped(tensor)  # what is wrapped may ask for one, too
 
 
 def has_values(tensor: Tensor) -> bool:
-    """Whether values can be read: not of what is traced, nor within a transform of torch.func."""
+    """Whether values can be read: not while compiling, of a fake, or within a torch.func."""
     if torch.compiler.is_compiling():
         return False
     wrapped: bool = torch._C._functorch.is_functorch_wrapped_tensor(tensor)

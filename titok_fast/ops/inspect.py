@@ -138,7 +138,7 @@ def check_backend(backend: str, order: dict[str, tuple[str, ...]]) -> None:
 def choose_or_reference(backend: str, device_type: str, order: dict[str, tuple[str, ...]]) -> str:
     """As `choose_backend`; "auto" is the reference on a device where no other can run.
 
-    Not so in a source tree that was not built, which says how to do it when the op is called.
+    Not so without the extension, of which the op's call then says how to build it.
     """
     reason = why_not(order["cuda"][0], "cuda") if device_type == "cuda" else None
     bare = reason is not None and reason != _extension()
