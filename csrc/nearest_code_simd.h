@@ -537,6 +537,15 @@ struct Search {
       sums[j] = sum;
       squares[j] = square;
     }
+    if (count == 1) {  // as below, of one
+      double score = sum_pairs(sums[0]);
+      if constexpr (metric == Metric::l2) score = -0.0 - score;
+      if constexpr (metric == Metric::cosine) {
+        const double norm = std::sqrt(sum_pairs(squares[0]));
+        score /= norm < kNormFloor ? kNormFloor : norm;
+      }
+      return best.offer(score, codes[0]);
+    }
     Double8 score = sum_pairs(sums);
     if constexpr (metric == Metric::l2) score = Double8::broadcast(-0.0) - score;
     if constexpr (metric == Metric::cosine) {
@@ -602,8 +611,7 @@ struct Search {
   V estimate(const T* row, int64_t first, int64_t step, int64_t count, float reach,
              V& error) const {
     constexpr int kGroup = 4;
-    V sums[S::lanes];
-    for (int l = 0; l < S::lanes; l += kGroup) {
+    const auto sum_group = [&](int l, V* sums) __attribute__((always_inline)) {
       const T* e[kGroup];
       V sum[kGroup];
       for (int g = 0; g < kGroup; ++g) {
@@ -619,10 +627,24 @@ struct Search {
         }
       }
       for (int g = 0; g < kGroup; ++g) sums[l + g] = sum[g];
+    };
+    V score;
+    if (count <= kGroup) {  // of a small codebook: no need of a whole vector of codes
+      V sums[S::sums_at_once];
+      for (int l = kGroup; l < S::sums_at_once; ++l) sums[l] = S::broadcast(0.0f);
+      sum_group(0, sums);
+      float totals[S::lanes];
+      S::sums(sums, totals);
+      const float worst = metric == Metric::l2 ? kInfinity : -kInfinity;
+      for (int64_t l = count; l < S::lanes; ++l) totals[l] = worst;
+      score = S::load(totals);
+    } else {
+      V sums[S::lanes];
+      for (int l = 0; l < S::lanes; l += kGroup) sum_group(l, sums);
+      S::transpose(sums);
+      score = sums[0];
+      for (int l = 1; l < S::lanes; ++l) score = S::add(score, sums[l]);
     }
-    S::transpose(sums);
-    V score = sums[0];
-    for (int l = 1; l < S::lanes; ++l) score = S::add(score, sums[l]);
     const float flushed = static_cast<float>(args.d) * 0x1p-120f;
     const float rounding = static_cast<float>((static_cast<double>(args.d) + 16.0) * 0x1.1p-23);
     if constexpr (metric == Metric::l2) {
