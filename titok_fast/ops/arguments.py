@@ -162,6 +162,12 @@ def check_no_gradient(tensors: dict[str, Tensor | None]) -> None:
             )
 
 
+def as_autocast(x: Any) -> Any:
+    """A tensor in autocast's dtype where that is on for it; anything else as it is."""
+    dtype = autocast_dtype(x)
+    return x if dtype is None else x.to(dtype)
+
+
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:
     """Autocast off for the device of `x`."""
     # There is no autocast for the meta device, nor a need of one.

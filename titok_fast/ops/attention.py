@@ -10,7 +10,7 @@ from torch import Tensor
 from titok_fast import _library, reference
 from titok_fast.ops import inspect
 from titok_fast.ops.arguments import (
-    autocast_dtype,
+    as_autocast,
     check_dtype,
     check_no_gradient,
     differentiated,
@@ -257,7 +257,7 @@ def attention(
     """
     dropout_p, seed = python_number(dropout_p), python_number(seed)
     _check(qkv, dropout_p, seed, backend)
-    qkv, device = qkv.to(autocast_dtype(qkv) or qkv.dtype), qkv.device.type
+    qkv, device = as_autocast(qkv), qkv.device.type
     order = BACKENDS | {device: BACKENDS.get(device, ("torch",))}
     chosen = inspect.choose_backend(backend, device, order)
     if backend == "auto":

@@ -9,7 +9,7 @@ from torch import Tensor
 from titok_fast import _library, reference
 from titok_fast.ops import inspect
 from titok_fast.ops.arguments import (
-    autocast_dtype,
+    as_autocast,
     dense_rows,
     differentiated,
     dtype_name,
@@ -418,7 +418,7 @@ def propagate(
         probability: whether `max_probability` is needed. Without it, gradients and entropies the
             softmax is not computed.
     """
-    z, codebook = (x.to(dtype) if (dtype := autocast_dtype(x)) else x for x in (z, codebook))
+    z, codebook = as_autocast(z), as_autocast(codebook)
     temperature = python_number(temperature)
     _check(z, codebook, temperature, process_group, backend)
     device = z.device.type
