@@ -597,8 +597,9 @@ struct Search {
       const V square = total(squares);
       const V norm = S::max(S::sqrt(square), S::broadcast(static_cast<float>(kNormFloor)));
       score = S::div(score, norm);
-      // NaN where the square is infinite.
-      error = S::add(S::div(S::add(error, S::broadcast(flushed)), norm), S::mul(square, zero));
+      // NaN where the square or the score is infinite.
+      const V size = S::add(square, S::max(score, S::sub(zero, score)));
+      error = S::add(S::div(S::add(error, S::broadcast(flushed)), norm), S::mul(size, zero));
     } else {
       error = S::add(error, S::broadcast(flushed));
     }
@@ -887,7 +888,6 @@ struct Search {
   // Every code as it is, a few at a time, so that rows share what they read.
   template <Metric metric>
   void scan() const {
-    const simd::Subnormals counted;
     constexpr int64_t kNear = 4 * S::lanes;
     Best* found = best(member.index);
     uint64_t none = 0;

@@ -9,8 +9,6 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
-#elif defined(__SSE__)
-#include <xmmintrin.h>
 #endif
 
 #include "amx.h"
@@ -26,32 +24,6 @@ struct Half {
 };
 struct BFloat16 {
   uint16_t bits;
-};
-
-// While it lives, subnormal numbers count, in a thread that flushes them too.
-class Subnormals {
- public:
-#if defined(__SSE__)
-  Subnormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ & ~0x8040u); }
-  ~Subnormals() { _mm_setcsr(before_); }
-#elif defined(__aarch64__)
-  Subnormals() {
-    asm volatile("mrs %0, fpcr" : "=r"(before_));
-    asm volatile("msr fpcr, %0" ::"r"(before_ & ~(uint64_t{1} << 24)));
-  }
-  ~Subnormals() { asm volatile("msr fpcr, %0" ::"r"(before_)); }
-#else
-  Subnormals() : before_(0) {}
-#endif
-  Subnormals(const Subnormals&) = delete;
-  Subnormals& operator=(const Subnormals&) = delete;
-
- private:
-#if defined(__SSE__)
-  unsigned before_;
-#else
-  uint64_t before_;
-#endif
 };
 
 // fn(x) with an x of the type that a dtype has here.

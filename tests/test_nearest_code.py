@@ -310,6 +310,19 @@ def test_extreme_scale(backend, device, metric, scale):
     assert_exact(z, codebook * scale, metric, backend)
 
 
+def test_scores_at_the_end_of_float32():
+    """Cosines that float32 rounds to infinity decide between codes all the same."""
+    for seed in range(20):
+        torch.manual_seed(seed)
+        codes = -(1 + torch.rand(1)) * torch.full((32, 8192), 2.0**-12)
+        codes[16:, 5] *= 1 + (0.008192 * (1 + seed % 4)) ** 0.5
+        least = (codes.double().sum(1) / codes.double().norm(dim=1)).min()
+        z = torch.full((1, 8192), float((1 - 4e-7) * torch.finfo(torch.float32).max / -least))
+        for isa in supported_isas():
+            with cpu_isa(isa):
+                assert_exact(z, codes, "cosine", "cpu")
+
+
 @pytest.mark.parametrize("metric", METRICS)
 def test_outlier_codes(backend, device, metric):
     z, codebook = rows_and_codes(8, 700, 16, device=device)
