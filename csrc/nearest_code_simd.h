@@ -556,6 +556,20 @@ struct Search {
     for (int j = 0; j < count; ++j) best.offer(scores[j], codes[j]);
   }
 
+  // What a float32 sum of d terms may lose, of their sizes, and beside that where they underflow.
+  float rounding() const {
+    return static_cast<float>((static_cast<double>(args.d) + 16.0) * 0x1.1p-23);
+  }
+  float flushed() const { return static_cast<float>(args.d) * 0x1p-120f; }
+
+  // Lane l is the sum of the lanes of parts[l].
+  static V sum_each(V (&parts)[S::lanes]) {
+    S::transpose(parts);
+    V sum = parts[0];
+    for (int l = 1; l < S::lanes; ++l) sum = S::add(sum, parts[l]);
+    return sum;
+  }
+
   // As `estimate`, of neighbouring codes, for dot and cosine, which bounds the products themselves.
   template <Metric metric>
   V estimate_alone(const T* row, int64_t first, int64_t count, V& error) const {
@@ -583,25 +597,15 @@ struct Search {
         sums[l + g] = sum[g], sizes[l + g] = size[g], squares[l + g] = square[g];
       }
     }
-    const auto total = [](V(&parts)[S::lanes]) {
-      S::transpose(parts);
-      V sum = parts[0];
-      for (int l = 1; l < S::lanes; ++l) sum = S::add(sum, parts[l]);
-      return sum;
-    };
-    const float flushed = static_cast<float>(args.d) * 0x1p-120f;
-    const float rounding = static_cast<float>((static_cast<double>(args.d) + 16.0) * 0x1.1p-23);
-    V score = total(sums);
-    error = S::mul(total(sizes), S::broadcast(rounding));
+    V score = sum_each(sums);
+    error = S::fmadd(sum_each(sizes), S::broadcast(rounding()), S::broadcast(flushed()));
     if constexpr (metric == Metric::cosine) {
-      const V square = total(squares);
+      const V square = sum_each(squares);
       const V norm = S::max(S::sqrt(square), S::broadcast(static_cast<float>(kNormFloor)));
       score = S::div(score, norm);
       // NaN where the square or the score is infinite.
       const V size = S::add(square, S::max(score, S::sub(zero, score)));
-      error = S::add(S::div(S::add(error, S::broadcast(flushed)), norm), S::mul(size, zero));
-    } else {
-      error = S::add(error, S::broadcast(flushed));
+      error = S::add(S::div(error, norm), S::mul(size, zero));
     }
     return score;
   }
@@ -642,22 +646,18 @@ struct Search {
     } else {
       V sums[S::lanes];
       for (int l = 0; l < S::lanes; l += kGroup) sum_group(l, sums);
-      S::transpose(sums);
-      score = sums[0];
-      for (int l = 1; l < S::lanes; ++l) score = S::add(score, sums[l]);
+      score = sum_each(sums);
     }
-    const float flushed = static_cast<float>(args.d) * 0x1p-120f;
-    const float rounding = static_cast<float>((static_cast<double>(args.d) + 16.0) * 0x1.1p-23);
     if constexpr (metric == Metric::l2) {
-      error = S::fmadd(score, S::broadcast(rounding), S::broadcast(flushed));
+      error = S::fmadd(score, S::broadcast(rounding()), S::broadcast(flushed()));
       return S::sub(S::broadcast(0.0f), score);
     }
-    error = S::broadcast(rounding * reach + flushed);
+    error = S::broadcast(rounding() * reach + flushed());
     if constexpr (metric == Metric::cosine) {
       float factors[S::lanes];
       for (int l = 0; l < S::lanes; ++l) factors[l] = factor()[first + step * (l < count ? l : 0)];
       score = S::mul(score, S::load(factors));
-      error = S::broadcast(rounding * reach + 0x1p40f * flushed);  // factors reach 1e12
+      error = S::broadcast(rounding() * reach + 0x1p40f * flushed());  // factors reach 1e12
     }
     return score;
   }
