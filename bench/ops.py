@@ -33,9 +33,9 @@ def copies(case: harness.Case, size: int) -> int:
     return 1 if case.device == "cuda" else min(64, -(-CACHE // size))
 
 
-def in_turn(function: Callable[..., Tensor], copies: list[dict[str, Any]], **options: Any) -> Call:
+def in_turn(function: Callable[..., Tensor], given: list[dict[str, Any]], **options: Any) -> Call:
     """A call with the next copy of the arguments."""
-    turns: Iterator[dict[str, Any]] = itertools.cycle(copies)
+    turns: Iterator[dict[str, Any]] = itertools.cycle(given)
     return lambda: function(**next(turns), **options)
 
 

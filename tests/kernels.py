@@ -106,14 +106,14 @@ def assert_kernels_compile(
     for capability in capabilities:
         found = {report["kernel"] for report in reports if report["capability"] == capability}
         assert found >= multiplying if wanted else found == every
+    # The tiles are chosen for triton 3.7; what 3.6 spills of a few kernels is in docs/ops.
+    old = tuple(map(int, inspect.versions()["triton"].split(".")[:2])) < (3, 7)
     for report in reports:
         print(
             f"sm_{report['capability']} {report['kernel']} [{report['constants']}]: "
             f"{report['registers']} registers, {report['spilled_bytes']} B spilled, "
             f"{report['shared_bytes']} B shared, {report['matrix_instructions']}"
         )
-        # The tiles are chosen for triton 3.7; what 3.6 spills of a few kernels is in docs/ops.
-        old = tuple(map(int, inspect.versions()["triton"].split(".")[:2])) < (3, 7)
         few = f"spills {report['spilled_bytes']} bytes" if report["spilled_bytes"] <= 32 else ""
         assert not [fault for fault in report["faults"] if not (old and fault == few)], report
         assert 0 < report["registers"] <= 255
