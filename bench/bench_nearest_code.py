@@ -20,6 +20,7 @@ SHAPES = (
     (32, 4096, 12, "l2"),  # TiTok, one image
     (32, 4096, 12, "cosine"),
 )
+SMALL = ((16384, 512, 16, "l2"),)  # a small codebook, and many rows
 OVER_CODES = tuple((1024, k, 256, "l2") for k in (1024, 4096, 16384, 65536, 1048576))
 OVER_ROWS = tuple((n, 16384, 256, "l2") for n in (1, 64, 256, 4096))
 LARGE = (  # where there is a GPU
@@ -39,7 +40,7 @@ class Case(harness.Case):
 
 def cases(device: str, quick: bool) -> list[Case]:
     dtypes = (torch.float32, torch.bfloat16) if device == "cuda" else (torch.float32,)
-    shapes = SHAPES if quick else (*SHAPES, *OVER_CODES, *OVER_ROWS)
+    shapes = SHAPES if quick else (*SHAPES, *SMALL, *OVER_CODES, *OVER_ROWS)
     shapes += LARGE if device == "cuda" and not quick else ()
     return [
         Case(n=n, k=max(128, k // 64) if quick else k, d=d, metric=m, device=device, dtype=t)

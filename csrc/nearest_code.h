@@ -27,6 +27,9 @@ struct NearestCodeArgs {
 std::size_t nearest_code_cpu_workspace(int64_t n, int64_t k, int64_t d, Metric metric, int threads);
 void nearest_code_cpu(const NearestCodeArgs& args);
 
+// Rows whose scores of a whole codebook are held at a time, where that is small.
+constexpr int kSweepRows = 6;
+
 // How one call is cut up: a function of the sizes and the instruction set's tile.
 struct NearestCodePlan {
   int64_t tile_rows, tile_codes, lanes;  // register tile and vector width
@@ -40,11 +43,12 @@ struct NearestCodePlan {
   int64_t values;        // d rounded up to words of any kind
   int threads;
   bool direct;  // whether rows meet the codes as they are; then only `best` counts of the offsets
+  bool sweep;   // whether the scores of a few rows and all codes are held at a time
   int teams;    // of threads that share the codes: one of all, or each thread alone with its rows
   std::size_t panel_bytes, team_bytes;
   // Byte offsets in a team's workspace.
   std::size_t center, z, z_norm, z_residual, z_scale, factor, block_norm, block_residual, table,
-      hits, best, hit_codes, panels;
+      scores, hits, best, hit_codes, panels;
 };
 
 // One set per instruction set; see nearest_code_simd.h.

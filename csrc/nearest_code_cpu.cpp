@@ -13,6 +13,12 @@ const NearestCodeKernels& kernels() { return TITOK_OF_EACH_ISA(nearest_code); }
 // Few enough rows that to pack the codes for them takes longer than to read them as they are.
 bool is_direct(int64_t n, int64_t d) { return n <= (d < 32 ? 0 : d < 128 ? 2 : 4); }
 
+// Few and short enough codes that a float32 score of each takes less time than to prepare a row for
+// a coarser one and to choose among blocks.
+bool is_sweep(int64_t codes, int64_t d, int64_t lanes) {
+  return codes <= 128 * lanes && codes * d <= 1024 * lanes;
+}
+
 NearestCodePlan make_plan(const NearestCodeKernels& kernels, int64_t n, int64_t k, int64_t d,
                           Metric metric, int threads) {
   NearestCodePlan plan{};
@@ -32,6 +38,28 @@ NearestCodePlan make_plan(const NearestCodeKernels& kernels, int64_t n, int64_t 
     Workspace workspace;
     plan.best = workspace.take(n * 24 * plan.threads);
     plan.team_bytes = workspace.size;
+    return plan;
+  }
+
+  const int64_t codes = round_up(k, plan.tile_codes);
+  plan.sweep = is_sweep(codes, d, plan.lanes);
+  if (plan.sweep) {
+    const int64_t tiles = codes / plan.tile_codes;
+    plan.blocks = tiles * plan.lanes;
+    plan.values = round_up(d, kernels.word_group);
+    plan.panel_bytes = static_cast<std::size_t>((plan.values + 2) * plan.tile_codes * 4);
+    Workspace workspace;
+    plan.center = workspace.take(plan.padded_depth * 4);
+    plan.z = workspace.take(kSweepRows * plan.padded_depth * 4);
+    plan.factor = workspace.take(metric == Metric::cosine ? codes * 4 : 0);
+    plan.block_norm = workspace.take(plan.blocks * 4);
+    plan.table = workspace.take(kSweepRows * plan.blocks * 4);
+    plan.scores = workspace.take(kSweepRows * codes * 4);
+    plan.panels = workspace.take(tiles * static_cast<int64_t>(plan.panel_bytes));
+    plan.team_bytes = workspace.size;
+    const auto most = static_cast<int>(12 * kMegabyte / static_cast<int64_t>(plan.team_bytes));
+    plan.threads = std::min(threads_for(2.0 * n * k * d, 1.5e6, threads), most);
+    plan.teams = plan.threads;
     return plan;
   }
 

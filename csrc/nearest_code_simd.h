@@ -39,13 +39,14 @@ constexpr int64_t kMostByteTerms = 1 << 16;  // keeps the sums of products insid
 constexpr int64_t kCoarsePass = 8;
 
 // What the coarse pass multiplies: the set's own words of float32 or pairs of bfloat16 ...
-struct Floats {
+template <class Words>
+struct Unscaled : Words {
   static constexpr bool scaled = false;
-  static constexpr int terms = kTerms;
   using Sum = V;
   static Sum start(const float* p) { return S::load(p); }
-  static Sum dot(V row, V code, Sum sum) { return simd::Words::dot(row, code, sum); }
 };
+using Floats = Unscaled<simd::Words>;
+using Singles = Unscaled<simd::Single>;
 // ... or bytes, at twice the rate of float32 (AVX2) or bfloat16 (VNNI) and a tenth of the accuracy
 // of the latter: where few blocks need rescoring even so, this is the faster way.
 #if !defined(__AMX_BF16__) && \
@@ -73,6 +74,34 @@ struct Best {
   }
 };
 
+// Bounds |coarse - exact| of a row of norm `norm` that rounding moved by up to `moved`: what
+// rounding lost, float32 products, sums and norms, float64 rescoring, and flushed subnormals.
+struct Bound {
+  double norm, coarse, fine, tiny;
+  bool l2;
+  V c0, c1, c2, c3;
+
+  Bound(const NearestCodeArgs& args, double norm, double moved) : norm(norm) {
+    const double d = static_cast<double>(args.d);
+    coarse = (2.0 * d + 16.0) * 0x1p-24 * 1.05, fine = (d + 8.0) * 0x1p-51;
+    tiny = d * 0x1p-110;  // a product of scales may be flushed, times 127^2
+    l2 = args.metric == Metric::l2;
+    const auto vector = [](double x) { return S::broadcast(static_cast<float>(x)); };
+    c0 = vector((l2 ? fine * norm * norm : 0.0) + tiny * (1.0 + norm));
+    c1 = vector(1.0001 * (moved + coarse * (norm + moved) + 2.0 * fine * norm) + tiny);
+    c2 = vector(l2 ? 0.5 * coarse + fine : 0.0);
+    c3 = vector(1.0001 * (1.0 + coarse) * (norm + moved));
+  }
+  // For codes of norm up to m that rounding moved by up to `moved`, or not at all.
+  V error(V m) const { return S::fmadd(m, S::fmadd(m, c2, c1), c0); }
+  V error(V m, V moved) const { return S::fmadd(m, S::fmadd(m, c2, c1), S::fmadd(moved, c3, c0)); }
+  // For a code of norm up to m, where float32 alone rounded.
+  double of_float32(double m) const {
+    return (l2 ? fine * norm * norm : 0.0) + tiny * (1.0 + norm + m) +
+           1.0002 * (coarse + 2.0 * fine) * norm * m + (l2 ? (0.5 * coarse + fine) * m * m : 0.0);
+  }
+};
+
 // Asks for a range of memory in equal steps; codes are read once, and nobody else would.
 struct Prefetch {
   const char* at;
@@ -92,6 +121,7 @@ struct Search {
   const NearestCodePlan& plan;
   const Team::Member& member;
   void* workspace;
+  float* panel;  // a tile of codes: bias, start of the byte sums, values
 
   const T* z_row(int64_t row) const { return static_cast<const T*>(args.z) + row * args.z_stride; }
   const T* code(int64_t k) const {
@@ -114,12 +144,14 @@ struct Search {
   float* row_maxima(int64_t super, int64_t row) const {
     return at<float>(plan.table) + (super * plan.rows + row) * S::lanes;
   }
+  // Of a row of a sweep, its scores and the largest of each lane of a tile.
+  float* scores(int r) const { return at<float>(plan.scores) + r * plan.blocks * kTileVectors; }
+  float* tops(int r) const { return at<float>(plan.table) + r * plan.blocks; }
   // Bit l of [super-block][row]: block l of the super-block is to be rescored.
   uint16_t* hits() const { return at<uint16_t>(plan.hits); }
   Best* best(int of_member) const { return at<Best>(plan.best) + of_member * plan.rows; }
   int64_t* hit_codes() const { return at<int64_t>(plan.hit_codes); }
-  // A tile of codes: bias, start of the byte sums, values.
-  float* bias() const { return at<float>(plan.panels + member.index * plan.panel_bytes); }
+  float* bias() const { return panel; }
   float* starts() const { return bias() + kTileCodes; }
   float* values() const { return starts() + kTileCodes; }
 
@@ -261,7 +293,7 @@ struct Search {
           S::store(buffer,
                    C::raised_words([&](int part) { return S::mul(values_of(part), inverse); }));
         } else {
-          S::store(buffer, simd::Words::words(values_of));
+          S::store(buffer, C::words(values_of));
         }
         const int64_t count = all - w < S::lanes ? all - w : S::lanes;
         for (int64_t i = 0; i < count; ++i) put(w + i, buffer[i]);
@@ -337,7 +369,7 @@ struct Search {
     if constexpr (C::scaled) {
       narrow_to_bytes<C>(tile, first_of_block, residuals);
     } else {
-      narrow(tile);
+      narrow<C>(tile);
     }
     return tile;
   }
@@ -362,16 +394,17 @@ struct Search {
     for (int64_t i = 0; i < plan.values; ++i) values()[i * kTileCodes + l] = 0.0f;
   }
 
-  // To the set's words, in place.
+  // To words without a scale, in place.
+  template <class C>
   void narrow(const Tile& tile) const {
-    if (kTerms == 1 && args.metric != Metric::cosine) return;
+    if (C::terms == 1 && args.metric != Metric::cosine) return;
     for (int j = 0; j < kTileCodes; j += S::lanes) {
       const V factor = S::load(tile.factor + j);
-      for (int64_t w = 0; w < words<Floats>(); ++w) {
-        const float* in = values() + w * kTerms * kTileCodes + j;
+      for (int64_t w = 0; w < words<C>(); ++w) {
+        const float* in = values() + w * C::terms * kTileCodes + j;
         const V low = S::mul(S::load(in), factor);
-        const V high = S::mul(S::load(in + (kTerms - 1) * kTileCodes), factor);
-        S::store(values() + w * kTileCodes + j, simd::Words::zip(low, high));
+        const V high = S::mul(S::load(in + (C::terms - 1) * kTileCodes), factor);
+        S::store(values() + w * kTileCodes + j, C::zip(low, high));
       }
     }
   }
@@ -505,14 +538,16 @@ struct Search {
           }
         }
       }
-      const auto root = [&](float square) {
-        return static_cast<float>(std::sqrt(square + kTinySquare) * norm_margin());
-      };
       for (int l = 0; l < S::lanes; ++l) {
-        norms[l] = root(norms[l]);
+        norms[l] = length_of(norms[l]);
         if (!C::scaled) residuals[l] = static_cast<float>(kRounding * norms[l]);
       }
     }
+  }
+
+  // Bounds the norm of a code from its square in float32.
+  float length_of(float square) const {
+    return static_cast<float>(std::sqrt(square + kTinySquare) * norm_margin());
   }
 
   // The float64 scores of at most eight codes. Larger is nearer: minus the squared distance, the
@@ -778,23 +813,10 @@ struct Search {
       return none ? 0 : args.k;
     }
 
-    // error(M, R) = c0 + c1 M + c2 M^2 + c3 R bounds |coarse - exact| for codes of norm up to M
-    // that rounding moved by up to R: what rounding lost, float32 products, sums and norms, float64
-    // rescoring, and flushed subnormals.
-    const double d = static_cast<double>(args.d), moved = z_residual()[r], norm = length;
-    const double coarse = (2.0 * d + 16.0) * 0x1p-24 * 1.05, fine = (d + 8.0) * 0x1p-51;
-    const double tiny = d * 0x1p-110;  // a product of scales may be flushed, times 127^2
-    const bool l2 = args.metric == Metric::l2;
-    const auto vector = [](double x) { return S::broadcast(static_cast<float>(x)); };
-    const V c0 = vector((l2 ? fine * norm * norm : 0.0) + tiny * (1.0 + norm));
-    const V c1 = vector(1.0001 * (moved + coarse * (norm + moved) + 2.0 * fine * norm) + tiny);
-    const V c2 = vector(l2 ? 0.5 * coarse + fine : 0.0);
-    const V c3 = vector(1.0001 * (1.0 + coarse) * (norm + moved));
+    const Bound bound(args, length, z_residual()[r]);
     const auto maxima = [&](int64_t b) { return row_maxima(b / S::lanes, r) + b % S::lanes; };
     const auto error = [&](int64_t b) {
-      const V m = S::load(block_norm() + b);
-      const V rounding = S::fmadd(S::load(block_residual() + b), c3, c0);
-      return S::fmadd(m, S::fmadd(m, c2, c1), rounding);
+      return bound.error(S::load(block_norm() + b), S::load(block_residual() + b));
     };
 
     V lower = S::broadcast(-kInfinity);
@@ -818,10 +840,7 @@ struct Search {
     // What bytes lost, half of the distance to the limit, is known for one block once it is read.
     int64_t top = 0;
     for (int64_t b = 1; b < plan.blocks; ++b) top = *maxima(b) > *maxima(top) ? b : top;
-    const double most = block_norm()[top];
-    const double rounding = (l2 ? fine * norm * norm : 0.0) + tiny * (1.0 + norm + most) +
-                            1.0002 * (coarse + 2.0 * fine) * norm * most +
-                            (l2 ? (0.5 * coarse + fine) * most * most : 0.0);
+    const double rounding = bound.of_float32(block_norm()[top]);
     const float attained_limit = static_cast<float>(attained(z_row(first + r), top) - rounding);
     if (!(attained_limit > limit)) return codes;
     limit = attained_limit - std::fabs(attained_limit) * 0x1p-23f;
@@ -875,14 +894,18 @@ struct Search {
         if (other.index >= 0) chosen.offer(other.score, other.index);
         chosen.offers += other.offers;
       }
-      const bool none = chosen.index < 0;  // a row with a NaN
-      args.indices[first + r] = none ? 0 : chosen.index;
-      if (args.distances) {
-        args.distances[first + r] = none ? std::numeric_limits<float>::quiet_NaN()
-                                         : distance(first + r, chosen.index, chosen.score);
-      }
-      if (args.rescored) args.rescored[first + r] = chosen.offers;
+      answer(first + r, chosen);
     }
+  }
+
+  void answer(int64_t row, const Best& best) const {
+    const bool none = best.index < 0;  // a row with a NaN
+    args.indices[row] = none ? 0 : best.index;
+    if (args.distances) {
+      args.distances[row] =
+          none ? std::numeric_limits<float>::quiet_NaN() : distance(row, best.index, best.score);
+    }
+    if (args.rescored) args.rescored[row] = best.offers;
   }
 
   // Every code as it is, a few at a time, so that rows share what they read.
@@ -907,13 +930,137 @@ struct Search {
     choose(0, args.n);
   }
 
+  // Scores of kSweepRows rows, centred at z(), and every code, in float32, and of each tile the
+  // largest of its vectors.
+  __attribute__((noinline)) void score_rows(int64_t tiles) const {
+    for (int64_t t = 0; t < tiles; ++t) {
+      const float* start = panel + t * (plan.panel_bytes / 4);
+      V acc[kSweepRows][kTileVectors];
+#pragma GCC unroll 8
+      for (int r = 0; r < kSweepRows; ++r) {
+#pragma GCC unroll 8
+        for (int v = 0; v < kTileVectors; ++v) acc[r][v] = S::load(start + v * S::lanes);
+      }
+      const float* e = start + 2 * kTileCodes;
+      for (int64_t i = 0; i < args.d; ++i, e += kTileCodes) {
+        V codes[kTileVectors];
+#pragma GCC unroll 8
+        for (int v = 0; v < kTileVectors; ++v) codes[v] = S::load(e + v * S::lanes);
+#pragma GCC unroll 8
+        for (int r = 0; r < kSweepRows; ++r) {
+          const V value = S::broadcast(z()[r * plan.padded_depth + i]);
+#pragma GCC unroll 8
+          for (int v = 0; v < kTileVectors; ++v) acc[r][v] = S::fmadd(value, codes[v], acc[r][v]);
+        }
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < kSweepRows; ++r) {
+        V top = acc[r][0];
+#pragma GCC unroll 8
+        for (int v = 0; v < kTileVectors; ++v) {
+          top = S::max(top, acc[r][v]);
+          S::store(scores(r) + t * kTileCodes + v * S::lanes, acc[r][v]);
+        }
+        S::store(tops(r) + t * S::lanes, top);
+      }
+    }
+  }
+
+  // The best of the codes that the scores of row r of a sweep leave a chance.
+  template <Metric metric>
+  Best best_of(const T* row, int r, float length) const {
+    Best best;
+    if (length == kInfinity && has_nan(row)) return best;
+    const Bound bound(args, length, 0.0);
+    const auto error = [&](int64_t t) { return bound.error(S::load(block_norm() + t * S::lanes)); };
+    const int64_t tiles = plan.blocks / S::lanes;
+    V lower = S::broadcast(-kInfinity);
+    for (int64_t t = 0; t < tiles; ++t) {
+      // An infinite norm makes this NaN or -inf; max keeps its second operand then.
+      lower = S::max(S::sub(S::load(tops(r) + t * S::lanes), error(t)), lower);
+    }
+    const V limit = S::broadcast(S::largest(lower));
+    const auto reach = [&](const float* score, int64_t t) -> uint64_t {
+      return S::not_less(S::add(S::load(score), error(t)), limit);
+    };
+
+    int64_t codes[8];
+    int found = 0;
+    const auto offer_found = [&]() __attribute__((noinline)) {
+      offer<metric>(row, codes, found, best);
+      best.offers += found;
+      found = 0;
+    };
+    // Most rows have one code that is left, in a place that no branch foresees.
+    for (int64_t some = 0; some < tiles; some += 64) {
+      const int64_t end = some + 64 < tiles ? some + 64 : tiles;
+      uint64_t reached = 0;
+      for (int64_t t = some; t < end; ++t) {
+        reached |= static_cast<uint64_t>(reach(tops(r) + t * S::lanes, t) != 0) << (t - some);
+      }
+      for (; reached; reached &= reached - 1) {
+        const int64_t t = some + __builtin_ctzll(reached), first = t * kTileCodes;
+        uint64_t left = 0;
+        for (int v = 0; v < kTileVectors; ++v) {
+          left |= reach(scores(r) + first + v * S::lanes, t) << (v * S::lanes);
+        }
+        if (args.k - first < kTileCodes) left &= (uint64_t{1} << (args.k - first)) - 1;
+        for (; left; left &= left - 1) {
+          if (found == 8) offer_found();
+          codes[found++] = first + __builtin_ctzll(left);
+        }
+      }
+    }
+    if (found == 1 && best.offers == 0 && !args.distances) {
+      best.index = codes[0];
+      best.offers = 1;
+    } else {
+      offer_found();
+    }
+    return best;
+  }
+
+  // A small codebook: the float32 scores of a few rows and all codes at a time.
+  template <Metric metric>
+  void sweep(int64_t begin, int64_t end) const {
+    const int64_t tiles = plan.blocks / S::lanes;
+    for (int64_t t = 0; t < tiles; ++t) {
+      float* norms = block_norm() + t * S::lanes;
+      const Search tile{args, plan, member, workspace, panel + t * (plan.panel_bytes / 4)};
+      tile.template pack<Singles>(t * kTileCodes, true, norms, nullptr);
+      for (int l = 0; l < S::lanes; ++l) norms[l] = length_of(norms[l]);
+    }
+    for (int64_t first = begin; first < end; first += kSweepRows) {
+      const int64_t rows = end - first < kSweepRows ? end - first : kSweepRows;
+      float lengths[kSweepRows];
+      for (int64_t r = 0; r < rows; ++r) {
+        const T* row = z_row(first + r);
+        const double length = norm(row);
+        const bool coarse = length <= kLargestNorm;
+        lengths[r] = coarse ? static_cast<float>(length * norm_margin()) : kInfinity;
+        for (int64_t i = 0; i < args.d; i += S::lanes) {
+          S::store(z() + r * plan.padded_depth + i, coarse ? centred(row, i) : S::broadcast(0.0f));
+        }
+      }
+      score_rows(tiles);
+      for (int r = 0; r < rows; ++r) {
+        answer(first + r, best_of<metric>(z_row(first + r), r, lengths[r]));
+      }
+    }
+  }
+
   void run(int64_t begin, int64_t end) const {
     if (plan.direct) {
       if (args.metric == Metric::l2) return scan<Metric::l2>();
       return args.metric == Metric::cosine ? scan<Metric::cosine>() : scan<Metric::dot>();
     }
-    [[maybe_unused]] const simd::Registers registers;
     if (member.index == 0) find_center();
+    if (plan.sweep) {
+      if (args.metric == Metric::l2) return sweep<Metric::l2>(begin, end);
+      return args.metric == Metric::cosine ? sweep<Metric::cosine>(begin, end)
+                                           : sweep<Metric::dot>(begin, end);
+    }
+    [[maybe_unused]] const simd::Registers registers;
     member.barrier();
     bool bytes = kHasBytes && args.d <= kMostByteTerms;
     for (int64_t first = begin; first < end; first += plan.rows) {
@@ -929,7 +1076,9 @@ struct Search {
 void run(const NearestCodeArgs& args, const NearestCodePlan& plan, const Team::Member& member,
          Team::Member::Range rows, void* workspace) {
   simd::with_type(args.dtype, [&](auto x) {
-    Search<decltype(x)>{args, plan, member, workspace}.run(rows.begin, rows.end);
+    auto* panel = static_cast<char*>(workspace) + plan.panels + member.index * plan.panel_bytes;
+    Search<decltype(x)>{args, plan, member, workspace, reinterpret_cast<float*>(panel)}.run(
+        rows.begin, rows.end);
   });
 }
 

@@ -703,16 +703,8 @@ struct Portable {
     for (int i = 0; i < lanes; ++i) v[i] = std::sqrt(a[i]);
     return v;
   }
-  static V max(V a, V b) {
-    V v;
-    for (int i = 0; i < lanes; ++i) v[i] = a[i] > b[i] ? a[i] : b[i];
-    return v;
-  }
-  static V min(V a, V b) {
-    V v;
-    for (int i = 0; i < lanes; ++i) v[i] = a[i] < b[i] ? a[i] : b[i];
-    return v;
-  }
+  static V max(V a, V b) { return a > b ? a : b; }
+  static V min(V a, V b) { return a < b ? a : b; }
   struct Sum {
     uint64_t value;
   };
@@ -757,19 +749,16 @@ struct Portable {
     typedef uint32_t I __attribute__((vector_size(16)));
     return reinterpret_cast<V>(reinterpret_cast<I>(p) + (reinterpret_cast<I>(shifted) << 23));
   }
-  static V zero_below(V value, V x, float limit) {
-    for (int i = 0; i < lanes; ++i) value[i] = x[i] < limit ? 0.0f : value[i];
-    return value;
-  }
+  static V zero_below(V value, V x, float limit) { return x < limit ? V{} : value; }
   static bool all_between(V a, float low, float high) {
     bool inside = true;
     for (int i = 0; i < lanes; ++i) inside = inside && a[i] >= low && a[i] <= high;
     return inside;
   }
   static unsigned not_less(V a, V b) {
-    unsigned mask = 0;
-    for (int i = 0; i < lanes; ++i) mask |= static_cast<unsigned>(!(a[i] < b[i])) << i;
-    return mask;
+    typedef int32_t I __attribute__((vector_size(16)));
+    const I bits = ~(a < b) & I{1, 2, 4, 8};
+    return static_cast<unsigned>((bits[0] | bits[1]) | (bits[2] | bits[3]));
   }
   static void transpose(V (&rows)[lanes]) {
     for (int i = 0; i < lanes; ++i) {
