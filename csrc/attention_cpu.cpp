@@ -1,5 +1,3 @@
-#include <algorithm>
-
 #include "attention.h"
 #include "system.h"
 

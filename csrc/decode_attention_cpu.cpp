@@ -1,5 +1,3 @@
-#include <algorithm>
-
 #include "decode_attention.h"
 #include "system.h"
 

@@ -1,5 +1,3 @@
-#include <algorithm>
-
 #include "decode_linear.h"
 #include "system.h"
 

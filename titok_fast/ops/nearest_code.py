@@ -191,7 +191,7 @@ def nearest_code(
 def rescored_codes(
     z: Tensor, codebook: Tensor, *, metric: str = "l2", backend: str = "auto"
 ) -> Tensor:
-    """How many codes `nearest_code` scores in float64 for each row: what exactness costs.
+    """How many codes of each row `nearest_code` leaves to float64: what exactness costs.
 
     Args:
         z: as for `nearest_code`, on a CPU or CUDA device.
