@@ -11,13 +11,12 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from titok_fast.models.accelerated import pack_weights
 from titok_fast.models.auto import Tokenizer, load_tokenizer
 from titok_fast.models.autoregressive import ARTransformer
 from titok_fast.models.checks import COUNT, as_labels, check_kind
 from titok_fast.models.cuda_graphs import capture as record
 from titok_fast.models.maskgit import MaskGIT
-from titok_fast.models.packed import packable
+from titok_fast.models.packed import pack_weights, packable
 from titok_fast.models.titok import TiTok
 from titok_fast.ops.arguments import check_counters, python_number
 

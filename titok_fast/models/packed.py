@@ -6,7 +6,7 @@ import functools
 import threading
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from titok_fast.models import widened
 from titok_fast.models.widened import linear
 from titok_fast.ops.arguments import differentiated, has_values
+
+Model = TypeVar("Model", bound=nn.Module)
 
 # Set once an optimizer, of which PyTorch's fused ones leave a weight's version as it is, may have
 # moved the weight.
@@ -210,6 +212,43 @@ def _multiply(x: Tensor, copy: Tensor, bias: Tensor | None, *, gelu: bool = Fals
 def packable(model: nn.Module) -> list[Packable]:
     """The layers of a model that keep copies of their weights."""
     return [module for module in model.modules() if isinstance(module, Packable)]
+
+
+def pack_weights(model: Model) -> Model:
+    """Lets a model on the CPU keep copies of its weights in the order of the fastest product.
+
+    Inference without gradients then takes less time: linear layers multiply by weights in oneDNN's
+    order, most for small batches, and 3x3 convolutions run as `conv3x3` does. It takes twice the
+    memory for weights, of convolutions 2.8 times (4.6 where the CPU multiplies float32 in place of
+    their 16 bits, and twice that of linear layers then). A weight that changes afterwards is used
+    in its own order until it is packed again; a change through `weight.data`, or of single entries
+    of a weight that was made under `torch.inference_mode`, is not seen, and must be followed by
+    another call. A linear layer is not packed where PyTorch has no oneDNN. One that
+    is replaced, by an adapter say, or has a forward hook is called as it is; a weight with a
+    gradient, which an optimizer is about to change, is not packed.
+    Compiled code does not read the copies.
+    `ARTransformer.generate` has no use for it: it reads weights as they are for up to 16 rows, and
+    packs them by itself for more.
+
+    Args:
+        model: any model of this package, or a module that holds its blocks, on the CPU.
+
+    Returns:
+        The model; its state_dict is unchanged, and a copy or a file of it is not packed.
+
+    Raises:
+        RuntimeError: the model is not on the CPU.
+        ValueError: when the module has no layer to pack.
+    """
+    layers = packable(model)
+    if not layers:
+        raise ValueError(f"model: {type(model).__name__} has no layer of titok_fast")
+    for parameter in model.parameters():
+        if parameter.device.type != "cpu":
+            raise RuntimeError(f"pack_weights: the model is on {parameter.device}, allowed is cpu")
+    for layer in layers:
+        layer.pack()
+    return model
 
 
 @contextmanager

@@ -7,7 +7,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from titok_fast import _library, reference
+from titok_fast.ops import _index_propagation_streaming as streaming
 from titok_fast.ops import inspect
+from titok_fast.ops._index_propagation_streaming import add_rows, wide_dtype
 from titok_fast.ops.arguments import (
     as_autocast,
     dense_rows,
@@ -18,7 +20,6 @@ from titok_fast.ops.arguments import (
 )
 from titok_fast.ops.nearest_code import check_rows_and_codes, nearest_code
 from titok_fast.reference.index_propagation import EPS, mean_over_ranks
-from titok_fast.reference.index_propagation_streaming import add_rows, wide_dtype
 
 BACKENDS = {
     "cpu": ("cpu", "triton", "streaming"),
@@ -252,7 +253,7 @@ def _streaming_fwd(
 ) -> Forward:
     indices = nearest_code(z, codebook, metric="dot")
     with without_autocast(z):
-        mean_code, statistics, code_probability = reference.index_propagation_fwd(
+        mean_code, statistics, code_probability = streaming.index_propagation_fwd(
             z, codebook, indices, temperature, entropy, gradients
         )
     empty = statistics[:, :0]
@@ -275,7 +276,7 @@ def _streaming_bwd(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     with without_autocast(z):
-        return reference.index_propagation_bwd(
+        return streaming.index_propagation_bwd(
             grad, z, codebook, indices, mean_code, statistics, sample_weight, code_weight.float(),
             temperature, entropy,
         )  # fmt: skip

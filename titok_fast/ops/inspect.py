@@ -25,7 +25,7 @@ OPS = tuple(
     sorted(
         module.name
         for module in pkgutil.iter_modules([str(Path(__file__).parent)])
-        if module.name not in ("arguments", "inspect")
+        if module.name[0] != "_" and module.name not in ("arguments", "inspect")
     )
 )
 TRITON_OPS = (
@@ -49,7 +49,8 @@ def _extension() -> ModuleType | str:
     try:
         return importlib.import_module("titok_fast._C")
     except ImportError as error:
-        if (_PACKAGE.parent / "csrc").is_dir():
+        absent = isinstance(error, ModuleNotFoundError) and error.name == "titok_fast._C"
+        if absent and (_PACKAGE.parent / "csrc").is_dir():
             return f"titok_fast._C is not built; run 'pip install -e .' in {_PACKAGE.parent}"
         return f"titok_fast._C cannot be loaded ({error}); reinstall titok_fast"
 
