@@ -16,6 +16,7 @@ from titok_fast import decode_linear
 from titok_fast.models.packed import PackableLinear, _can_pack
 
 MODELS = {1024: 2816, 1920: 5120}  # width of ibq-ar-b and -xxl: channels inside SwiGLU
+VOCABULARY = 16384
 MODULATED = ("norm", "scale", "shift")
 PARTS = {
     "wqkv": MODULATED,
@@ -36,14 +37,14 @@ class Case(harness.Case):
     layer: str
 
 
-def sizes(width: int, hidden: int, vocabulary: int) -> dict[str, tuple[int, int]]:
+def sizes(width: int, hidden: int) -> dict[str, tuple[int, int]]:
     """[N, W] of each layer."""
     return {
         "wqkv": (3 * width, width),
         "wo": (width, width),
         "w1-w3": (hidden, width),
         "w2": (width, hidden),
-        "head": (vocabulary, width),
+        "head": (VOCABULARY, width),
     }
 
 
@@ -52,7 +53,7 @@ def cases(device: str, quick: bool) -> list[Case]:
     rows = [(torch.bfloat16, 2), (torch.bfloat16, 16)]
     if not gpu:
         rows = [(torch.bfloat16, 2), (torch.bfloat16, 8), (torch.float32, 8)]
-    models = [sizes(w, MODELS[w], 16384) for w in ((1024, 1920) if gpu else (1024,))]
+    models = [sizes(w, MODELS[w]) for w in ((1024, 1920) if gpu else (1024,))]
     if quick:
         rows, models = rows[1:], [{"w1-w3": (176, 64)}]
     return [

@@ -54,7 +54,7 @@ def chi_square(tokens, probability):
     return (statistic - freedom) / math.sqrt(2 * freedom)
 
 
-def assert_nothing_spilled(op, *, kernels, registers, shared):
+def assert_nothing_spilled(op, *, kernels, shared):
     """Read from the machine code inside the extension, without a GPU."""
     extension = inspect.extension()
     if not extension.cuda_architectures or importlib.util.find_spec("triton") is None:
@@ -63,4 +63,4 @@ def assert_nothing_spilled(op, *, kernels, registers, shared):
     assert len(reports) >= kernels * len(re.findall(r"\d+-real|\d+$", extension.cuda_architectures))
     for report in reports:
         assert not report.faults, report
-        assert report.registers <= registers and report.shared_bytes <= shared, report
+        assert report.registers <= 64 and report.shared_bytes <= shared, report

@@ -42,9 +42,9 @@ def lightning(state, prefix="", **others):
     }
 
 
-def averages(state, prefix=""):
+def averages(state):
     """What SEED-Voken's LitEma registers, for parameters of the model and of its loss."""
-    copies = {prefix + name: tensor + 1 for name, tensor in state.items()}
+    copies = {name: tensor + 1 for name, tensor in state.items()}
     copies["loss.discriminator.main.0.weight"] = torch.ones(3, 3)
     return {
         "model_ema.decay": torch.tensor(0.999),

@@ -143,7 +143,7 @@ def test_an_op_is_one_glob(op):
 def test_every_op_has_files_nowhere_else():
     assert OPS
     known = set(OPS) | {"__init__"}
-    assert {p.stem for p in (PACKAGE / "reference").glob("*.py")} <= known
+    assert {p.stem for p in (PACKAGE / "reference").glob("*.py")} <= known | {"_draw"}
     assert {p.stem for p in (ROOT / "kernels").glob("*.py")} <= known | {
         "_arithmetic",
         "_device",
@@ -244,18 +244,20 @@ def test_the_face_only_re_exports():
 
 
 def test_paths_that_the_documents_name_exist():
-    for document in ("README.md", "CONTRIBUTING.md"):
-        text = (ROOT / document).read_text()
-        assert text.strip(), document
+    documents = [*ROOT.glob("*.md"), ROOT / "bench/README.md", *(ROOT / "docs").rglob("*.md")]
+    counts = dict.fromkeys(("names", "links"), 0)
+    for document in documents:
+        text = document.read_text()
         named = re.findall(
             r"`((?:csrc|kernels|titok_fast|bench|tests|examples|docs)/[\w./-]+)`", text
         )
-        for path in named:
-            if "my_op" in path:  # the example op of CONTRIBUTING.md
-                continue
-            assert (ROOT / path).exists(), f"{document} names {path}"
-        for path in re.findall(r"\]\((?!http)([^)#]+)\)", text):
-            assert (ROOT / path).exists(), f"{document} links {path}"
+        linked = re.findall(r"\]\((?!http)([^)#]+)\)", text)
+        for verb, folder, paths in (("names", ROOT, named), ("links", document.parent, linked)):
+            for path in paths:
+                if "my_op" not in path:  # the example op of CONTRIBUTING.md
+                    assert (folder / path).exists(), f"{document.name} {verb} {path}"
+                    counts[verb] += 1
+    assert all(counts.values())
 
 
 def test_every_model_is_listed():

@@ -9,8 +9,7 @@ from tests import drawing
 from tests.drawing import DTYPES, chi_square, many_draws
 from titok_fast import maskgit_step
 from titok_fast.ops import inspect
-from titok_fast.reference.attention import philox
-from titok_fast.reference.maskgit_step import natural_log, scaled_uniform
+from titok_fast.reference._draw import natural_log, philox, scaled_uniform
 
 MASK = -1
 STEP = {"mask_id": MASK, "num_masked": 3, "seed": 5, "step": 2}
@@ -595,4 +594,4 @@ def test_gpu_graph_capture():
 
 
 def test_cuda_kernels_spill_nothing():
-    drawing.assert_nothing_spilled("maskgit_step", kernels=7, registers=64, shared=9 << 10)
+    drawing.assert_nothing_spilled("maskgit_step", kernels=7, shared=9 << 10)

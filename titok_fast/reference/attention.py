@@ -3,36 +3,7 @@
 import torch
 from torch import Tensor
 
-_MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
-_WEYL = 0x9E3779B9, 0xBB67AE85
-_LOW = 0xFFFFFFFF
-
-
-def philox(counter: tuple[Tensor, ...], seed: Tensor) -> tuple[Tensor, ...]:
-    """Philox4x32-10: four 32-bit words for each counter, the same on every device.
-
-    Args:
-        counter: four int64 tensors of values below 2**32 that broadcast together.
-        seed: [] int64, whose low and high halves are the key.
-
-    Returns:
-        Four int64 tensors of the common shape, uniform in [0, 2**32).
-
-    Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
-    """
-    a, b, c, d = torch.broadcast_tensors(*counter)
-    low, high = seed & _LOW, (seed >> 32) & _LOW
-    for _ in range(10):
-        # A 64-bit product may wrap below zero; its bits are right.
-        first, second = a * _MULTIPLIERS[0], c * _MULTIPLIERS[1]
-        a, b, c, d = (
-            ((second >> 32) & _LOW) ^ b ^ low,
-            second & _LOW,
-            ((first >> 32) & _LOW) ^ d ^ high,
-            first & _LOW,
-        )
-        low, high = (low + _WEYL[0]) & _LOW, (high + _WEYL[1]) & _LOW
-    return a, b, c, d
+from titok_fast.reference._draw import philox
 
 
 def dropout_mask(

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from titok_fast.reference.maskgit_step import (
+from titok_fast.reference._draw import (
     argmax,
     combine,
     draw,
