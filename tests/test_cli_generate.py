@@ -257,7 +257,7 @@ def test_given_tokens_are_kept(titok_fast, tmp_path):
         (["--steps", "0"], "--steps: got 0, allowed is a positive int"),
         (["--guidance-decay", "cubic"], "--guidance-decay: got 'cubic', allowed is 'constant'"),
         (["--top-k", "3"], "--top-k: got 3, but options of titok-digits are steps, guidance"),
-        (["--regenerate", "0-3"], "--regenerate: allowed with --ids and only with it"),
+        (["--regenerate", "0-3"], "--regenerate: needs --ids"),
     ],
 )
 def test_errors_are_one_line(titok_fast, tmp_path, options, words):

@@ -164,8 +164,8 @@ def test_the_command_takes_weights_of_ibq(titok_fast, pictures, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ((), "--model: allowed is either it or --init"),
-        (("--model", "maskgit-digits", "--init", "x"), "--model: allowed is either it or --init"),
+        ((), "--model: needed, or --init"),
+        (("--model", "maskgit-digits", "--init", "x"), "--init: not allowed with --model"),
         (("--model", "titok-9"), "--model: 'titok-9' is not one of maskgit-vit-l-32"),
         (("--model", "maskgit-digits", "--steps", 0), "--steps: got 0, allowed is a positive int"),
         (("--model", "maskgit-digits", "--dtype", "float16"), "--dtype: 'float16' is not one of"),

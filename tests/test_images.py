@@ -351,11 +351,18 @@ def test_a_png_file_says_what_wrote_it(tmp_path):
         assert png_software(tmp_path / name) is None
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 8, 8), (8, 8), (1, 8, 8)])
+def test_pixels_are_of_one_image_in_colour(shape, tmp_path):
+    with pytest.raises(ValueError, match=r"pixels: got shape .*, allowed is \[3, H, W\]"):
+        write_png(tmp_path / "a.png", torch.zeros(shape))
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     write_png(tmp_path / "a.png", torch.zeros(3, 4, 4))
     before = (tmp_path / "a.png").read_bytes()
-    with pytest.raises(RuntimeError):
-        write_png(tmp_path / "a.png", torch.zeros(4, 4))
+    with pytest.raises(ValueError, match="empty"):
+        write_png(tmp_path / "a.png", Image.new("RGB", (0, 4)))
     assert (tmp_path / "a.png").read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
 

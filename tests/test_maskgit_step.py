@@ -465,6 +465,18 @@ def test_compiles_whole(dynamic):
             assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
 
 
+def test_compiled_loop():
+    """More steps than torch compiles a function for."""
+    cond, _, ids = inputs(2, 20, 30)
+
+    def f(step):
+        return maskgit_step(cond, ids, mask_id=MASK, num_masked=17 - step, seed=5, step=step)
+
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    for step in range(12):
+        assert all(map(torch.equal, compiled(step), f(step)))
+
+
 def test_positions_of_a_part_give_the_tokens_of_the_whole(backend, device):
     cond, uncond, ids = inputs(3, 12, 50, device=device)
     ids = torch.full_like(ids, MASK)

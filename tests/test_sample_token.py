@@ -411,6 +411,18 @@ def test_compiles_whole(dynamic):
             assert torch.equal(compiled(cond, uncond, scale), f(cond, uncond, scale))
 
 
+def test_compiled_loop():
+    """More steps than torch compiles a function for."""
+    cond, _ = inputs(5, 30)
+
+    def f(step):
+        return sample_token(cond, seed=step + 7, step=step, top_k=step + 3)
+
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    for step in range(12):
+        assert torch.equal(compiled(step), f(step))
+
+
 def test_gives_no_gradient():
     cond, uncond = inputs(4, 9)
     tokens = sample_token(

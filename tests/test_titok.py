@@ -518,6 +518,10 @@ def test_strict_loading_names_every_fault(tmp_path):
 def test_unreadable_sources(tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist, and it is not a Hub id"):
         TiTok.from_pretrained(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="it is the name of another model, of"):
+        TiTok.from_pretrained("ibq-1024")
+    with pytest.raises(TypeError, match="config: expected a mapping, got str; a name is for from_"):
+        TiTok("titok-digits")
     with pytest.raises(FileNotFoundError, match=r"holds neither model\.safetensors"):
         TiTok.from_pretrained(tmp_path)
     path = tmp_path / "pytorch_model.bin"

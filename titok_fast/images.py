@@ -405,6 +405,8 @@ def to_uint8(pixels: Tensor) -> Tensor:
 
 def to_image(pixels: Tensor) -> Image.Image:
     """[3, H, W], either uint8 or in [0, 1] and then clamped and rounded to 8 bits."""
+    if pixels.ndim != 3 or pixels.shape[0] != 3:
+        raise ValueError(f"pixels: got shape {list(pixels.shape)}, allowed is [3, H, W]")
     values = pixels if pixels.dtype == torch.uint8 else to_uint8(pixels)
     return Image.fromarray(values.permute(1, 2, 0).cpu().numpy())
 
@@ -421,6 +423,10 @@ def write_png(
         path: of the file.
         pixels: [3, H, W], uint8 or in [0, 1], or an image.
         software: what the file says wrote it, see `png_software`.
+
+    Raises:
+        ValueError: for pixels of another shape.
+        OSError: when the file cannot be written.
     """
     image = to_image(pixels) if isinstance(pixels, Tensor) else pixels
     info = PngInfo()

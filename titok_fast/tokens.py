@@ -257,10 +257,10 @@ _Contents = tuple[dict[str, Array], dict[str, list[str]], dict[str, str]]
 
 def read_arrays(file: IO[bytes]) -> dict[str, Array]:
     """The arrays of an .npz file; raises for anything else, and for one that is damaged."""
-    archive = np.load(file, allow_pickle=False)
-    if not isinstance(archive, np.lib.npyio.NpzFile):
-        raise ValueError("it is a single array")
-    with archive:
+    if file.read(2) != b"PK":  # NumPy would speak of pickles
+        raise ValueError("it is not an archive of arrays")
+    file.seek(0)
+    with np.load(file, allow_pickle=False) as archive:
         members = {name: archive[name] for name in archive.files}
     for name, member in members.items():
         if not isinstance(member, np.ndarray):

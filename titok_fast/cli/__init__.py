@@ -36,7 +36,8 @@ def main() -> None:
     # They are read all the same. Not where they are: a filter is no thread's own.
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     try:
-        sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
+        arguments = sys.argv[1:] or ["--help"]
+        sys.exit(app(arguments, prog_name="titok-fast", standalone_mode=False))
     except typer.Abort:
         sys.exit(1)
     except UsageError as error:

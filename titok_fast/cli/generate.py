@@ -132,7 +132,7 @@ def generate(
     if count is not None and count < 1:
         raise ValueError(f"--count: got {count}, allowed is a positive number")
     if (ids is None) != (regenerate is None):
-        raise ValueError("--regenerate: allowed with --ids and only with it")
+        raise ValueError(f"--regenerate: {'needs' if ids is None else 'needed with'} --ids")
     if model not in PAIRS:
         raise ValueError(f"--model: {model!r} is not one of {', '.join(PAIRS)}")
     if capture and (ids is not None or named_device(device).type != "cuda"):

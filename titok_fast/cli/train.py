@@ -342,8 +342,10 @@ def train(
 def _source(model: str | None, init: str | None) -> tuple[type[Trained], Path | None, Any]:
     """The class of the model, and with --init its weights and their configuration, else None."""
     names = releases(KINDS)
-    if (model is None) == (init is None):
-        raise ValueError("--model: allowed is either it or --init")
+    if model is None and init is None:
+        raise ValueError("--model: needed, or --init")
+    if model is not None and init is not None:
+        raise ValueError("--init: not allowed with --model")
     if init is not None:
         with flags(path_or_hub_id="--init"):
             weights, config = locate(init, names)

@@ -245,7 +245,8 @@ class IndexPropagationQuantize(nn.Module):
         """Quantize a batch.
 
         Args:
-            z: latents [B, D, H, W], float32, float16 or bfloat16; float64 is quantized in float32.
+            z: latents [B, D, H, W] in the dtype of the codebook, in any under autocast; float64 is
+                quantized in float32.
             temp: without effect, as upstream.
             return_logits: without effect, as upstream.
 

@@ -66,7 +66,7 @@ def generate(
     in the networks' matrix products.
 
     Args:
-        labels: [N] int64 in [0, num_classes], or a sequence of them.
+        labels: [N] int64 in [0, num_classes], or a sequence of them; num_classes is no class.
         model: a name in `PAIRS`: "titok-l-32", "titok-b-64", "titok-s-128", "titok-digits",
             "ibq-ar-b", "ibq-ar-l", "ibq-ar-xl" or "ibq-ar-xxl".
         seed: in [0, 2**63).

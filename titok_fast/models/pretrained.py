@@ -86,6 +86,11 @@ class PretrainedModel(nn.Module):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
+        if not isinstance(config, Mapping):
+            raise TypeError(
+                f"config: expected a mapping, got {type(config).__name__}; a name is for "
+                "from_pretrained or from_config"
+            )
         self.config = self.narrowed(config)
 
     @classmethod
@@ -298,9 +303,12 @@ def locate(
     if revision is not None:
         raise ValueError(f"revision: {revision!r} applies to a Hub repository, not to {path}")
     if not path.exists():
+        others = [k.__name__ for k in PretrainedModel.__subclasses__() if str(path) in k.releases]
         hint = (
             "this installation lacks its weights"
             if release is not None
+            else f"it is the name of another model, of class {others[0]}"
+            if others
             else f"and it is not a Hub id or one of {', '.join(releases)}"
         )
         raise FileNotFoundError(f"path_or_hub_id: {path} does not exist, {hint}")

@@ -178,7 +178,7 @@ def _run(
 _op = _library.register(
     "maskgit_step(Tensor cond_logits, Tensor? uncond_logits, Tensor ids, int mask_id, "
     "Tensor? image_ids, Tensor? positions, Tensor? token_noise, Tensor? confidence_noise, "
-    "str guidance_form, str confidence, int[] counts, float[] factors, Tensor?[] tensors, "
+    "str guidance_form, str confidence, SymInt[] counts, float[] factors, Tensor?[] tensors, "
     "str backend) -> (Tensor ids_next, Tensor tokens, Tensor scores)",
     cpu=_run,
     cuda=_run,

@@ -108,7 +108,7 @@ def _run(
 
 
 _op = _library.register(
-    "sample_token(Tensor logits, Tensor? uncond_logits, Tensor? image_ids, int[] counts, "
+    "sample_token(Tensor logits, Tensor? uncond_logits, Tensor? image_ids, SymInt[] counts, "
     "float[] factors, Tensor?[] tensors, str backend) -> Tensor",
     cpu=_run,
     cuda=_run,
