@@ -72,6 +72,15 @@ def test_what_an_adversary_adds():
     assert late.loss(fake, real).item() != 0
 
 
+def test_a_verdict_that_does_not_saturate():
+    real, fake = torch.rand(2, 2, 3, 16, 16)
+    judge = adversary(adversarial_loss="non-saturating")
+    logits = judge.discriminator(fake).flatten(1).mean(1)
+    torch.testing.assert_close(judge.loss(fake, real), 0.5 * torch.log1p((-logits).exp()).mean())
+    with pytest.raises(ValueError, match="adversarial_loss: got 'wgan', allowed is 'hinge' or"):
+        adversary(adversarial_loss="wgan")
+
+
 @pytest.mark.parametrize("mode", ["eager", "compiled", "checkpoint", "reentrant checkpoint"])
 def test_an_adaptive_weight_is_a_quotient_of_gradients(mode, pictures):
     """Of the weight of the last convolution, from its input and the gradients of its output."""

@@ -257,10 +257,36 @@ def test_the_command_takes_weights_of_ibq(titok_fast, pictures, tmp_path):
         ),
     ],
 )
-def test_the_command_refuses(titok_fast, digit_tokens, tmp_path, options, message):
-    result = titok_fast("train", digit_tokens, *options, "-o", tmp_path / "out")
+def test_the_command_refuses(titok_fast, digit_tokens, pictures, tmp_path, options, message):
+    of_images = str(options[1:2]).startswith(("('titok-", "('ibq-1024"))
+    data = pictures[0] if of_images else digit_tokens
+    result = titok_fast("train", data, *options, "-o", tmp_path / "out")
     assert result.returncode == 2 and message in result.err, result.err
     assert result.err.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_tokenizers_learn_from_images_and_generators_from_tokens(
+    titok_fast, digit_tokens, pictures, tmp_path
+):
+    for data, name, words in (
+        (digit_tokens, "titok-digits", "but a TiTok learns from images"),
+        (pictures[0], "maskgit-digits", "but a MaskGIT learns from token files (.npz, .safetens"),
+    ):
+        for source in ("--model", "--init"):
+            result = titok_fast("train", data, source, name, "-o", tmp_path / "out")
+            assert result.returncode == 2 and f"PATHS: got {data}, {words}" in result.err
+
+
+def test_a_configuration_of_both_is_of_what_the_data_says(titok_fast, pictures, tmp_path):
+    """1d-tokenizer's repositories of tokenizers may describe a generator, too."""
+    titok(is_legacy=False).save_pretrained(tmp_path / "titok")
+    file = tmp_path / "titok" / "config.json"
+    config = json.loads(file.read_text())
+    config["model"]["generator"] = {"class_label_dropout": 0.1}
+    file.write_text(json.dumps(config))
+    train = ("train", pictures[0], "--init", file.parent, "--steps", 1, "--batch-size", 2)
+    result = titok_fast(*train, "-o", tmp_path / "out")
+    assert result.returncode == 0, result.err
 
 
 def test_the_command_after_a_run_that_never_saved(titok_fast, digit_tokens, tmp_path):

@@ -15,9 +15,8 @@ from safetensors.numpy import save_file
 from tests.conformance import manifest
 from titok_fast.images import write_png
 from titok_fast.models import IBQTokenizer, TiTok
-from titok_fast.tokens import TokenFile, concatenated, fingerprint
+from titok_fast.tokens import SUFFIXES, TokenFile, concatenated, fingerprint
 
-SUFFIXES = [".npz", ".safetensors"]
 IDS = ["a/ü 1.png", "a/b\n2.jpg", "odd\udc80.png"]
 
 

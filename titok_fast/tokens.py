@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 from titok_fast._files import replacing
 from titok_fast.models import TiTok, Tokenizer
 
+SUFFIXES = (".npz", ".safetensors")
 FORMAT = "titok_fast.tokens"
 VERSION = 1
 
@@ -298,8 +299,10 @@ def _read_st(path: Path) -> _Contents:
 
 def check_suffix(path: Path) -> None:
     """Raises ValueError unless a token file can have this name."""
-    if path.suffix not in (".npz", ".safetensors"):
-        raise ValueError(f"{path}: got suffix {path.suffix!r}, allowed are .npz and .safetensors")
+    if path.suffix not in SUFFIXES:
+        raise ValueError(
+            f"{path}: got suffix {path.suffix!r}, allowed are {' and '.join(SUFFIXES)}"
+        )
 
 
 def fingerprint(model: Tokenizer) -> str:

@@ -41,7 +41,14 @@ from titok_fast.models.auto import (
 from titok_fast.models.checks import DECAY, NUMBER, check_kind, found_at
 from titok_fast.models.generate import Generator
 from titok_fast.models.pretrained import CONFIG_FILE, WEIGHTS_FILE, locate
-from titok_fast.tokens import TokenFile, concatenated, difference, fingerprint, raw_bytes
+from titok_fast.tokens import (
+    SUFFIXES,
+    TokenFile,
+    concatenated,
+    difference,
+    fingerprint,
+    raw_bytes,
+)
 from titok_fast.training import generator, tokenizer
 from titok_fast.training.adversary import Adversary, AdversaryOptions
 from titok_fast.training.generator import GeneratorTask, generator_config
@@ -149,6 +156,9 @@ def train(
         float | None,
         option("Weight of a discriminator's verdict on pixels (tokenizers).", "no discriminator"),
     ] = None,
+    adversarial_loss: Annotated[
+        str | None, option("What is made of the verdict: hinge or non-saturating.", "hinge")
+    ] = None,
     adversarial_adaptive: Annotated[
         bool | None,
         typer.Option(
@@ -202,7 +212,7 @@ def train(
         raise ValueError(f"--dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
     check_seed(seed)
     check_place("--output", output / SETTINGS_FILE)
-    kind, weights, config = _source(model, init)
+    kind, weights, config = _source(model, init, paths)
     name = kind.__name__
     optimization = _optimization(
         kind,
@@ -230,6 +240,7 @@ def train(
     adversary = _adversary(
         adversarial_adaptive=adversarial_adaptive,
         adversarial_weight=adversarial_weight,
+        adversarial_loss=adversarial_loss,
         adversarial_start=adversarial_start,
         lecam_weight=lecam_weight,
         discriminator_learning_rate=discriminator_learning_rate,
@@ -259,7 +270,7 @@ def train(
         allowed,
         label_dropout=(
             found_at(config, "model.generator.class_label_dropout")
-            if label_dropout is None
+            if label_dropout is None and kind is MaskGIT
             else label_dropout
         ),
         label_smoothing=label_smoothing,
@@ -339,7 +350,9 @@ def train(
         say(f"wrote {output}")
 
 
-def _source(model: str | None, init: str | None) -> tuple[type[Trained], Path | None, Any]:
+def _source(
+    model: str | None, init: str | None, paths: Sequence[str]
+) -> tuple[type[Trained], Path | None, Any]:
     """The class of the model, and with --init its weights and their configuration, else None."""
     names = releases(KINDS)
     if model is None and init is None:
@@ -349,7 +362,9 @@ def _source(model: str | None, init: str | None) -> tuple[type[Trained], Path | 
     if init is not None:
         with flags(path_or_hub_id="--init"):
             weights, config = locate(init, names)
-        return model_class(config, KINDS), weights, config
+        # A whole configuration of 1d-tokenizer may be of a generator or of its tokenizer.
+        of_images = "dataset" in config and not _are_token_files(paths)
+        return model_class(config, (*TOKENIZERS, *KINDS) if of_images else KINDS), weights, config
     if model not in names:
         raise ValueError(
             f"--model: {model!r} is not one of {', '.join(names)}; --init takes one with weights"
@@ -431,7 +446,7 @@ def _losses(kind: type[Trained], allowed: Sequence[str] | None, **given: float |
     return None if default is None else with_options(default, kind.__name__, **given)
 
 
-def _adversary(**given: float | None) -> AdversaryOptions | None:
+def _adversary(**given: float | str | None) -> AdversaryOptions | None:
     """How a discriminator learns; None where --adversarial-weight is not given."""
     if given["adversarial_weight"] is not None:
         return with_options(AdversaryOptions(), "a discriminator", **given)
@@ -460,8 +475,15 @@ def _refuse(without: str, **given: float | str | None) -> None:
             raise ValueError(f"{flag(name)}: got {value}, allowed with {without}")
 
 
+def _are_token_files(paths: Sequence[str]) -> bool:
+    return all(Path(path).suffix in SUFFIXES for path in paths)
+
+
 def _data(kind: type[Trained], paths: Sequence[str]) -> Data:
     """What paths name: token files for a generator, images for a tokenizer."""
+    if _are_token_files(paths) == (kind in TOKENIZERS):
+        learns = "images" if kind in TOKENIZERS else f"token files ({', '.join(SUFFIXES)})"
+        raise ValueError(f"PATHS: got {paths[0]}, but a {kind.__name__} learns from {learns}")
     if kind in TOKENIZERS:
         return find_images(paths)
     files = [TokenFile.load(path) for path in paths]

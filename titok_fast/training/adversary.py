@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titok_fast._distributed import rank_and_size
-from titok_fast.models.checks import FLAG, NUMBER, POSITIVE, WHOLE, check_fields
+from titok_fast.models.checks import FLAG, NUMBER, POSITIVE, WHOLE, check_fields, one_of
 from titok_fast.ops.arguments import without_autocast
 from titok_fast.training.run import Helper
 
@@ -70,6 +70,8 @@ class AdversaryOptions:
 
     Attributes:
         adversarial_weight: of its verdict in the loss of the tokenizer.
+        adversarial_loss: what of its logits the tokenizer minimises: "hinge", minus their mean, or
+            "non-saturating", log(1 + exp(-mean)) of each image, as IBQ does.
         adversarial_adaptive: whether that weight is multiplied by `adaptive_weight`.
         adversarial_start: step at which it begins.
         lecam_weight: of LeCam's regularisation (arXiv 2104.03310), which keeps it from being sure.
@@ -80,6 +82,7 @@ class AdversaryOptions:
     """
 
     adversarial_weight: float = 0.01
+    adversarial_loss: str = "hinge"
     adversarial_adaptive: bool = False
     adversarial_start: int = 20_000
     lecam_weight: float = 0.001
@@ -87,8 +90,9 @@ class AdversaryOptions:
 
     def __post_init__(self) -> None:
         check_fields(
-            self, adversarial_weight=NUMBER, adversarial_adaptive=FLAG, adversarial_start=WHOLE,
-            lecam_weight=NUMBER, discriminator_learning_rate=POSITIVE,
+            self, adversarial_weight=NUMBER, adversarial_loss=one_of("hinge", "non-saturating"),
+            adversarial_adaptive=FLAG, adversarial_start=WHOLE, lecam_weight=NUMBER,
+            discriminator_learning_rate=POSITIVE,
         )  # fmt: skip
 
 
@@ -191,13 +195,17 @@ class Adversary(Helper):
             self._seen.append(torch.stack([real.detach().mean(), fake.detach().mean()]))
             for parameter in self._moved:
                 parameter.requires_grad_(False)
-            verdict: Tensor = self.discriminator(made).mean()
+            logits: Tensor = self.discriminator(made)
             for parameter in self._moved:
                 parameter.requires_grad_(True)
-        loss = -self.options.adversarial_weight * verdict
+            if self.options.adversarial_loss == "hinge":
+                verdict = -logits.mean()
+            else:
+                verdict = F.softplus(-logits.flatten(1).mean(1)).mean()
+        loss = self.options.adversarial_weight * verdict
         if other is None or last_layer is None or not adaptive:
             return loss
-        return adaptive_weight(other, -verdict, last_layer) * loss
+        return adaptive_weight(other, verdict, last_layer) * loss
 
     def step(self) -> None:
         """Moves the discriminator by the mean gradient of the batches since the last step.
