@@ -286,3 +286,11 @@ def test_an_adversary_of_two_processes_is_one(tmp_path):
     moments = [state["_extra_state"]["optimizer"]["state"] for state in both]
     for i, moment in moments[1].items():
         torch.testing.assert_close(moments[0][i]["exp_avg"], moment["exp_avg"])
+
+
+def test_a_discriminator_computes_in_float32():
+    real, fake = torch.rand(2, 2, 3, 16, 16)
+    expected = adversary().loss(fake, real)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = adversary().loss(fake, real)
+    assert loss.dtype is torch.float32 and torch.equal(loss, expected)

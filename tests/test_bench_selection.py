@@ -1,5 +1,6 @@
 """Which rows a run takes, on fake devices, and that every goal's rows are among them."""
 
+import dataclasses
 import importlib
 import json
 import os
@@ -355,3 +356,22 @@ def test_a_profile_is_kept_with_its_machine(tmp_path):
     assert set(DESCRIPTION) <= found["machine_info"].keys()
     done = subprocess.run([*command, "--steps", "x"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and len(list((tmp_path / "profiles").iterdir())) == 1
+
+
+def test_a_wrong_answer_of_ours_is_not_timed():
+    rows = []
+    bench = dataclasses.replace(bench_of_one([]), check=lambda case, output: (1, 2))
+    ((case, provider),) = harness.select(bench, ["cpu"])[0]
+    with pytest.raises(pytest.fail.Exception, match="1 wrong of 2; not timed"):
+        harness.run(bench, case, provider, None, rows, max_time=1, min_rounds=1)
+    assert (rows[0].gate, rows[0].seconds) == ("failed: 1 wrong of 2", None)
+
+
+def test_what_is_too_much_is_not_run():
+    calls, rows = [], []
+    bench = bench_of_one(calls)
+    ((case, provider),) = harness.select(bench, ["cpu"])[0]
+    provider = dataclasses.replace(provider, too_much=lambda case: "needs 20.0 GiB")
+    with pytest.raises(pytest.skip.Exception):
+        harness.run(bench, case, provider, None, rows, max_time=1, min_rounds=1)
+    assert not calls and rows[0].gate == "skipped: needs 20.0 GiB"

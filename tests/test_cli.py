@@ -788,3 +788,23 @@ def test_wrong_token_files_are_one_line(titok_fast, pictures, model, tmp_path):
     result = titok_fast("decode", tmp_path / "t.npz", "-o", tmp_path / "out")
     assert result.returncode == 2 and "t.npz: not a token file" in result.err
     assert len(result.err.strip().splitlines()) == 1
+
+
+def test_a_run_that_mirrors_is_another(titok_fast, pictures, model, tmp_path, monkeypatch):
+    command = ("encode", pictures, "-o", tmp_path / "t.npz", "--model", model, "--workers", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(TokenFile, "save", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+        assert titok_fast(*command).returncode == 2
+    changed = titok_fast(*command, "--mirror")
+    assert changed.returncode == 2 and "mirror None now True" in changed.err
+
+
+def test_means_are_of_all_batches(titok_fast, pictures, model, tmp_path):
+    for size in (3, 16):
+        result = titok_fast(
+            "reconstruct", pictures, "-o", tmp_path / str(size), "--model", model,
+            "--workers", 0, "--batch-size", size,
+        )  # fmt: skip
+        values = [float(value) for value in re.findall(r"  ([\d.]+) dB  SSIM", result.out)]
+        mean = float(re.search(r"8 images to .*: mean PSNR ([\d.]+) dB", result.out)[1])
+        assert len(values) == 8 and mean == pytest.approx(sum(values) / 8, abs=0.011)

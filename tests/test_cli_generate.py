@@ -508,3 +508,24 @@ def test_a_generator_of_other_tokens_is_refused(titok_fast, tmp_path, ibq_pair):
     assert (
         "--generator: got one of 16 tokens of 256 codes, allowed is 16 tokens of 64" in result.err
     )
+
+
+def test_a_batch_that_lost_a_picture_is_generated_again(titok_fast, tmp_path, monkeypatch):
+    def command(name):
+        return *DIGITS, "--count", 6, "--batch-size", 3, "-o", tmp_path / name
+
+    generate, calls = MaskGIT.generate, []
+
+    def interrupted(*arguments, **options):
+        calls.append(options["image_ids"].tolist())
+        if len(calls) == 2:
+            raise OSError("disk full")
+        return generate(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("titok_fast.models.MaskGIT.generate", interrupted)
+        assert titok_fast(*command("a")).returncode == 2
+    (tmp_path / "a" / "000001.png").unlink(missing_ok=True)  # what was being written may be lost
+    assert titok_fast(*command("a")).returncode == 0
+    assert titok_fast(*command("b")).returncode == 0
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")

@@ -429,3 +429,25 @@ def test_the_command_under_torchrun(digit_tokens, other_tokens, tmp_path):
     assert result.stdout.count("wrote ") == 1 and result.stdout.count("step     2/2  loss ") == 1
     assert result.stdout.count("held out: loss ") == len(evaluations(tmp_path / "out")) == 1
     assert MaskGIT.from_pretrained(tmp_path / "out").num_tokens == 16
+
+
+def test_the_seed_decides_the_first_weights(titok_fast, digit_tokens, tmp_path):
+    weights = []
+    for number, seed in enumerate((1, 1, 2)):
+        torch.manual_seed(number)  # that of the process has no part in it
+        out = tmp_path / str(number)
+        train = (
+            "train",
+            digit_tokens,
+            "--model",
+            "maskgit-digits",
+            "--batch-size",
+            4,
+            "--steps",
+            1,
+        )
+        result = titok_fast(*train, "--learning-rate", 1e-9, "--seed", seed, "-o", out)
+        assert result.returncode == 0, result.err
+        weights.append(MaskGIT.from_pretrained(out).lm_head.weight)
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.allclose(weights[0], weights[2], atol=1e-3)

@@ -416,3 +416,42 @@ def test_long_names_are_written(tmp_path):
         write_png(tmp_path / name, torch.zeros(3, 2, 2))
         assert [path.name for path in tmp_path.iterdir()] == [name]
         (tmp_path / name).unlink()
+
+
+def test_the_longer_edge_of_a_tall_image_is_truncated_too():
+    edges = torch.arange(588 * 392 * 3).remainder(251).to(torch.uint8).view(588, 392, 3).numpy()
+    resized = Image.fromarray(edges[:500]).resize(
+        (256, int(256 * 500 / 392)), Image.Resampling.BICUBIC
+    )
+    top = round((resized.height - 256) / 2)
+    expected = np.asarray(resized.crop((0, top, 256, top + 256))).transpose(2, 0, 1) / np.float32(
+        255
+    )
+    assert np.array_equal(prepare_image(edges[:500], 256).numpy(), expected)
+
+
+def test_16_bit_grey_of_netpbm_keeps_its_range(tmp_path):
+    ramp = np.tile(np.linspace(0, 65535, 64).astype(np.uint16), (64, 1))
+    (tmp_path / "deep.pgm").write_bytes(b"P5 64 64 65535\n" + ramp.astype(">u2").tobytes())
+    pixels = read_image(tmp_path / "deep.pgm", 64)
+    np.testing.assert_allclose(pixels[0].numpy(), ramp / 65535, atol=0.5 / 255 + 1e-6)
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_crops_reach_both_edges(picture, tmp_path, interpolation):
+    path = _saved(picture.resize((34, 32)), tmp_path / "a.png")
+    whole = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)
+    first, last = (
+        read_pixels(path, 32, interpolation=interpolation, crop=(at, 0.5)) for at in (0, 1 - 1e-9)
+    )
+    assert torch.equal(first, whole[:, :, :32]) and torch.equal(last, whole[:, :, 2:])
+
+
+def test_small_images_are_enlarged(tmp_path):
+    path = _saved(Image.new("RGB", (5, 3), "red"), tmp_path / "a.png")
+    assert read_image(path, 32).shape == (3, 32, 32)
+
+
+def test_a_list_may_name_what_is_not_utf8(tree):
+    (tree / "list.txt").write_bytes(b"set/\xff.png\n")
+    assert [file.path for file in find_images(["@list.txt"])] == [os.fsdecode(b"set/\xff.png")]

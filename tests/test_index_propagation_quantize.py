@@ -12,6 +12,7 @@ from torch import nn
 
 from tests.conformance import FOLDER, expected, uniform
 from titok_fast import IndexPropagationQuantize, VectorQuantizer, ibq_quantize
+from titok_fast.layers import index_propagation_quantize as quantize_module
 from titok_fast.testing import relative_error
 
 CASES = ("ibq_quantizer", "ibq_quantizer_sharp")
@@ -339,3 +340,33 @@ def test_ibq_uses_the_codebook_where_plain_vq_collapses(set_threads):
     set_threads(1)  # the work is too small to share
     assert train(VectorQuantizer(128, 8)) < 0.5
     assert train(IndexPropagationQuantize(128, 8, use_entropy_loss=True)) > 0.9
+
+
+def test_float64_is_quantized_in_float32():
+    layer = IndexPropagationQuantize(16, 4, use_entropy_loss=True)
+    z = torch.randn(2, 4, 3, 3)
+    expected, losses, (_, _, indices) = layer(z)
+    quantized, wide_losses, (_, _, found) = copy.deepcopy(layer).double()(z.double())
+    assert quantized.dtype is torch.float64 and torch.equal(quantized, expected.double())
+    assert torch.equal(found, indices) and all(map(torch.equal, wide_losses, losses))
+
+
+def test_a_layer_passes_its_process_group_on(monkeypatch, tmp_path):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
+    try:
+        group, seen = torch.distributed.group.WORLD, []
+
+        propagate_rows = quantize_module.propagate
+
+        def propagate(*arguments, **options):
+            seen.append(options["process_group"])
+            return propagate_rows(*arguments, **options)
+
+        monkeypatch.setattr(quantize_module, "propagate", propagate)
+        layer = IndexPropagationQuantize(16, 4, use_entropy_loss=True, process_group=group)
+        layer(torch.randn(1, 4, 2, 2))
+        assert seen == [group]
+    finally:
+        torch.distributed.destroy_process_group()

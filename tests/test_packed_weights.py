@@ -15,7 +15,14 @@ from titok_fast import ARTransformer, IBQTokenizer, MaskGIT, MaskGITVQGAN, TiTok
 from titok_fast.models.convolutions import PackableConv, convolve
 from titok_fast.models.generate import pack_pair
 from titok_fast.models.ibq import ResidualBlock
-from titok_fast.models.packed import PackableLinear, _can_pack, gelu_of, packable, packed
+from titok_fast.models.packed import (
+    PackableLinear,
+    _can_pack,
+    gelu_of,
+    packable,
+    packed,
+    untouched,
+)
 from titok_fast.models.widened import Conv
 from titok_fast.testing import relative_error
 from titok_fast.training.data import digits
@@ -462,3 +469,12 @@ def test_threads_generate_at_once():
     for layer in packable(model):  # nothing keeps a copy alive
         hooks = layer.weight._post_accumulate_grad_hooks or {}
         assert len(hooks) == (layer._packed is not None)
+
+
+def test_a_layer_with_a_hook_before_it_is_called():
+    layer = PackableLinear(32, 32)
+    layer.pack()
+    x = torch.randn(4, 32)
+    layer.register_forward_pre_hook(lambda module, inputs: (2 * inputs[0],))
+    assert not untouched(layer, PackableLinear)
+    torch.testing.assert_close(gelu_of(layer, x), F.gelu(layer(x)))

@@ -13,9 +13,9 @@ from titok_fast.metrics import codebook_usage, perplexity, psnr
 from titok_fast.models import MaskGIT, TiTok
 from titok_fast.training import digits as recipe
 from titok_fast.training import digits_generator as generator_recipe
-from titok_fast.training.data import augment, digits, shuffled
+from titok_fast.training.data import augment, digits, mask_tokens, shuffled
 from titok_fast.training.loop import Optimization, fit
-from titok_fast.training.losses import tokenizer_loss
+from titok_fast.training.losses import masked_token_loss, tokenizer_loss
 from titok_fast.training.recipe import THREADS, initial_model
 
 
@@ -40,6 +40,7 @@ def test_psnr():
 def test_codebook_usage_and_perplexity():
     tokens = torch.tensor([[0, 0, 3], [3, 1, 1]])
     assert codebook_usage(tokens, 4) == 0.75
+    assert codebook_usage(tokens, 12) == 0.25
     assert perplexity(tokens, 4) == pytest.approx(3.0, rel=1e-12)
     assert perplexity(torch.arange(256), 256) == pytest.approx(256.0, rel=1e-12)
     assert perplexity(torch.zeros(5, dtype=torch.int32), 8) == 1.0
@@ -273,3 +274,51 @@ def test_the_shipped_weights():
     assert f"--steps {recipe.STEPS} --seed {recipe.SEED} --threads {THREADS}" in card
     stated = float(re.search(r"PSNR.*\| ([\d.]+) dB", card)[1])
     assert result.psnr == pytest.approx(stated, abs=0.05)  # CPUs differ in the last bits
+
+
+def test_tokens_are_masked_by_the_arccos_schedule():
+    tokens = torch.arange(16).expand(256, -1)
+    ids, masked = mask_tokens(tokens, 99, torch.Generator().manual_seed(0))
+    progress = torch.rand(256, 1, generator=torch.Generator().manual_seed(0))
+    counts = (16 * progress.acos() / (math.pi / 2)).round().clamp(min=1)[:, 0].long()
+    assert torch.equal(masked.sum(1), counts) and counts.min() == 1 and counts.max() == 16
+    assert torch.equal(ids, torch.where(masked, 99, tokens))
+    assert 0 < masked.double().mean(0).std() < 0.1  # any position
+
+
+def test_masked_tokens_weigh_more_than_seen_ones():
+    logits, tokens = torch.randn(2, 3, 5, dtype=torch.float64), torch.tensor([[0, 4, 2], [1, 1, 3]])
+    masked = torch.tensor([[True, False, False], [True, True, False]])
+    errors = -logits.log_softmax(-1).gather(2, tokens[..., None])[..., 0]
+    expected = (errors[masked].sum() + 0.25 * errors[~masked].sum()) / (3 + 0.25 * 3)
+    loss = masked_token_loss(logits, tokens, masked, label_smoothing=0.0, unmasked_weight=0.25)
+    torch.testing.assert_close(loss, expected)
+    smooth = -logits.log_softmax(-1).mean(-1)
+    expected = (0.9 * errors + 0.1 * smooth)[masked].mean()
+    torch.testing.assert_close(
+        masked_token_loss(logits, tokens, masked, unmasked_weight=0.0), expected
+    )
+    none = masked_token_loss(logits, tokens, torch.zeros_like(masked), unmasked_weight=0.0)
+    assert none == 0
+
+
+def test_a_run_that_is_taken_up_logs_the_mean_of_its_own_steps():
+    class From5:
+        def start(self, optimizer):
+            return 5
+
+        def done(self, steps, optimizer):
+            pass
+
+    weight, lines = nn.Parameter(torch.zeros(())), []
+    optimization = Optimization(8, 1e-3)
+    losses = fit(
+        [weight],
+        lambda step: weight * 0 + step,
+        optimization,
+        keeper=From5(),
+        log_every=2,
+        log=lines.append,
+    )
+    assert losses == [5, 6, 7]
+    assert [line.partition("  loss ")[2].split()[0] for line in lines] == ["5.00000", "6.50000"]

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import errno
 import math
+from pathlib import Path
 from unittest.mock import MagicMock
 
 import numpy as np
@@ -34,11 +35,17 @@ from titok_fast.metrics import codebook_usage, psnr
 from titok_fast.models import ARTransformer, IBQTokenizer, MaskGIT, MaskGITVQGAN, TiTok
 from titok_fast.models.maskgit_vqgan import VQGAN_CONFIG
 from titok_fast.models.titok import DiagonalGaussian
-from titok_fast.training.data import key, rows_of_step
+from titok_fast.training.data import key, mask_tokens, rows_of_step
 from titok_fast.training.evaluation import EVALUATIONS_FILE, SAMPLES_FOLDER, Evaluator
-from titok_fast.training.generator import RECIPES, GeneratorTask, Losses, generator_config
+from titok_fast.training.generator import (
+    RECIPES,
+    GeneratorTask,
+    Losses,
+    generator_config,
+    masked_loss,
+)
 from titok_fast.training.loop import Optimization
-from titok_fast.training.losses import next_token_loss
+from titok_fast.training.losses import masked_token_loss, next_token_loss
 from titok_fast.training.run import STATE_FILE, Options, Task, run
 from titok_fast.training.tokenizer import Losses as TokenizerLosses
 from titok_fast.training.tokenizer import TokenizerTask, second_stage, tokenizer_config
@@ -810,3 +817,73 @@ def test_spoilt_weights_are_not_kept(tmp_path):
     with pytest.raises(FloatingPointError, match="held out: got a loss of nan at step 1"):
         run(task, optimization, options, tmp_path, held_out=held_out_of(MaskGIT), log=quiet)
     assert not list(tmp_path.iterdir())
+
+
+def test_training_leaves_out_a_tenth_of_the_labels(monkeypatch):
+    model, seen = generator(ARTransformer), []
+    condition = model.condition
+    monkeypatch.setattr(model, "condition", lambda labels: seen.append(labels) or condition(labels))
+    tokens, labels = torch.zeros(2000, 0, dtype=torch.int64), torch.ones(2000, dtype=torch.int64)
+    for mode in (True, False):
+        model.train(mode)(tokens, labels)
+    dropped, none = [(each == model.num_classes).float().mean().item() for each in seen]
+    assert dropped == pytest.approx(0.1, abs=0.03) and none == 0
+    assert bool((seen[0] == torch.where(seen[0] == model.num_classes, seen[0], labels)).all())
+
+
+def test_a_model_is_put_into_training_mode(kind):
+    task = GeneratorTask(generator(kind).eval(), token_file())
+    assert all(module.training for module in task.model.modules())
+
+
+class Touch:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_a_state_runs_nothing(tmp_path):
+    torch.save({"model": Touch(tmp_path / "touched")}, tmp_path / STATE_FILE)
+    with pytest.raises(ValueError, match="not the state of a run like this"):
+        run(Line(), Optimization(1, 1e-2), Options(8), tmp_path)
+    assert not (tmp_path / "touched").exists()
+
+
+def test_each_part_of_a_step_has_its_own_draws():
+    seen = []
+
+    class Seeds(Line):
+        def loss(self, network, batch, generator):
+            seen.extend([torch.initial_seed(), generator.initial_seed()])
+            return super().loss(network, batch, generator)
+
+    run(Seeds(), Optimization(3, 1e-2), Options(8, micro_batch_size=4), log=quiet)
+    assert len(seen) == len(set(seen)) == 12
+
+
+def test_each_weight_of_a_generators_loss_has_its_place():
+    model, tokens = generator(MaskGIT).eval(), torch.arange(18).view(2, 9)
+    labels = torch.tensor([0, 2])
+    losses = Losses(label_dropout=0.0, label_smoothing=0.3, unmasked_weight=0.6)
+    loss = masked_loss(model, model, tokens, labels, torch.Generator().manual_seed(1), losses)
+    draws = torch.Generator().manual_seed(1)
+    torch.rand(2, generator=draws)
+    ids, masked = mask_tokens(tokens, model.mask_id, draws)
+    expected = masked_token_loss(
+        model(ids, labels), tokens, masked, label_smoothing=0.3, unmasked_weight=0.6
+    )
+    assert torch.equal(loss, expected)
+
+
+def test_held_out_examples_that_cannot_be_read_are_told_before_a_step():
+    class Broken(Line):
+        def batch(self, rows, generator):
+            raise OSError("broken.png")
+
+    task = Line()
+    before = copy.deepcopy(task.model.state_dict())
+    with pytest.raises(OSError, match="broken"):
+        run(task, Optimization(2, 1e-2), Options(8), held_out=Broken(), log=quiet)
+    assert all(map(torch.equal, before.values(), task.model.state_dict().values()))
