@@ -186,15 +186,15 @@ def _fwd_tile(
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, DIM], tl.float32)
     full = (length - 1) // STEP * STEP if STEP_TAIL > 0 else length
+    if STEP_TAIL > 0:  # first: a product after the loop makes ptxas wait for each one in it (sm_90)
+        top, total, acc = _fwd_keys(
+            q, keys, values, top, total, acc, seed, item, first_row, full, length, heads,
+            row_stride, scale, threshold, STEP_TAIL, True, D, DIM, DROPOUT, PRECISION,
+        )  # fmt: skip
     for first_key in tl.range(0, full, STEP):
         top, total, acc = _fwd_keys(
             q, keys, values, top, total, acc, seed, item, first_row, first_key, length, heads,
             row_stride, scale, threshold, STEP, STEP_TAIL == 0, D, DIM, DROPOUT, PRECISION,
-        )  # fmt: skip
-    if STEP_TAIL > 0:
-        top, total, acc = _fwd_keys(
-            q, keys, values, top, total, acc, seed, item, first_row, full, length, heads,
-            row_stride, scale, threshold, STEP_TAIL, True, D, DIM, DROPOUT, PRECISION,
         )  # fmt: skip
     _store(acc * (keep_scale / total)[:, None], out, heads * D, first_row, length, D, PRECISION)
     row = first_row + tl.arange(0, ROWS)
@@ -320,17 +320,17 @@ def _bwd_query_tile(
     row_lse = _load_lse(lse, first_row, length, ROWS)
     dq = tl.zeros([ROWS, DIM], tl.float32)
     full = (length - 1) // STEP * STEP if STEP_TAIL > 0 else length
-    for first_key in tl.range(0, full, STEP):
-        dq = _bwd_query_keys(
-            q, do, row_lse, row_delta, dq, keys, values, seed, item, first_row, first_key, length,
-            heads, row_stride, scale, threshold, keep_scale,
-            STEP, STEP_TAIL == 0, D, DIM, DROPOUT, PRECISION,
-        )  # fmt: skip
     if STEP_TAIL > 0:
         dq = _bwd_query_keys(
             q, do, row_lse, row_delta, dq, keys, values, seed, item, first_row, full, length,
             heads, row_stride, scale, threshold, keep_scale,
             STEP_TAIL, True, D, DIM, DROPOUT, PRECISION,
+        )  # fmt: skip
+    for first_key in tl.range(0, full, STEP):
+        dq = _bwd_query_keys(
+            q, do, row_lse, row_delta, dq, keys, values, seed, item, first_row, first_key, length,
+            heads, row_stride, scale, threshold, keep_scale,
+            STEP, STEP_TAIL == 0, D, DIM, DROPOUT, PRECISION,
         )  # fmt: skip
     _store(dq * scale, grad_query, 3 * heads * D, first_row, length, D, PRECISION)
 
@@ -414,17 +414,17 @@ def _bwd_key_tile(
     dk = tl.zeros([KEYS, DIM], tl.float32)
     dv = tl.zeros([KEYS, DIM], tl.float32)
     full = (length - 1) // STEP * STEP if STEP_TAIL > 0 else length
-    for first_row in tl.range(0, full, STEP):
-        dk, dv = _bwd_key_rows(
-            k, v, dk, dv, query, grad, lse, delta, seed, item, first_row, first_key, length, heads,
-            row_stride, grad_row_stride, scale, threshold, keep_scale,
-            STEP, D, DIM, DROPOUT, PRECISION,
-        )  # fmt: skip
     if STEP_TAIL > 0:
         dk, dv = _bwd_key_rows(
             k, v, dk, dv, query, grad, lse, delta, seed, item, full, first_key, length, heads,
             row_stride, grad_row_stride, scale, threshold, keep_scale,
             STEP_TAIL, D, DIM, DROPOUT, PRECISION,
+        )  # fmt: skip
+    for first_row in tl.range(0, full, STEP):
+        dk, dv = _bwd_key_rows(
+            k, v, dk, dv, query, grad, lse, delta, seed, item, first_row, first_key, length, heads,
+            row_stride, grad_row_stride, scale, threshold, keep_scale,
+            STEP, D, DIM, DROPOUT, PRECISION,
         )  # fmt: skip
     grad_keys = grad_query + heads * D
     _store(dk * scale, grad_keys, 3 * heads * D, first_key, length, D, PRECISION)
@@ -576,12 +576,14 @@ _HALF_MMA = replace(
     fwd=_HALF.fwd | {64: Tile(64, 0, 64, warps=4)},
     bwd=_HALF.bwd
     | {
+        80: Tile(64, 16, 32, warps=4, last=False),
         128: Tile(128, 0, 32, warps=8, last=False),
         144: Tile(128, 16, 16, warps=8, last=False),
     },
     long_key=Tile(64, 0, 32, warps=4, stages=3, last=False),
     with_dropout=replace(
         _HALF_DROPOUT,
+        fwd=_HALF.fwd | {96: Tile(64, 32, 64, warps=4, last=False)},
         bwd=_HALF_DROPOUT.bwd
         | {
             80: Tile(64, 16, 16, warps=4, last=False),

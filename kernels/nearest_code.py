@@ -639,13 +639,15 @@ def nearest_code_direct_kernel(
 ):
     row = tl.program_id(0).to(tl.int64) + tl.zeros([1], tl.int64)
     z_row = z + row * z_stride
-    best = tl.full([1], float("nan"), tl.float64)
-    best_index = tl.full([1], NONE, tl.int32)
+    # Each of the CODES has its own best: they meet once, after the loop.
+    best = tl.full([CODES, 1], float("nan"), tl.float64)
+    best_index = tl.full([CODES, 1], NONE, tl.int32)
     for start in range(0, k, CODES):
         code = start + tl.arange(0, CODES)[:, None]
         score = exact_scores(z_row, codebook, code, code < k, codebook_stride, D, METRIC)
-        top, index = best_of(score, code, code < k)
-        best, best_index = merge(best, best_index, top, index)
+        index = tl.where((code < k) & (score == score), code, NONE)
+        best, best_index = merge(best, best_index, score, index)
+    best, best_index = best_of(best, best_index, best_index != NONE)
     # A NaN in the row makes every score NaN, and only a NaN in every code does too.
     every = tl.full([1], 1, tl.int1)
     _store(

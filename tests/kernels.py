@@ -95,7 +95,7 @@ def assert_kernels_compile(
     capabilities: Sequence[int] = inspect.CAPABILITIES,
     wanted: Sequence[dict[str, object]] = (),
 ) -> None:
-    """No spills, shared memory within limits, and matrix instructions in `multiplying` kernels.
+    """No spills, shared memory in its limits, matrix instructions that overlap in `multiplying`.
 
     Only of the op's main shape, or of the configurations that have all constants of one of
     `wanted`; `titok-fast kernels` compiles all.
@@ -112,7 +112,8 @@ def assert_kernels_compile(
         print(
             f"sm_{report['capability']} {report['kernel']} [{report['constants']}]: "
             f"{report['registers']} registers, {report['spilled_bytes']} B spilled, "
-            f"{report['shared_bytes']} B shared, {report['matrix_instructions']}"
+            f"{report['shared_bytes']} B shared, {report['matrix_instructions']}, "
+            f"{report['matrix_waits']} waits"
         )
         few = f"spills {report['spilled_bytes']} bytes" if report["spilled_bytes"] <= 32 else ""
         assert not [fault for fault in report["faults"] if not (old and fault == few)], report
@@ -120,3 +121,5 @@ def assert_kernels_compile(
         if report["kernel"] in multiplying:
             instruction = MATRIX_INSTRUCTIONS[report["capability"]]
             assert instruction in report["matrix_instructions"], report
+            if instruction == "HGMMA":  # with one wait for each, none would overlap another
+                assert report["matrix_waits"] < report["matrix_instructions"]["HGMMA"], report

@@ -102,7 +102,7 @@ def report(**changes):
     fields = {
         "op": "attention", "language": "Triton", "kernel": "k", "capability": 90, "constants": "",
         "threads": 256, "registers": 128, "spilled_bytes": 0, "shared_bytes": 0,
-        "tensor_columns": 0, "matrix_instructions": {},
+        "tensor_columns": 0, "matrix_instructions": {}, "matrix_waits": 0,
     }  # fmt: skip
     return KernelReport(**fields | changes)
 

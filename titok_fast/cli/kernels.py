@@ -86,6 +86,7 @@ def _cells(report: KernelReport) -> tuple[str, ...]:
     for name, count in report.matrix_instructions.items():
         family = _family(name)
         counts[family] = counts.get(family, 0) + count
+    waits = f", {report.matrix_waits} waits" if report.matrix_waits else ""
     return (
         report.kernel,
         f"sm_{report.capability}",
@@ -95,7 +96,7 @@ def _cells(report: KernelReport) -> tuple[str, ...]:
         f"{report.shared_bytes:,}",
         str(report.blocks),
         f"{report.occupancy:.0%}",
-        ", ".join(f"{count} {family}" for family, count in counts.items()) or "-",
+        ", ".join(f"{count} {family}" for family, count in counts.items()) + waits or "-",
         report.constants,
     )
 

@@ -292,6 +292,7 @@ class KernelReport:
         shared_bytes: of a block; in CUDA C++ without what a launch adds.
         tensor_columns: of tensor memory, where there is any.
         matrix_instructions: how many of each the code holds, by their names in machine code.
+        matrix_waits: how often the code waits for those that run beside it (sm_90).
     """
 
     op: str
@@ -305,6 +306,7 @@ class KernelReport:
     shared_bytes: int
     tensor_columns: int
     matrix_instructions: dict[str, int]
+    matrix_waits: int
 
     @property
     def blocks(self) -> int:
@@ -594,6 +596,7 @@ def _resources(cubin: Path) -> dict[str, dict[str, Any]]:
             "spilled_bytes": used["STACK"] + used["LOCAL"],
             "shared_bytes": used["SHARED"],
             "matrix_instructions": dict(sorted(Counter(instructions).items())),
+            "matrix_waits": code[symbol].count("WARPGROUP.DEPBAR"),
         }
     return found
 
