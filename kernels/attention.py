@@ -19,6 +19,7 @@ from torch import Tensor
 from titok_fast.kernels._arithmetic import LOG2E, dot, interpreted, rounded
 from titok_fast.kernels._device import device_of
 
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # of float32
 # Integers of which no value is compiled into a kernel.
 _SIZES = (
     "length", "heads", "tiles", "batch_stride", "row_stride", "part_stride", "head_stride",
@@ -182,7 +183,7 @@ def _fwd_tile(
     PRECISION: tl.constexpr,
 ):
     q = _load(query, row_stride, first_row, length, ROWS, D, DIM)
-    top = tl.full([ROWS], float("-inf"), tl.float32)
+    top = tl.full([ROWS], LOWEST, tl.float32)  # finite: a first step may have scores of -inf alone
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, DIM], tl.float32)
     full = (length - 1) // STEP * STEP if STEP_TAIL > 0 else length

@@ -135,6 +135,19 @@ def test_cpp_infinite_and_nan_inputs_are_those_of_the_reference(isa, dtype, part
     torch.testing.assert_close(actual[finite], expected[finite], rtol=0.02, atol=0.02)
 
 
+@pytest.mark.parametrize("length", [33, 129, 289])
+def test_triton_keys_of_infinite_scores_have_no_part(length):
+    """Also the last key, which is a step of its own."""
+    qkv = torch.randn(1, length, 3, 1, 16, device=DEVICE, dtype=torch.float16)
+    qkv[:, :, 0, :, 0] = 1
+    qkv[:, -1, 1, :, 0] = -torch.inf
+    out = attention(qkv, backend="triton")
+    expected = attention(qkv[:, :-1], backend="reference")
+    torch.testing.assert_close(out[:, :-1], expected, rtol=0.01, atol=0.01)
+    qkv[:, :, 1, :, 0] = -torch.inf
+    assert attention(qkv, backend="triton").isnan().all()
+
+
 @pytest.mark.parametrize("bits", [0x7FC00001, 0x7F800001, 0xFFFFFFFF - 2**32])
 @pytest.mark.parametrize("part", [0, 1, 2])
 def test_cpp_every_nan_stays(isa, part, bits):

@@ -258,7 +258,7 @@ _Contents = tuple[dict[str, Array], dict[str, list[str]], dict[str, str]]
 
 def read_arrays(file: IO[bytes]) -> dict[str, Array]:
     """The arrays of an .npz file; raises for anything else, and for one that is damaged."""
-    if file.read(2) != b"PK":  # NumPy would speak of pickles
+    if file.read(4) not in (b"PK\x03\x04", b"PK\x05\x06"):  # NumPy would speak of pickles
         raise ValueError("it is not an archive of arrays")
     file.seek(0)
     with np.load(file, allow_pickle=False) as archive:

@@ -481,9 +481,10 @@ def _are_token_files(paths: Sequence[str]) -> bool:
 
 def _data(kind: type[Trained], paths: Sequence[str]) -> Data:
     """What paths name: token files for a generator, images for a tokenizer."""
-    if _are_token_files(paths) == (kind in TOKENIZERS):
-        learns = "images" if kind in TOKENIZERS else f"token files ({', '.join(SUFFIXES)})"
-        raise ValueError(f"PATHS: got {paths[0]}, but a {kind.__name__} learns from {learns}")
+    learns = "images" if kind in TOKENIZERS else f"token files ({', '.join(SUFFIXES)})"
+    for path in paths:
+        if _are_token_files([path]) == (kind in TOKENIZERS):
+            raise ValueError(f"PATHS: got {path}, but a {kind.__name__} learns from {learns}")
     if kind in TOKENIZERS:
         return find_images(paths)
     files = [TokenFile.load(path) for path in paths]
