@@ -172,21 +172,27 @@ def test_a_finished_run_has_nothing_to_repeat(titok_fast, tmp_path):
     assert json.loads((tmp_path / "options.json").read_text())["--guidance-scale"] == 1.5
 
 
+def fail_at(monkeypatch, number):
+    """Lets call `number` of the generator fail, from 1; returns the image_ids of all calls."""
+    generate, calls = MaskGIT.generate, []
+
+    def interrupted(*arguments, **options):
+        calls.append(options["image_ids"].tolist())
+        if len(calls) == number:
+            raise OSError("disk full")
+        return generate(*arguments, **options)
+
+    monkeypatch.setattr("titok_fast.models.MaskGIT.generate", interrupted)
+    return calls
+
+
 def test_an_array_alone_resumes(titok_fast, tmp_path, monkeypatch):
     npz = tmp_path / "samples.npz"
     command = (*DIGITS, "--count", 12, "--batch-size", 4, "--npz", npz)
     assert titok_fast(*command).returncode == 0
     whole = npz.read_bytes()
     npz.unlink()
-    generate, calls = MaskGIT.generate, []
-
-    def interrupted(*arguments, **options):
-        calls.append(options["image_ids"].tolist())
-        if len(calls) == 3:
-            raise OSError("disk full")
-        return generate(*arguments, **options)
-
-    monkeypatch.setattr("titok_fast.models.MaskGIT.generate", interrupted)
+    calls = fail_at(monkeypatch, 3)
     assert titok_fast(*command).returncode == 2
     assert titok_fast(*command, "--rule", "maskgit").returncode == 2
     assert titok_fast(*command).returncode == 0
@@ -514,17 +520,8 @@ def test_a_batch_that_lost_a_picture_is_generated_again(titok_fast, tmp_path, mo
     def command(name):
         return *DIGITS, "--count", 6, "--batch-size", 3, "-o", tmp_path / name
 
-    generate, calls = MaskGIT.generate, []
-
-    def interrupted(*arguments, **options):
-        calls.append(options["image_ids"].tolist())
-        if len(calls) == 2:
-            raise OSError("disk full")
-        return generate(*arguments, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr("titok_fast.models.MaskGIT.generate", interrupted)
-        assert titok_fast(*command("a")).returncode == 2
+    fail_at(monkeypatch, 2)
+    assert titok_fast(*command("a")).returncode == 2
     (tmp_path / "a" / "000001.png").unlink(missing_ok=True)  # what was being written may be lost
     assert titok_fast(*command("a")).returncode == 0
     assert titok_fast(*command("b")).returncode == 0
