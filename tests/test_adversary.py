@@ -20,6 +20,7 @@ from titok_fast.training.adversary import (
 )
 from titok_fast.training.data import rows_of_step
 from titok_fast.training.loop import Optimization
+from titok_fast.training.losses import total
 from titok_fast.training.run import Options, run
 from titok_fast.training.tokenizer import TokenizerTask, last_layer, second_stage
 
@@ -114,7 +115,7 @@ def test_an_adaptive_weight_is_a_quotient_of_gradients(mode, pictures):
     ]
     factor = norms[0] / (norms[1] + 1e-4)
     plain = F.mse_loss(made, images) + (made - images).abs().mean() + result["quantizer_loss"]
-    loss = task.loss(model, pixels, draws)
+    loss = total(task.loss(model, pixels, draws))
     torch.testing.assert_close(loss, plain - 0.5 * factor * verdict)
     loss.backward()
     direct = torch.autograd.grad(
@@ -192,7 +193,7 @@ def test_each_part_of_a_step_has_its_adaptive_weight(pictures):
     run(adaptive_task(pictures[:8]), Optimization(1, 1e-3), options, log=lines.append)
     task, losses = adaptive_task(pictures[:8]), []
     for rows in (*rows_of_step(8, 4, 0, 0).split(2), rows_of_step(8, 4, 0, 0)):
-        losses.append(task.loss(task.model, task.batch(rows, draws), draws).item())
+        losses.append(total(task.loss(task.model, task.batch(rows, draws), draws)).item())
     assert float(lines[0].split()[3]) == pytest.approx(sum(losses[:2]) / 2, abs=1e-5)
     assert abs(losses[2] - sum(losses[:2]) / 2) > 5e-5  # of the whole it is another
 
@@ -201,11 +202,14 @@ def test_parts_of_a_step_teach_a_discriminator_as_the_whole():
     torch.manual_seed(0)
     real, fake = torch.rand(2, 4, 3, 16, 16)
     judges = [adversary(lecam_weight=0.0) for _ in range(2)]
+    assert judges[0].step() == {}  # it has seen nothing
     judges[0].loss(fake, real)
+    real_logits, fake_logits = (judges[0].discriminator(images) for images in (real, fake))
+    hinge = (F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean()) / 2
     for part in (slice(0, 2), slice(2, 4)):
         judges[1].loss(fake[part], real[part])
     for judge in judges:
-        judge.step()
+        assert judge.step() == {"discriminator": pytest.approx(hinge.item(), rel=1e-5)}
     torch.testing.assert_close(judges[1].means, judges[0].means)
     moments = [judge.state_dict()["_extra_state"]["optimizer"]["state"] for judge in judges]
     for i, moment in moments[0].items():

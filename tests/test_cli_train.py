@@ -57,7 +57,7 @@ def test_the_command(titok_fast, digit_tokens, other_tokens, tmp_path):
     assert first.returncode == 0, first.err
     assert "MaskGIT, " in first.out and "64 images" in first.out and f"wrote {out}" in first.out
     assert "step     4/4  loss " in first.out
-    names = ["config.json", "model.safetensors", STATE_FILE, "training.json"]
+    names = ["config.json", "log.jsonl", "model.safetensors", STATE_FILE, "training.json"]
     assert sorted(p.name for p in out.iterdir()) == sorted(names)
     model = MaskGIT.from_pretrained(out)
     assert (model.num_tokens, model.num_classes) == (16, 10)
@@ -207,6 +207,14 @@ def test_the_command_takes_weights_of_ibq(titok_fast, pictures, tmp_path):
         (
             ("--model", "titok-digits", "--perceptual", "lpips", "--perceptual-weight", -1),
             "--perceptual-weight: got -1.0, allowed is a finite number from 0",
+        ),
+        (
+            ("--model", "titok-digits", *2 * ("--perceptual", "lpips")),
+            "--perceptual: got lpips and lpips, allowed is each once",
+        ),
+        (
+            ("--model", "titok-digits", "--perceptual", "lpips", *2 * ("--perceptual-weight", 2)),
+            "--perceptual-weight: got 2, allowed is one for each of 1 --perceptual",
         ),
         (
             ("--model", "titok-digits", "--perceptual-weight", 2),

@@ -266,3 +266,15 @@ def test_every_model_is_listed():
     text = (ROOT / "docs" / "cli.md").read_text()
     table = text[text.index("\n## Models\n") : text.index("\n## Files and exit codes\n")]
     assert set(releases(MODELS)) <= set(re.findall(r"`([a-z][a-z0-9-]+)`", table))
+
+
+def test_every_option_is_documented():
+    from typer.main import get_command
+
+    from titok_fast.cli import app
+
+    text = "".join((ROOT / "docs" / name).read_text() for name in ("cli.md", "training.md"))
+    written = set(re.findall(r"--[a-z0-9-]+", text.replace("--no-", "--")))
+    for name, command in get_command(app).commands.items():
+        flags = {flag for each in command.params for flag in each.opts if flag[:2] == "--"}
+        assert flags - {"--output"} <= written, name  # -o

@@ -71,8 +71,8 @@ def pair():
 
 
 def test_lpips(libraries):
-    distance, (made, images) = Perceptual("lpips", 0.25), pair()
-    layer = distance._network.layer
+    distance, (made, images) = Perceptual({"lpips": 0.25}), pair()
+    layer = distance._networks["lpips"].layer
     features = [layer(2 * each - 1) for each in (made, images)]
     expected = 0.25 * F.mse_loss(*features)
     value = distance(made, images)
@@ -84,7 +84,7 @@ def test_lpips(libraries):
 
 def test_convnext_s(libraries):
     """By the logits of images at 224 px, normalised as ImageNet is."""
-    distance, (made, images) = Perceptual("convnext_s", 0.1), pair()
+    distance, (made, images) = Perceptual({"convnext_s": 0.1}), pair()
     logits = []
     for each in (made, images):
         large = F.interpolate(each, (224, 224), mode="bilinear", antialias=True)
@@ -92,7 +92,7 @@ def test_convnext_s(libraries):
             (large[:, i] - mean) / std
             for i, (mean, std) in enumerate(zip(IMAGENET_MEAN, IMAGENET_STD, strict=True))
         ]
-        logits.append(distance._network(torch.stack(channels, 1)))
+        logits.append(distance._networks["convnext_s"](torch.stack(channels, 1)))
     value = distance(made, images)
     torch.testing.assert_close(value, 0.1 * (logits[0] - logits[1]).square().sum() / 20)
     value.backward()
@@ -102,7 +102,7 @@ def test_convnext_s(libraries):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_network_stays_as_it_is(kind, libraries):
     """Without dropout and gradients, and in float32 whatever is around it."""
-    distance, (made, images) = Perceptual(kind), pair()
+    distance, (made, images) = Perceptual({kind: 1.0}), pair()
     with torch.autocast("cpu", torch.bfloat16):
         value = distance(made.bfloat16(), images)
     assert value.dtype == torch.float32
@@ -120,7 +120,7 @@ def test_a_missing_library_is_named(kind, library, libraries, monkeypatch):
         rf"perceptual: {kind} needs {library}[.\w]*, run pip install 'titok_fast\[perceptual\]'"
     )
     with pytest.raises(RuntimeError, match=message):
-        Perceptual(kind)
+        Perceptual({kind: 1.0})
 
 
 def test_weights_that_cannot_be_had_are_named(libraries, monkeypatch):
@@ -129,9 +129,28 @@ def test_weights_that_cannot_be_had_are_named(libraries, monkeypatch):
 
     monkeypatch.setattr(sys.modules["torchvision.models"], "convnext_small", failing)
     with pytest.raises(OSError, match=re.escape("weights of convnext_s (no network)")):
-        Perceptual("convnext_s")
-    with pytest.raises(ValueError, match="perceptual: 'vgg' is not one of lpips, convnext_s"):
-        Perceptual("vgg")
+        Perceptual({"convnext_s": 1.0})
+
+
+def test_both(libraries):
+    torch.manual_seed(0)
+    distance, (made, images) = Perceptual({"lpips": 1.0, "convnext_s": 0.1}), pair()
+    torch.manual_seed(0)
+    parts = Perceptual({"lpips": 1.0}), Perceptual({"convnext_s": 0.1})
+    torch.testing.assert_close(distance(made, images), sum(part(made, images) for part in parts))
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({"vgg": 1.0}, "weights: 'vgg' is not one of lpips, convnext_s"),
+        ({}, "weights: got none, allowed are lpips, convnext_s"),
+        ({"lpips": -1.0}, "weights['lpips']: got -1.0, allowed is a finite number from 0"),
+    ],
+)
+def test_bad_weights(libraries, weights, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Perceptual(weights)
 
 
 def test_the_command(titok_fast, libraries, monkeypatch, tmp_path):
@@ -147,17 +166,21 @@ def test_the_command(titok_fast, libraries, monkeypatch, tmp_path):
         assert result.returncode == 0, result.err
         settings = json.loads((tmp_path / name / "training.json").read_text())
         line = json.loads((tmp_path / name / "evaluations.jsonl").read_text())
-        return settings["--perceptual-weight"], line["loss"]
+        return settings["--perceptual"], line["loss"]
 
     ibq = tmp_path / "ibq"
     none, plain = loss("none", ibq)
     half, more = loss("lpips", ibq, "--perceptual", "lpips")
     given, most = loss("most", ibq, "--perceptual", "lpips", "--perceptual-weight", 50)
-    assert (none, half, given) == (None, 0.5, 50) and plain < more < most
-    tenth, _ = loss("titok", "titok-digits", "--perceptual", "convnext_s")
-    assert tenth == 0.1
+    assert (none, half, given) == (None, "lpips 0.5", "lpips 50.0") and plain < more < most
+    both = ("--perceptual", "convnext_s", "--perceptual", "lpips")
+    assert loss("titok", "titok-digits", *both)[0] == "convnext_s 0.1, lpips 1.0"
+    weights = ("--perceptual-weight", 2, "--perceptual-weight", 3)
+    assert loss("weights", "titok-digits", *both, *weights)[0] == "convnext_s 2.0, lpips 3.0"
+    log = json.loads((tmp_path / "weights" / "log.jsonl").read_text())
+    assert log["loss/perceptual"] > 0 and log["loss/reconstruction"] > 0
     other = titok_fast(*train, "--init", ibq, "-o", tmp_path / "lpips")
-    assert other.returncode == 2 and "--perceptual lpips now None" in other.err
+    assert other.returncode == 2 and "--perceptual lpips 0.5 now None" in other.err
     monkeypatch.setitem(sys.modules, "lpips", None)
     missing = ("--init", ibq, "--perceptual", "lpips", "-o", tmp_path / "missing")
     result = titok_fast(*train, *missing)

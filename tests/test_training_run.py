@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import errno
+import json
 import math
 from pathlib import Path
 from unittest.mock import MagicMock
@@ -45,8 +46,8 @@ from titok_fast.training.generator import (
     masked_loss,
 )
 from titok_fast.training.loop import Optimization
-from titok_fast.training.losses import masked_token_loss, next_token_loss
-from titok_fast.training.run import STATE_FILE, Options, Task, run
+from titok_fast.training.losses import masked_token_loss, next_token_loss, total
+from titok_fast.training.run import LOG_FILE, MODELS_FOLDER, STATE_FILE, Options, Task, run
 from titok_fast.training.tokenizer import Losses as TokenizerLosses
 from titok_fast.training.tokenizer import TokenizerTask, second_stage, tokenizer_config
 
@@ -205,12 +206,17 @@ def test_a_state_of_another_run_is_refused(tmp_path):
         run(task, optimization, options, tmp_path)
 
 
+class Linear(nn.Linear):
+    def save_pretrained(self, folder):
+        folder.mkdir(parents=True, exist_ok=True)
+
+
 class Line(Task):
     """Least squares of a line: a task without anything random."""
 
     def __init__(self, bias=True):
         torch.manual_seed(0)
-        self.model, self.count = nn.Linear(3, 1, bias=bias), 24
+        self.model, self.count = Linear(3, 1, bias=bias), 24
         self.x = torch.randn(self.count, 3)
         self.y = self.x @ torch.tensor([[1.0], [-2.0], [0.5]])
 
@@ -257,10 +263,95 @@ def test_the_average_follows_the_weights():
     assert last is task.model
 
 
+def logged(folder):
+    """The lines of the file, without what depends on the clock."""
+    lines = [json.loads(line) for line in (folder / LOG_FILE).read_text().splitlines()]
+    return [{name: line[name] for name in line if name != "seconds"} for line in lines]
+
+
+class TwoParts(Line):
+    def loss(self, network, batch, generator):
+        of_size = self.model.weight.abs().sum()  # by the name of the whole
+        return {"line": super().loss(network, batch, generator), "loss": of_size}
+
+
+def test_the_log_tells_the_parts_of_a_loss(tmp_path):
+    lines, options = [], Options(8, micro_batch_size=4, log_every=2)
+    run(TwoParts(), Optimization(5, 0.1), options, tmp_path, log=lines.append)
+    single = Options(8, micro_batch_size=4, log_every=1)
+    run(TwoParts(), Optimization(5, 0.1), single, tmp_path / "each", log=quiet)
+    each = logged(tmp_path / "each")
+    assert [line["step"] for line in logged(tmp_path)] == [2, 4, 5]
+    for text, line, group in zip(
+        lines, logged(tmp_path), (each[:2], each[2:4], each[4:]), strict=True
+    ):
+        assert line["loss/line"] + line["loss/loss"] == pytest.approx(line["loss"], rel=1e-6)
+        for name in ("loss", "loss/line", "loss/loss"):
+            mean = sum(other[name] for other in group) / len(group)
+            assert line[name] == pytest.approx(mean, rel=1e-6)
+            assert f"  {name.removeprefix('loss/')} {line[name]:.5f}" in text
+        assert line["gradient"] == group[-1]["gradient"] and line["steps"] == 5
+        assert line["learning_rate"] == Optimization(5, 0.1).rate(line["step"] - 1)
+
+
+def test_a_run_that_is_taken_up_repeats_the_log(tmp_path):
+    optimization, options = Optimization(6, 0.1), Options(8, save_every=3, log_every=1)
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    run(TwoParts(), optimization, options, whole, log=quiet)
+    with pytest.raises(Stopped):
+        run(stopping(TwoParts, 6)(), optimization, options, stopped, log=quiet)
+    assert [line["step"] for line in logged(stopped)] == [1, 2, 3, 4, 5]  # of a state after 3
+    run(TwoParts(), optimization, options, stopped, log=quiet)
+    assert logged(stopped) == logged(whole)
+
+
+def test_a_kept_model_that_was_not_written_is_made_again(tmp_path, monkeypatch):
+    optimization, options = Optimization(4, 1e-2), Options(8, save_every=2, keep_every=4)
+    kind = MaskGIT
+    kept = tmp_path / MODELS_FOLDER / "step-00000004"
+    with monkeypatch.context() as patch:
+        write = kind.save_pretrained
+
+        def killed(model, folder):
+            if folder == kept:
+                folder.mkdir(parents=True)
+                (folder / ".model.safetensors.1-ab.tmp").touch()
+                raise Stopped
+            write(model, folder)
+
+        patch.setattr(kind, "save_pretrained", killed)
+        with pytest.raises(Stopped):
+            run(task_of(kind), optimization, options, tmp_path, log=quiet)
+    assert torch.load(tmp_path / STATE_FILE, weights_only=True)["steps"] == 2
+    run(task_of(kind), optimization, options, tmp_path, log=quiet)
+    assert sorted(path.name for path in kept.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_models_of_the_way_are_kept(kind, tmp_path):
+    optimization = Optimization(5, 1e-2)
+    last = run(task_of(kind), optimization, Options(8, keep_every=2), tmp_path, log=quiet)
+    assert sorted(path.name for path in (tmp_path / MODELS_FOLDER).iterdir()) == [
+        "step-00000002", "step-00000004",
+    ]  # fmt: skip
+    early, late = (
+        kind.from_pretrained(tmp_path / MODELS_FOLDER / f"step-0000000{step}") for step in (2, 4)
+    )
+    with pytest.raises(Stopped):
+        run(task_of(kind, stopping(GeneratorTask, 3)), optimization, Options(8, save_every=2),
+            tmp_path / "two", log=quiet)  # fmt: skip
+    two = kind.from_pretrained(tmp_path / "two")
+    for mine, other, ends, expected in zip(
+        early.parameters(), late.parameters(), last.parameters(), two.parameters(), strict=True
+    ):
+        assert torch.equal(mine, expected)
+        assert not torch.equal(mine, other) and not torch.equal(other, ends)
+
+
 def _rank(rank, folder):
     lines = []
     options = Options(8, micro_batch_size=2, save_every=2, log_every=1)
-    model = run(Line(), Optimization(5, 0.1), options, log=lines.append)
+    shared = folder / "shared"
+    model = run(TwoParts(), Optimization(5, 0.1), options, shared, log=lines.append)
     torch.save((model.weight, lines), folder / f"{rank}.pt")
     with pytest.raises(ValueError, match="batch_size: got 7, allowed is a multiple of 2"):
         run(Line(), Optimization(5, 0.1), Options(7))
@@ -268,11 +359,14 @@ def _rank(rank, folder):
 
 def test_two_processes_are_one(tmp_path):
     in_two_processes(_rank, tmp_path)
-    alone = run(Line(), Optimization(5, 0.1), Options(8)).weight
+    options = Options(8, log_every=1)
+    alone = run(TwoParts(), Optimization(5, 0.1), options, tmp_path / "alone").weight
     for rank, count in enumerate((5, 0)):
         weight, lines = torch.load(tmp_path / f"{rank}.pt")
         torch.testing.assert_close(weight, alone)
         assert len(lines) == count
+    for mine, other in zip(logged(tmp_path / "shared"), logged(tmp_path / "alone"), strict=True):
+        assert mine == pytest.approx(other, rel=1e-5)  # the means of both
 
 
 def test_bfloat16_learns_and_keeps_weights_in_float32(kind):
@@ -418,7 +512,7 @@ def test_the_first_stage_learns_proxy_codes(vqgan, pictures):
     images = pixels.float() / 255
     (logits, result), codes = task.model(images), vqgan.encode(images)
     expected = F.cross_entropy(logits.permute(0, 2, 3, 1).reshape(-1, 1024), codes.flatten())
-    loss = task.loss(task.model, pixels, draws)
+    loss = total(task.loss(task.model, pixels, draws))
     torch.testing.assert_close(loss, expected + result["quantizer_loss"])
     loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in task.model.parameters())
@@ -439,12 +533,13 @@ def test_models_of_pixels(pictures):
     images = pixels.float() / 255
     output, result = task.model(images)
     expected = F.mse_loss(output, images) + result["quantizer_loss"]
-    torch.testing.assert_close(task.loss(task.model, pixels, draws), expected)
+    torch.testing.assert_close(total(task.loss(task.model, pixels, draws)), expected)
     task = TokenizerTask(
         task.model, pictures[:8], perceptual=lambda made, given: (made - given).abs().mean()
     )
-    seen = task.loss(task.model, pixels, draws) - expected
-    torch.testing.assert_close(seen, (output - images).abs().mean())
+    seen = task.loss(task.model, pixels, draws)
+    torch.testing.assert_close(seen["perceptual"], (output - images).abs().mean())
+    torch.testing.assert_close(total(seen), expected + seen["perceptual"])
 
     vae = titok(is_legacy=False, quantize_mode="vae")
     losses = []
@@ -453,7 +548,8 @@ def test_models_of_pixels(pictures):
         task = TokenizerTask(vae, pictures[:8], losses=TokenizerLosses(kl_weight=weight))
         losses.append(task.loss(vae, pixels, draws))
     posterior = DiagonalGaussian(vae.latents(images))
-    torch.testing.assert_close(losses[1] - losses[0], posterior.kl().sum() / 4)
+    torch.testing.assert_close(losses[1]["kl"], posterior.kl().sum() / 4)
+    assert losses[0]["kl"] == 0 and losses[0]["reconstruction"] == losses[1]["reconstruction"]
 
 
 def test_crops_and_mirrors_are_random(pictures):
@@ -711,7 +807,9 @@ def test_ibq_learns_pixels(pictures):
     torch.testing.assert_close(result["quantizer_loss"], quant_loss)
     torch.testing.assert_close(result["entropy_loss"], entropy_loss)
     expected = (2 * made - 2 * images).abs().mean() + quant_loss + 0.05 * entropy_loss
-    torch.testing.assert_close(2 * task.loss(model, pixels, draws), expected)
+    losses = task.loss(model, pixels, draws)
+    assert [*losses] == ["reconstruction", "quantizer", "entropy"]
+    torch.testing.assert_close(2 * total(losses), expected)
     model.eval()
     tokens = model.encode(images)
     assert torch.equal(result["min_encoding_indices"], tokens)
@@ -724,7 +822,7 @@ def test_ibq_learns_pixels(pictures):
     print(f"\nIBQ: loss {losses}")
     assert losses[1] < losses[0]
     assert all(p.grad is None for p in model.parameters())  # the run leaves none
-    task.loss(model.train(), pixels, draws).backward()
+    total(task.loss(model.train(), pixels, draws)).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 

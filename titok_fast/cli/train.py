@@ -71,7 +71,7 @@ LOSSES: dict[Any, Any] = {MaskGIT: generator.Losses(), **tokenizer.LOSSES}
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
 SETTINGS_FILE = "training.json"
 LOCK_FILE = ".lock"
-NO_SETTINGS = ("betas", "save_every", "evaluate_every", "log_every")
+NO_SETTINGS = ("betas", "save_every", "keep_every", "evaluate_every", "log_every")
 THE_MODELS = "the model's"
 VQGAN = next(iter(MaskGITVQGAN.releases))
 
@@ -98,7 +98,8 @@ def train(
         int | None, option("Images of a step, over all processes.", THE_MODELS)
     ] = None,
     micro_batch_size: Annotated[
-        int | None, option("Images that a process takes at a time.", "all of its share")
+        int | None,
+        option("Gradient accumulation: images that a process takes at a time.", "all of its share"),
     ] = None,
     learning_rate: Annotated[
         float | None, option("What warm-up and cosine take a share of.", THE_MODELS)
@@ -117,7 +118,7 @@ def train(
     weight_decay: Annotated[float | None, option("AdamW's, of matrices.", THE_MODELS)] = None,
     clip_norm: Annotated[float | None, option("Largest norm of the gradient.", "1")] = None,
     average_decay: Annotated[
-        float | None, option("Decay of the average of the weights; 0 for none.", THE_MODELS)
+        float | None, option("Decay of the weights' moving average (EMA); 0 for none.", THE_MODELS)
     ] = None,
     label_dropout: Annotated[
         float | None,
@@ -140,11 +141,12 @@ def train(
         float | None, option("Weight of a VAE's divergence (TiTok).", "1e-6")
     ] = None,
     perceptual: Annotated[
-        str | None, option("Added to the error of pixels: lpips or convnext_s.", "none")
+        list[str] | None,
+        option("Added to the error of pixels: lpips, convnext_s, or each once.", "none"),
     ] = None,
     perceptual_weight: Annotated[
-        float | None,
-        option("Weight of the perceptual loss.", "lpips 1, convnext_s 0.1, of IBQ half"),
+        list[float] | None,
+        option("Weight of each --perceptual.", "lpips 1, convnext_s 0.1, of IBQ half"),
     ] = None,
     proxy: Annotated[
         str | None, option("Of TiTok's first stage: the VQGAN, as --init takes it.", VQGAN)
@@ -178,7 +180,7 @@ def train(
     ] = None,
     seed: Annotated[int, option("Of weights, order, masks, crops and dropout.")] = 0,
     dtype: Annotated[
-        str, option("What the network computes in: float32 or bfloat16; weights stay float32.")
+        str, option("float32, or bfloat16 for mixed precision: weights stay float32.")
     ] = "float32",
     device: Device = "auto",
     workers: Annotated[
@@ -192,7 +194,7 @@ def train(
     compiled: Annotated[bool, typer.Option("--compile", help="torch.compile its blocks.")] = False,
     held_out: Annotated[
         list[str] | None,
-        option("What the average of the weights is measured by: PATHS not trained on.", "none"),
+        option("Validation data: PATHS not trained on.", "none"),
     ] = None,
     evaluate_every: Annotated[
         int | None, option("Steps between two evaluations of --held-out.", "as --save-every")
@@ -201,7 +203,12 @@ def train(
         str | None,
         option("Decodes what a generator makes at an evaluation: as --init.", "none"),
     ] = None,
-    save_every: Annotated[int, option("Steps between two states on disk.")] = 1000,
+    save_every: Annotated[
+        int, option("Steps between two checkpoints, each in place of the last.")
+    ] = 1000,
+    keep_every: Annotated[
+        int | None, option("Steps between two models that stay, in DIR/models.", "none")
+    ] = None,
     log_every: Annotated[int, option("Steps between two lines of the log.")] = 50,
 ) -> None:
     """Train a generator or a tokenizer; the same command takes up what was interrupted.
@@ -234,6 +241,7 @@ def train(
         dtype=DTYPES[dtype],
         seed=seed,
         save_every=save_every,
+        keep_every=keep_every,
         evaluate_every=evaluate_every,
         log_every=log_every,
     )
@@ -261,7 +269,7 @@ def train(
         perceptual=perceptual,
         steps=optimization.steps,
     )
-    perceptual_weight = _perceptual_weight(kind, perceptual, perceptual_weight)
+    distances = _distances(kind, perceptual or [], perceptual_weight or [])
     allowed = None
     if kind in TOKENIZERS:
         allowed = tokenizer.PIXEL_OPTIONS if second_stage else loss_options(config)
@@ -293,8 +301,7 @@ def train(
         init=init,
         proxy=proxy,
         second_stage=second_stage,
-        perceptual=perceptual,
-        perceptual_weight=perceptual_weight,
+        perceptual=", ".join(f"{name} {weight}" for name, weight in distances.items()) or None,
         beta1=optimization.betas[0],
         beta2=optimization.betas[1],
         dtype=dtype,
@@ -317,15 +324,12 @@ def train(
             evaluated = of_tokens(other, tokenizer=decoder and decoder.to(place))
     else:
         network, vqgan = _staged(network, proxy or VQGAN, second_stage)
-        distance = None
-        if perceptual is not None and perceptual_weight is not None:
-            distance = Perceptual(perceptual, perceptual_weight).to(place)
         of_images = partial(
             TokenizerTask,
             network.to(place),
             vqgan=vqgan and vqgan.to(place),
             losses=losses,
-            perceptual=distance,
+            perceptual=Perceptual(distances).to(place) if distances else None,
             log=say,
         )
         task = of_images(paths=[file.path for file in data], adversary=helper)
@@ -389,7 +393,7 @@ def _check_stage(
     second_stage: bool,
     init: str | None,
     adversary: AdversaryOptions | None,
-    perceptual: str | None,
+    perceptual: Sequence[str] | None,
     steps: int,
 ) -> None:
     """ValueError for options that the stage of the model has no use for."""
@@ -454,18 +458,23 @@ def _adversary(**given: float | str | None) -> AdversaryOptions | None:
     return None
 
 
-def _perceptual_weight(kind: Any, name: str | None, given: float | None) -> float | None:
-    """That of --perceptual, by default its own for the model; None without it."""
-    if name is None:
-        _refuse("--perceptual", perceptual_weight=given)
-        return None
-    if name not in PERCEPTUAL_KINDS:
-        raise ValueError(f"--perceptual: {name!r} is not one of {', '.join(PERCEPTUAL_KINDS)}")
-    if given is None:
-        return tokenizer.PERCEPTUAL_WEIGHTS[kind][name]
-    with flags():
-        check_kind("perceptual_weight", given, NUMBER)
-    return given
+def _distances(kind: Any, names: Sequence[str], given: Sequence[float]) -> dict[str, float]:
+    """The weight of each --perceptual, by default its own for the model."""
+    for name in names:
+        if name not in PERCEPTUAL_KINDS:
+            raise ValueError(f"--perceptual: {name!r} is not one of {', '.join(PERCEPTUAL_KINDS)}")
+    if len(set(names)) < len(names):
+        raise ValueError(f"--perceptual: got {' and '.join(names)}, allowed is each once")
+    if not names:
+        _refuse("--perceptual", perceptual_weight=given[0] if given else None)
+    if given and len(given) != len(names):
+        raise ValueError(f"--perceptual-weight: got {len(given)}, allowed is one for each of "
+                         f"{len(names)} --perceptual")  # fmt: skip
+    for weight in given:
+        with flags():
+            check_kind("perceptual_weight", weight, NUMBER)
+    defaults = [tokenizer.PERCEPTUAL_WEIGHTS[kind][name] for name in names]
+    return dict(zip(names, given or defaults, strict=True))
 
 
 def _refuse(without: str, **given: float | str | None) -> None:

@@ -144,7 +144,7 @@ class Adversary(Helper):
         self.discriminator = discriminator or PatchDiscriminator()
         self.register_buffer("means", torch.zeros(2))  # of logits of images and reconstructions
         self._done = 0
-        self._seen: list[Tensor] = []  # means of the batches since the last step
+        self._seen: list[Tensor] = []  # of batches since the last step: mean logits, and its loss
         self._moved = [p for p in self.discriminator.parameters() if p.requires_grad]
         groups: list[dict[str, Any]] = [
             {"params": [p for p in self._moved if p.ndim > 1]},
@@ -192,7 +192,8 @@ class Adversary(Helper):
             apart = F.relu(real.mean() - self.means[1]) ** 2
             apart = apart + F.relu(self.means[0] - fake.mean()) ** 2
             (loss + self.options.lecam_weight * apart).backward()
-            self._seen.append(torch.stack([real.detach().mean(), fake.detach().mean()]))
+            seen = real.mean(), fake.mean(), loss
+            self._seen.append(torch.stack(seen).detach())
             for parameter in self._moved:
                 parameter.requires_grad_(False)
             logits: Tensor = self.discriminator(made)
@@ -207,12 +208,16 @@ class Adversary(Helper):
             return loss
         return adaptive_weight(other, verdict, last_layer) * loss
 
-    def step(self) -> None:
+    def step(self) -> dict[str, float]:
         """Moves the discriminator by the mean gradient of the batches since the last step.
+
+        Returns:
+            Its mean hinge loss of them as `discriminator`, once it has begun.
 
         Raises:
             FloatingPointError: when that is not finite.
         """
+        told: dict[str, float] = {}
         if self._seen:
             gradients = [p.grad for p in self._moved if p.grad is not None]
             means = torch.stack(self._seen).sum(0)
@@ -227,11 +232,13 @@ class Adversary(Helper):
             norm = nn.utils.clip_grad_norm_(self._moved, CLIP_NORM).item()
             if not math.isfinite(norm):
                 raise FloatingPointError(f"discriminator: got a gradient of norm {norm}")
-            self.means.lerp_(means, 1 - LECAM_DECAY)
+            self.means.lerp_(means[:2], 1 - LECAM_DECAY)
+            told["discriminator"] = means[2].item()
             self._optimizer.step()
             self._optimizer.zero_grad()
             self._seen = []
         self._done += 1
+        return told
 
     def get_extra_state(self) -> dict[str, Any]:
         return {"steps": self._done, "optimizer": self._optimizer.state_dict()}

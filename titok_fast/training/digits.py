@@ -20,7 +20,7 @@ from titok_fast.models import TiTok
 from titok_fast.ops import nearest_code
 from titok_fast.training.data import augment, digits, shuffled
 from titok_fast.training.loop import Optimization, fit
-from titok_fast.training.losses import tokenizer_loss
+from titok_fast.training.losses import tokenizer_losses, total
 from titok_fast.training.recipe import initial_model, run
 
 NAME = "titok-digits"
@@ -62,7 +62,7 @@ class Evaluation:
 
 
 def train(
-    steps: int = STEPS, seed: int = SEED, *, log: Callable[[str], None] = print
+    steps: int = STEPS, seed: int = SEED, *, log: Callable[[object], None] = print
 ) -> tuple[TiTok, list[float]]:
     """Trains titok-digits on the training split of `titok_fast.training.data.digits`.
 
@@ -70,7 +70,7 @@ def train(
         steps: number of optimizer steps.
         seed: of the initial weights, the order of the images, augmentation and noise. The result
             is the same bits on one machine with one number of threads.
-        log: takes each line of the log.
+        log: takes each line of the log, or what prints as one.
 
     Returns:
         The model in evaluation mode, and the loss of each step.
@@ -89,7 +89,7 @@ def train(
         chosen = torch.rand(len(batch), 1, 1, 1, generator=generator) < AUGMENTED_FRACTION
         batch = torch.where(chosen, augment(batch, generator), batch)
         if step >= continuous_steps:
-            return tokenizer_loss(model(batch), batch)
+            return total(tokenizer_losses(model(batch), batch))
         latents = F.normalize(model.latents(batch), dim=-1)  # [B, L, C]
         latents = latents + LATENT_NOISE * torch.randn(latents.shape, generator=generator)
         reconstructions = model.decoder(latents.transpose(1, 2).unsqueeze(2))  # [B, 3, 32, 32]

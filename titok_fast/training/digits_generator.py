@@ -49,7 +49,7 @@ class Evaluation:
 
 
 def train(
-    steps: int = STEPS, seed: int = SEED, *, log: Callable[[str], None] = print
+    steps: int = STEPS, seed: int = SEED, *, log: Callable[[object], None] = print
 ) -> tuple[MaskGIT, list[float]]:
     """Trains maskgit-digits on the training split of `titok_fast.training.data.digits`.
 
@@ -57,7 +57,7 @@ def train(
         steps: number of optimizer steps.
         seed: of the initial weights, the order of the images, augmentation and masking. The result
             is the same bits on one machine with one number of threads.
-        log: takes each line of the log.
+        log: takes what prints as a line of the log.
 
     Returns:
         The model in evaluation mode, and the loss of each step.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from titok_fast._distributed import gathered, rank_and_size, together
-from titok_fast._files import remove_temporaries, replacing
+from titok_fast._files import remove_temporaries
 from titok_fast.images import grid, write_png
 from titok_fast.models.pretrained import evaluating
+from titok_fast.training import records
 from titok_fast.training.data import Ahead, key
 
 if TYPE_CHECKING:
@@ -76,10 +76,8 @@ class Evaluator:
         rows = self._task.samples(model)
         if rows:
             write_png(self._folder / SAMPLES_FOLDER / f"step-{steps:08d}.png", grid(rows))
-        self._folder.mkdir(parents=True, exist_ok=True)
-        with open(self._folder / EVALUATIONS_FILE, "a", encoding="utf-8") as file:
-            line = {"step": steps, "images": self._task.count, **measured}
-            file.write(json.dumps(line) + "\n")
+        line = {"step": steps, "images": self._task.count, **measured}
+        records.append(self._folder / EVALUATIONS_FILE, line)
 
     def _sums(self, model: nn.Module) -> dict[str, Tensor]:
         """What this process's batches add to each measure."""
@@ -129,21 +127,5 @@ def forget(folder: Path, steps: int) -> bool:
     Returns:
         Whether there is one at that step.
     """
-    path = folder / EVALUATIONS_FILE
-    remove_temporaries(folder, path.name)
     remove_temporaries(folder / SAMPLES_FOLDER, "*.png")
-    if not path.exists():
-        return False
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-    kept = [line for line in lines if _step(line) <= steps]
-    with replacing(path) as temporary:
-        temporary.write_text("".join(kept), encoding="utf-8")
-    return any(_step(line) == steps for line in kept)
-
-
-def _step(line: str) -> float:
-    """The step of an evaluation; of a line that was cut off as it was written, infinite."""
-    try:
-        return int(json.loads(line)["step"])
-    except (KeyError, TypeError, ValueError):
-        return math.inf
+    return records.forget(folder / EVALUATIONS_FILE, steps)

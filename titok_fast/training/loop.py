@@ -69,14 +69,44 @@ class Optimization:
         return self.learning_rate * warmup * (cosine + self.final_fraction * (1 - cosine))
 
 
+@dataclass(frozen=True)
+class Progress:
+    """How far `fit` is; as text a line of the log.
+
+    Attributes:
+        step: steps done.
+        steps: of the whole run.
+        loss: the mean since the last, or since this call began.
+        gradient: norm of the last step's, before it was clipped.
+        learning_rate: of the last step.
+        seconds: since this call began.
+    """
+
+    step: int
+    steps: int
+    loss: float
+    gradient: float
+    learning_rate: float
+    seconds: float
+
+    def __str__(self) -> str:
+        return (
+            f"step {self.step:5d}/{self.steps}  loss {self.loss:.5f}  "
+            f"gradient {self.gradient:.3f}  rate {self.learning_rate:.1e}  {self.seconds:.0f} s"
+        )
+
+
 class Keeper(Protocol):
     """What keeps a run, so that another can take it up."""
 
     def start(self, optimizer: torch.optim.Optimizer) -> int:
         """Brings parameters and optimizer to where the run stopped; the steps done by then."""
 
+    def moved(self, steps: int) -> None:
+        """Called after each step, before its line of the log, with the number of steps done."""
+
     def done(self, steps: int, optimizer: torch.optim.Optimizer) -> None:
-        """Called after each step with the number of steps done."""
+        """Called after that."""
 
 
 def fit(
@@ -87,7 +117,7 @@ def fit(
     undecayed: Iterable[nn.Parameter] = (),
     keeper: Keeper | None = None,
     log_every: int = 0,
-    log: Callable[[str], None] = print,
+    log: Callable[[Progress], object] = print,
 ) -> list[float]:
     """Minimises a loss. Draws no random numbers: with a seeded loss, runs agree bit for bit.
 
@@ -98,8 +128,8 @@ def fit(
         optimization: how to move them.
         undecayed: those that weight decay leaves alone, beside the vectors.
         keeper: None keeps nothing.
-        log_every: steps between two log lines, each with the mean loss since the last; 0 for none.
-        log: takes each line.
+        log_every: steps between two calls of `log`, beside that after the last; 0 for none.
+        log: takes how far it is.
 
     Returns:
         The loss of each step, from the first that this call makes.
@@ -135,13 +165,13 @@ def fit(
         optimizer.step()
         done = step + 1
         if keeper is not None:
-            keeper.done(done, optimizer)
+            keeper.moved(done)
         if log_every and (done % log_every == 0 or done == optimization.steps):
             recent = losses[max(0, (step // log_every) * log_every - first) :]
-            log(
-                f"step {done:5d}/{optimization.steps}  loss {sum(recent) / len(recent):.5f}  "
-                f"gradient {norm:.3f}  rate {optimization.rate(step):.1e}  "
-                f"{time.perf_counter() - start:.0f} s"
-            )
+            seconds = time.perf_counter() - start
+            loss_mean, rate = sum(recent) / len(recent), optimization.rate(step)
+            log(Progress(done, optimization.steps, loss_mean, norm, rate, seconds))
+        if keeper is not None:
+            keeper.done(done, optimizer)
     optimizer.zero_grad()
     return losses

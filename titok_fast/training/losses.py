@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import reduce
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+Loss: TypeAlias = Tensor | Mapping[str, Tensor]  # a scalar, or by name scalars to be added
 
 PIXEL_LOSSES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
     "l1": F.l1_loss,
@@ -14,15 +18,20 @@ PIXEL_LOSSES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def tokenizer_loss(
+def total(loss: Loss) -> Tensor:
+    """The scalar that is minimised."""
+    return loss if isinstance(loss, Tensor) else reduce(torch.add, loss.values())
+
+
+def tokenizer_losses(
     output: tuple[Tensor, Mapping[str, Tensor]],
     images: Tensor,
     *,
     pixel_loss: str = "l2",
     quantizer_weight: float = 1.0,
     entropy_weight: float = 0.05,
-) -> Tensor:
-    """The mean error over all pixels plus the quantizer's losses.
+) -> dict[str, Tensor]:
+    """The mean error over all pixels and the quantizer's losses, each with its weight.
 
     Args:
         output: what `TiTok.forward` of a model that predicts pixels from tokens, or
@@ -34,23 +43,26 @@ def tokenizer_loss(
         entropy_weight: of its loss of entropies.
 
     Returns:
-        A scalar, differentiable in both parts of the output.
+        Scalars whose sum is minimised, differentiable in both parts of the output:
+        `reconstruction`, `quantizer` and perhaps `entropy`.
 
     Source: arXiv 1711.00937, equation 3; arXiv 2406.07550 trains with the same two parts, and
     arXiv 2412.02692 with entropies too.
     """
     reconstructions, quantizer = output
-    loss = PIXEL_LOSSES[pixel_loss](reconstructions, images)
-    loss = loss + quantizer_weight * quantizer["quantizer_loss"]
+    losses = {
+        "reconstruction": PIXEL_LOSSES[pixel_loss](reconstructions, images),
+        "quantizer": quantizer_weight * quantizer["quantizer_loss"],
+    }
     if "entropy_loss" in quantizer:
-        loss = loss + entropy_weight * quantizer["entropy_loss"]
-    return loss
+        losses["entropy"] = entropy_weight * quantizer["entropy_loss"]
+    return losses
 
 
-def proxy_code_loss(
+def proxy_code_losses(
     output: tuple[Tensor, Mapping[str, Tensor]], codes: Tensor, *, quantizer_weight: float = 1.0
-) -> Tensor:
-    """TiTok's first stage: the proxy codes' cross-entropy plus the quantizer's losses.
+) -> dict[str, Tensor]:
+    """TiTok's first stage: the proxy codes' cross-entropy and the weighted quantizer's losses.
 
     Args:
         output: what `TiTok.forward` returns for a first-stage model: logits [B, 1024, G, G] and a
@@ -59,13 +71,16 @@ def proxy_code_loss(
         quantizer_weight: weight of the quantizer's losses.
 
     Returns:
-        A scalar, differentiable in both parts of the output.
+        Scalars whose sum is minimised, differentiable in both parts of the output: `proxy_codes`
+        and `quantizer`.
 
     Source: arXiv 2406.07550, section 3.3.
     """
     logits, quantizer = output
-    loss = F.cross_entropy(logits.flatten(2), codes)
-    return loss + quantizer_weight * quantizer["quantizer_loss"]
+    return {
+        "proxy_codes": F.cross_entropy(logits.flatten(2), codes),
+        "quantizer": quantizer_weight * quantizer["quantizer_loss"],
+    }
 
 
 def masked_token_loss(

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from functools import reduce
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -59,40 +61,37 @@ KINDS: Mapping[str, _Kind] = {
 
 
 class Perceptual(nn.Module):
-    """A weighted distance of images to a network that stays as it is, in float32.
+    """Weighted distances of images to networks that stay as they are, in float32.
 
     Args:
-        kind: "lpips", of the features of a VGG, or "convnext_s", the mean squared error of the
-            logits of a ConvNeXt-S, which is given images of 224 x 224 pixels.
-        weight: of the distance.
+        weights: of each distance by its kind: "lpips", of the features of a VGG, and "convnext_s",
+            the mean squared error of the logits of a ConvNeXt-S, which is given images of
+            224 x 224 pixels.
 
     Raises:
-        OSError: when the weights of the network are missing and cannot be downloaded.
+        OSError: when the weights of a network are missing and cannot be downloaded.
         RuntimeError: when lpips or torchvision is missing.
-        ValueError: for another kind, or a weight that is not a finite number.
+        ValueError: without a kind, for another one, or a weight that is no finite number from 0.
 
     Source: LPIPS (arXiv 1801.03924), as IBQ and VQGANs are trained with; ConvNeXt-S, as the second
-    stage of TiTok in 1d-tokenizer.
+    stage of TiTok in 1d-tokenizer; both, as its later tokenizers.
     """
 
-    def __init__(self, kind: str, weight: float = 1.0) -> None:
+    def __init__(self, weights: Mapping[str, float]) -> None:
         super().__init__()
-        if kind not in KINDS:
-            raise ValueError(f"perceptual: {kind!r} is not one of {', '.join(KINDS)}")
-        load, self._distance = KINDS[kind]
-        self._weight = weight
-        check_kind("weight", weight, NUMBER)
-        try:
-            self._network = load().eval().requires_grad_(False)
-        except ImportError as error:
-            raise RuntimeError(
-                f"perceptual: {kind} needs {error.name}, run pip install 'titok_fast[perceptual]'"
-            ) from None
-        except (OSError, RuntimeError) as error:  # the latter of a file that is damaged
-            raise OSError(f"perceptual: cannot get the weights of {kind} ({error})") from error
+        if not weights:
+            raise ValueError(f"weights: got none, allowed are {', '.join(KINDS)}")
+        self._weights = dict(weights)
+        self._networks = nn.ModuleDict()
+        for kind, weight in weights.items():
+            if kind not in KINDS:
+                raise ValueError(f"weights: {kind!r} is not one of {', '.join(KINDS)}")
+            check_kind(f"weights[{kind!r}]", weight, NUMBER)
+        for kind in weights:
+            self._networks[kind] = _frozen(kind)
 
     def forward(self, reconstructions: Tensor, images: Tensor) -> Tensor:
-        """The weighted distance, differentiable.
+        """The sum of the weighted distances, differentiable.
 
         Args:
             reconstructions: [B, 3, H, W], floating, not clamped.
@@ -102,5 +101,24 @@ class Perceptual(nn.Module):
             A scalar, float32.
         """
         with without_autocast(images):
-            distance = self._distance(self._network, reconstructions.float(), images.float())
-        return self._weight * distance
+            made, given = reconstructions.float(), images.float()
+            return reduce(
+                torch.add,
+                (
+                    weight * KINDS[kind].distance(self._networks[kind], made, given)
+                    for kind, weight in self._weights.items()
+                ),
+            )
+
+
+def _frozen(kind: str) -> nn.Module:
+    """The network of a kind."""
+    try:
+        network: nn.Module = KINDS[kind].load()
+    except ImportError as error:
+        raise RuntimeError(
+            f"perceptual: {kind} needs {error.name}, run pip install 'titok_fast[perceptual]'"
+        ) from None
+    except (OSError, RuntimeError) as error:  # the latter of a file that is damaged
+        raise OSError(f"perceptual: cannot get the weights of {kind} ({error})") from error
+    return network.eval().requires_grad_(False)

@@ -7,7 +7,7 @@ import gc
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +20,23 @@ from titok_fast._distributed import gathered, rank_and_size, together
 from titok_fast._files import flush_to_disk, remove_temporaries, replacing
 from titok_fast.models.checks import COUNT, DECAY, WHOLE, check_fields, one_of, or_none
 from titok_fast.models.pretrained import CONFIG_FILE, WEIGHTS_FILE, PretrainedModel
+from titok_fast.training import records
 from titok_fast.training.data import Ahead, key, rows_of_step
 from titok_fast.training.evaluation import Evaluator, forget
-from titok_fast.training.loop import Optimization, fit
+from titok_fast.training.loop import Optimization, Progress, fit
+from titok_fast.training.losses import Loss, total
 
 STATE_FILE = "state.pt"
+LOG_FILE = "log.jsonl"
+MODELS_FOLDER = "models"
 
 
 class Helper(nn.Module, ABC):
     """What learns beside the model; its state_dict belongs to the state of a run."""
 
     @abstractmethod
-    def step(self) -> None:
-        """Called after each step of the model."""
+    def step(self) -> Mapping[str, float]:
+        """Called after each step of the model; returns its losses by name, for the log."""
 
 
 class Task(ABC):
@@ -60,13 +64,16 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def loss(self, network: nn.Module, batch: Any, generator: torch.Generator) -> Tensor:
+    def loss(self, network: nn.Module, batch: Any, generator: torch.Generator) -> Loss:
         """The mean loss of a batch.
 
         Args:
             network: called in place of the model.
             batch: what `batch` made.
             generator: source of what is random, on the model's device; dropout goes by torch's own.
+
+        Returns:
+            A scalar, or by name scalars whose sum is minimised, of which the log shows each.
         """
 
     def evaluate(
@@ -83,7 +90,7 @@ class Task(ABC):
             By name scalars, means over the batch, of which the mean over all examples is given; or
             bool tensors, of which the share that is true of any batch is given.
         """
-        return {"loss": self.loss(network, batch, generator)}
+        return {"loss": total(self.loss(network, batch, generator))}
 
     def samples(self, network: nn.Module) -> Sequence[Iterable[Tensor]]:
         """Rows of pictures [3, H, W] in [0, 1] to look at after an evaluation: by default none.
@@ -107,6 +114,8 @@ class Options:
             float32.
         seed: of the order of the examples and of all that is random.
         save_every: steps between two states on disk.
+        keep_every: steps between two models that are kept, each in a folder of `models/`; None
+            keeps none beside the last.
         evaluate_every: steps between two evaluations of held-out examples; None takes `save_every`.
         log_every: steps between two lines, 0 for none.
 
@@ -120,6 +129,7 @@ class Options:
     dtype: torch.dtype | None = None
     seed: int = 0
     save_every: int = 1000
+    keep_every: int | None = None
     evaluate_every: int | None = None
     log_every: int = 50
 
@@ -127,7 +137,7 @@ class Options:
         check_fields(
             self, batch_size=COUNT, micro_batch_size=or_none(COUNT), average_decay=DECAY,
             dtype=one_of(None, torch.bfloat16), seed=WHOLE, save_every=COUNT,
-            evaluate_every=or_none(COUNT), log_every=WHOLE,
+            keep_every=or_none(COUNT), evaluate_every=or_none(COUNT), log_every=WHOLE,
         )  # fmt: skip
 
     def part_size(self, processes: int) -> int:
@@ -172,13 +182,14 @@ def run(
         optimization: how its parameters move.
         options: of the run.
         folder: of the state and of the model as `save_pretrained` writes it, both anew with every
-            state; of several processes, one that all see. None writes nothing.
+            state, and of `log.jsonl`, a line of JSON for each line of the log; of several
+            processes, one that all see. None writes nothing.
         held_out: the same model and loss on examples that are not trained on, of which `evaluate`
             measures the average of the weights: a line of the log, and in the folder a line of
             `evaluations.jsonl` and a sheet of its `samples`, if it has any. The run has the same
             bits with it and without. None measures nothing.
         workers: threads that make batches ready ahead of their use; 0 for none.
-        log: takes each line; its loss is that of the first process.
+        log: takes each line.
 
     Returns:
         The average of the weights, or the last ones, in evaluation mode, on the model's device.
@@ -213,7 +224,7 @@ def run(
         return task.batch(rows.view(processes, count, part_size)[rank, part], draws)
 
     def loss_at(step: int) -> Tensor:
-        total: Tensor | float = 0.0
+        before: Tensor | float = 0.0
         for part in range(count):
             examples = batches[step * count + part]
             torch.manual_seed(key(options.seed, "dropout", step, rank, part))
@@ -221,11 +232,13 @@ def run(
             last = part + 1 == count
             with nullcontext() if last or processes == 1 else network.no_sync():
                 with torch.autocast(device.type, options.dtype, enabled=options.dtype is not None):
-                    loss = task.loss(network, examples, generator) / count
+                    found = task.loss(network, examples, generator)
+                    loss = total(found) / count
+                teller.add(found, 1 / count)
                 if not last:
                     loss.backward()
-                    total = total + loss.detach()
-        return loss + total
+                    before = before + loss.detach()
+        return loss + before
 
     state = None if folder is None else folder / STATE_FILE
     evaluator = None
@@ -233,6 +246,7 @@ def run(
         held_out.batch(torch.arange(1), torch.Generator())  # what cannot be read is told at once
         evaluator = Evaluator(held_out, options, optimization.steps, folder, workers, log)
     keeper = _Keeper(task, state, options, optimization.steps, evaluator, writes=rank == 0, log=log)
+    teller = _Teller(folder, log)
     devices = [device] if device.type == "cuda" else []
     ahead = Ahead(batch, optimization.steps * count, workers)
     try:
@@ -247,14 +261,64 @@ def run(
                     if any(part in name for part in task.undecayed)
                 ],
                 keeper=keeper,
-                log_every=options.log_every if rank == 0 else 0,
-                log=log,
+                log_every=options.log_every,
+                log=lambda progress: teller(progress, keeper.beside),
             )
     finally:
         if processes > 1:
             del network
             gc.collect()  # at the interpreter's exit it can abort the process
     return keeper.average.eval()
+
+
+class _Teller:
+    """Tells how far a run is: a line of the log and of `log.jsonl`, of the means of all processes.
+
+    Args:
+        folder: of the file; None writes none.
+        log: takes a line.
+    """
+
+    def __init__(self, folder: Path | None, log: Callable[[str], None]) -> None:
+        self._folder, self._log = folder, log
+        self._sums: dict[str, Tensor] = {}
+        self._weight = 0.0
+
+    def add(self, loss: Loss, weight: float) -> None:
+        """Takes the loss of a part of a step."""
+        self._weight += weight
+        for name, value in {} if isinstance(loss, Tensor) else loss.items():
+            value = weight * value.detach()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def __call__(self, progress: Progress, beside: Mapping[str, float]) -> None:
+        """Tells the means since it was called last; all processes have to call it.
+
+        Args:
+            progress: of `fit`.
+            beside: losses that are no part of the model's, by name.
+        """
+        mine = {name: value.item() / self._weight for name, value in self._sums.items()}
+        self._sums, self._weight = {}, 0.0
+        of_all = gathered((progress.loss, mine))
+        progress = replace(progress, loss=_mean([loss for loss, _ in of_all]))
+        names = dict.fromkeys(name for _, parts in of_all for name in parts)
+        parts = {name: _mean([each[name] for _, each in of_all if name in each]) for name in names}
+        rank, _ = rank_and_size()
+        with together():
+            if rank == 0:
+                shown = {**(parts if len(parts) > 1 else {}), **beside}
+                texts = [f"  {name} {value:.5f}" for name, value in shown.items()]
+                self._log(f"{progress}{''.join(texts)}")
+                if self._folder is not None:
+                    all_parts = {
+                        f"loss/{name}": value for name, value in {**parts, **beside}.items()
+                    }
+                    records.append(self._folder / LOG_FILE, {**asdict(progress), **all_parts})
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 class _Keeper:
@@ -271,6 +335,7 @@ class _Keeper:
 
     Attributes:
         average: of the weights; the model itself where none is taken.
+        beside: losses of the task's helper.
     """
 
     def __init__(
@@ -287,6 +352,7 @@ class _Keeper:
         self._task, self._path, self._options = task, path, options
         self._steps, self._writes, self._log = steps, writes, log
         self._evaluator = evaluator
+        self.beside: Mapping[str, float] = {}
         self.average = task.model
         if options.average_decay:
             self.average = copy.deepcopy(task.model).requires_grad_(False)
@@ -296,7 +362,9 @@ class _Keeper:
         with together():
             if self._path is not None:
                 steps = self._load(self._path, optimizer)
-                measured = self._writes and forget(self._path.parent, steps)
+                if self._writes:
+                    measured = forget(self._path.parent, steps)
+                    records.forget(self._path.parent / LOG_FILE, steps)
         of_all = gathered((steps, measured))
         if len({each for each, _ in of_all}) > 1:
             raise ValueError(f"folder: {self._path} is not one that all processes see")
@@ -335,9 +403,9 @@ class _Keeper:
             self._log(f"taken up after step {steps} of {self._steps}")
         return steps
 
-    def done(self, steps: int, optimizer: torch.optim.Optimizer) -> None:
+    def moved(self, steps: int) -> None:
         if self._task.helper is not None:
-            self._task.helper.step()
+            self.beside = self._task.helper.step()
         model, average = self._task.model, self.average
         if average is not model:
             decay = min(self._options.average_decay, (1 + steps) / (10 + steps))
@@ -347,23 +415,32 @@ class _Keeper:
                 )
                 for kept, buffer in zip(average.buffers(), model.buffers(), strict=True):
                     kept.copy_(buffer)
+
+    def done(self, steps: int, optimizer: torch.optim.Optimizer) -> None:
         failure: Exception | None = None
         if self._evaluator is not None and self._due(steps):
             try:
-                self._evaluator(average, steps)
+                self._evaluator(self.average, steps)
             except FloatingPointError:  # of spoilt weights
                 raise
             except Exception as error:
                 failure = error
-        if failure or steps % self._options.save_every == 0 or steps == self._steps:
+        keep, save = self._options.keep_every, self._options.save_every
+        kept = keep is not None and steps % keep == 0
+        saved = failure is not None or steps % save == 0 or steps == self._steps
+        if kept or saved:
             with together():
-                self._save(steps, optimizer)
+                if self._path is not None and self._writes:
+                    if kept:
+                        folder = self._path.parent / MODELS_FOLDER / f"step-{steps:08d}"
+                        remove_temporaries(folder, "*")
+                        self.average.save_pretrained(folder)
+                    if saved:  # last: a run that goes on from an earlier one does all of this again
+                        self._save(self._path, steps, optimizer)
         if failure:
             raise failure
 
-    def _save(self, steps: int, optimizer: torch.optim.Optimizer) -> None:
-        if self._path is None or not self._writes:
-            return
+    def _save(self, path: Path, steps: int, optimizer: torch.optim.Optimizer) -> None:
         state = {
             "steps": steps,
             "model": self._task.model.state_dict(),
@@ -372,10 +449,10 @@ class _Keeper:
         }
         if self._task.helper is not None:
             state["helper"] = self._task.helper.state_dict()
-        self.average.save_pretrained(self._path.parent)
-        with replacing(self._path) as temporary:
+        self.average.save_pretrained(path.parent)
+        with replacing(path) as temporary:
             try:
                 torch.save(state, temporary)
             except RuntimeError as error:  # of a full disk, without the file's name
-                raise OSError(f"{self._path}: not written ({error})") from error
+                raise OSError(f"{path}: not written ({error})") from error
             flush_to_disk(temporary)

@@ -22,7 +22,7 @@ from titok_fast.ops.arguments import without_autocast
 from titok_fast.training.adversary import Adversary
 from titok_fast.training.data import key
 from titok_fast.training.loop import UNDECAYED, Optimization
-from titok_fast.training.losses import PIXEL_LOSSES, proxy_code_loss, tokenizer_loss
+from titok_fast.training.losses import PIXEL_LOSSES, proxy_code_losses, tokenizer_losses, total
 from titok_fast.training.run import Options, Task
 
 # TiTok: configs/training/TiTok/stage1/titok_b64.yaml of 1d-tokenizer, whose 32 images of a GPU are
@@ -197,16 +197,18 @@ class TokenizerTask(Task):
             place = key("instead", row, attempt) % self.count  # not a neighbour, of its class
         raise OSError(f"no image could be read in {ATTEMPTS} attempts, {self._paths[row]} first")
 
-    def loss(self, network: nn.Module, batch: Tensor, generator: torch.Generator) -> Tensor:
+    def loss(
+        self, network: nn.Module, batch: Tensor, generator: torch.Generator
+    ) -> dict[str, Tensor]:
         images = to_float(batch.to(generator.device, non_blocking=True))
         with _entropy_over(self.model, dist.group.WORLD if rank_and_size()[1] > 1 else None):
             output = network(images)
-        loss = self._loss(output, self._target(images))
+        losses = self._without_adversary(output, self._target(images))
         if self._adversary is not None:
-            loss = loss + self._adversary.loss(
-                output[0], images, other=loss, last_layer=last_layer(self.model)
+            losses["adversarial"] = self._adversary.loss(
+                output[0], images, other=total(losses), last_layer=last_layer(self.model)
             )
-        return loss
+        return losses
 
     def evaluate(
         self, network: nn.Module, batch: Tensor, generator: torch.Generator
@@ -215,7 +217,7 @@ class TokenizerTask(Task):
         with _entropy_over(network, None):  # other processes may have no such batch
             output = network(images)
         target = self._target(images)
-        measures = {"loss": self._loss(output, target)}
+        measures = {"loss": total(self._without_adversary(output, target))}
         if self._vqgan is None:
             quality = psnr(output[0].float().clamp(0, 1), images)
             measures["psnr"] = quality.clamp(max=LARGEST_PSNR).mean()
@@ -245,25 +247,28 @@ class TokenizerTask(Task):
         with without_autocast(images):
             return self._vqgan.encode(images)
 
-    def _loss(self, output: tuple[Tensor, dict[str, Any]], target: Tensor) -> Tensor:
-        """Without an adversary's part."""
-        result, losses = output[1], self._losses
-        weight = losses.quantizer_weight
+    def _without_adversary(
+        self, output: tuple[Tensor, dict[str, Any]], target: Tensor
+    ) -> dict[str, Tensor]:
+        result, weights = output[1], self._losses
         if self._vqgan is not None:
-            return proxy_code_loss(output, target, quantizer_weight=weight)
+            return proxy_code_losses(output, target, quantizer_weight=weights.quantizer_weight)
         if "posterior" in result:
-            weight = losses.kl_weight
-            result = {"quantizer_loss": result["posterior"].kl().sum(1).mean()}
-        loss = tokenizer_loss(
-            (output[0], result),
-            target,
-            pixel_loss=losses.pixel_loss,
-            quantizer_weight=weight,
-            entropy_weight=losses.entropy_weight,
-        )
+            losses = {
+                "reconstruction": PIXEL_LOSSES[weights.pixel_loss](output[0], target),
+                "kl": weights.kl_weight * result["posterior"].kl().sum(1).mean(),
+            }
+        else:
+            losses = tokenizer_losses(
+                output,
+                target,
+                pixel_loss=weights.pixel_loss,
+                quantizer_weight=weights.quantizer_weight,
+                entropy_weight=weights.entropy_weight,
+            )
         if self._perceptual is not None:
-            loss = loss + self._perceptual(output[0], target)
-        return loss
+            losses["perceptual"] = self._perceptual(output[0], target)
+        return losses
 
 
 @contextmanager
