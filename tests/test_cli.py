@@ -790,6 +790,36 @@ def test_wrong_token_files_are_one_line(titok_fast, pictures, model, tmp_path):
     assert len(result.err.strip().splitlines()) == 1
 
 
+def test_crops_at_random_places(titok_fast, model, tmp_path):
+    """Of a seed and the image's id, whatever other images and options there are."""
+    folder = tmp_path / "wide"
+    folder.mkdir()
+    for i in range(6):
+        pixels = np.random.default_rng(i).integers(256, size=(32, 96, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    views = [((), "centre"), (("--random-crop", 1), "one"), (("--random-crop", 2), "two")]
+    views += [(("--random-crop", 1, "--shard", "2/2"), "shard")]
+    views += [(("--random-crop", 1, "--batch-size", 2, "--workers", 2), "again")]
+    files = {
+        name: TokenFile.load(_encoded(titok_fast, folder, model, tmp_path / name, *options))
+        for options, name in ((options, f"{name}.npz") for options, name in views)
+    }
+    tokens = {name.removesuffix(".npz"): file.tokens for name, file in files.items()}
+    assert np.array_equal(tokens["again"], tokens["one"])
+    assert np.array_equal(tokens["shard"], tokens["one"][1::2])
+    network = TiTok.from_pretrained(model)
+    for name in ("one", "two"):
+        places = []
+        for i, row in enumerate(tokens[name]):
+            strip = torch.from_numpy(np.array(Image.open(folder / f"{i}.png"))).permute(2, 0, 1)
+            crops = torch.stack([strip[:, :, left : left + 32] for left in range(65)]).float() / 255
+            found = (network.encode(crops).numpy() == row).all(1).nonzero()[0]
+            assert len(found)
+            places.append(found[0])
+        assert len(set(places)) > 3
+    assert (tokens["one"] != tokens["two"]).any() and (tokens["one"] != tokens["centre"]).any()
+
+
 def test_a_run_that_mirrors_is_another(titok_fast, pictures, model, tmp_path, monkeypatch):
     command = ("encode", pictures, "-o", tmp_path / "t.npz", "--model", model, "--workers", 0)
     with monkeypatch.context() as patch:
@@ -797,6 +827,8 @@ def test_a_run_that_mirrors_is_another(titok_fast, pictures, model, tmp_path, mo
         assert titok_fast(*command).returncode == 2
     changed = titok_fast(*command, "--mirror")
     assert changed.returncode == 2 and "mirror None now True" in changed.err
+    changed = titok_fast(*command, "--random-crop", 0)
+    assert changed.returncode == 2 and "random crop None now 0" in changed.err
 
 
 def test_means_are_of_all_batches(titok_fast, pictures, model, tmp_path):

@@ -1,6 +1,7 @@
 """Image files are found, read as the official evaluation reads them, and written whole."""
 
 import io
+import math
 import os
 import signal
 import struct
@@ -445,6 +446,18 @@ def test_crops_reach_both_edges(picture, tmp_path, interpolation):
         read_pixels(path, 32, interpolation=interpolation, crop=(at, 0.5)) for at in (0, 1 - 1e-9)
     )
     assert torch.equal(first, whole[:, :, :32]) and torch.equal(last, whole[:, :, 2:])
+
+
+@pytest.mark.parametrize("crop", [(1.0, 0.5), (-0.1, 0), (0.5,), (0, math.nan)])
+def test_a_bad_crop_is_no_bad_file(crop, picture, tmp_path):
+    path = _saved(picture, tmp_path / "a.png")
+    words = "crop: got .*, allowed are two numbers from 0, below 1, or None"
+    with pytest.raises(ValueError, match=words):
+        read_pixels(path, 32, crop=crop)
+    with pytest.raises(ValueError, match=words):
+        load_images([str(path)], 32, batch_size=1, crops=[crop])
+    with pytest.raises(ValueError, match="crops: got 2, allowed is one for each of 1 paths"):
+        load_images([str(path)], 32, batch_size=1, crops=[None, None])
 
 
 def test_small_images_are_enlarged(tmp_path):

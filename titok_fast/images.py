@@ -124,6 +124,7 @@ def load_images(
     *,
     batch_size: int,
     interpolation: str = "bicubic",
+    crops: Sequence[Crop] | None = None,
     workers: int = 0,
     pin_memory: bool = False,
 ) -> Iterator[ImageBatch]:
@@ -137,6 +138,7 @@ def load_images(
         size: side of the images in pixels.
         batch_size: files of a batch; the last may have fewer.
         interpolation: as for `read_image`.
+        crops: one for each file, as for `read_pixels`; None takes the centres.
         workers: number of processes; 0 reads in this one.
         pin_memory: put the pixels in memory from which copies to a GPU are asynchronous.
 
@@ -144,17 +146,25 @@ def load_images(
         Batches in the order of the paths, one without images included.
 
     Raises:
-        ValueError: for an unknown interpolation, or a size or batch size below 1.
+        ValueError: for an unknown interpolation, a size or batch size below 1, or crops out of
+            range or not as many as the paths.
         RuntimeError: when a worker process dies.
     """
     _check_interpolation(interpolation)
     size, batch_size = python_number(size), python_number(batch_size)
     check_kind("size", size, COUNT)
     check_kind("batch_size", batch_size, COUNT)
+    if crops is not None:
+        if len(crops) != len(paths):
+            raise ValueError(
+                f"crops: got {len(crops)}, allowed is one for each of {len(paths)} paths"
+            )
+        for crop in crops:
+            _check_crop(crop)
     # The others start in seconds; a worker touches neither CUDA nor this process's threads.
     context = "fork" if workers and sys.platform == "linux" else None
     loader = DataLoader(
-        _ImageFiles(paths, size, interpolation),
+        _ImageFiles(paths, size, interpolation, crops),
         batch_size=batch_size,
         num_workers=workers,
         collate_fn=_collate,
@@ -166,18 +176,22 @@ def load_images(
 
 
 class _ImageFiles(Dataset[tuple[int, Tensor | str]]):
-    def __init__(self, paths: Sequence[str], size: int, interpolation: str) -> None:
+    def __init__(
+        self, paths: Sequence[str], size: int, interpolation: str, crops: Sequence[Crop] | None
+    ) -> None:
         self.paths = paths
         self.size = size
         self.interpolation = interpolation
+        self.crops = crops
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[int, Tensor | str]:
         try:
+            crop = None if self.crops is None else self.crops[index]
             return index, read_pixels(
-                self.paths[index], self.size, interpolation=self.interpolation
+                self.paths[index], self.size, interpolation=self.interpolation, crop=crop
             )
         except OSError as error:
             return index, str(error)
@@ -240,8 +254,12 @@ def read_pixels(
         path, size, interpolation: as for `read_image`.
         crop: where the crop lies across and down, each in [0, 1), from one edge to the other; None
             is the centre.
+
+    Raises:
+        OSError, ValueError: as `read_image`, and for a crop that is out of range.
     """
     _check_interpolation(interpolation)
+    _check_crop(crop)
     size = python_number(size)
     check_kind("size", size, COUNT)
     try:
@@ -318,6 +336,11 @@ def _check_interpolation(interpolation: str) -> None:
             f"interpolation: got {interpolation!r}, allowed are "
             f"{', '.join(map(repr, _INTERPOLATIONS))}"
         )
+
+
+def _check_crop(crop: Crop) -> None:
+    if crop is not None and (len(crop) != 2 or not all(0 <= at < 1 for at in crop)):
+        raise ValueError(f"crop: got {crop}, allowed are two numbers from 0, below 1, or None")
 
 
 def _bicubic(image: Image.Image, size: int, crop: Crop) -> Pixels:

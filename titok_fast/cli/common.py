@@ -25,7 +25,7 @@ from rich.progress import (
 from rich.text import Text
 from torch import Tensor
 
-from titok_fast.images import ImageBatch, load_images, png_software, to_float, write_png
+from titok_fast.images import Crop, ImageBatch, load_images, png_software, to_float, write_png
 from titok_fast.models import IBQTokenizer, Tokenizer, load_tokenizer
 from titok_fast.models.auto import TOKENIZERS, releases
 from titok_fast.models.checks import Options, replaced
@@ -174,7 +174,13 @@ class Network:
         mark = fingerprint(model)
         return cls(model.to(place).cast(kind), name, revision, mark, size, place, kind)
 
-    def images(self, paths: Sequence[str], batch_size: int, workers: int) -> Iterator[ImageBatch]:
+    def images(
+        self,
+        paths: Sequence[str],
+        batch_size: int,
+        workers: int,
+        crops: Sequence[Crop] | None = None,
+    ) -> Iterator[ImageBatch]:
         """Batches of the images, read ahead."""
         gpu = self.device.type == "cuda"
         return load_images(
@@ -182,6 +188,7 @@ class Network:
             self.image_size,
             batch_size=batch_size,
             interpolation=self.model.interpolation,
+            crops=crops,
             workers=workers,
             pin_memory=gpu,
         )
@@ -389,10 +396,10 @@ def _image_size(model: Tokenizer, size: int | None) -> int:
     return size
 
 
-def check_seed(seed: int) -> None:
-    """Raises ValueError unless --seed is one of `maskgit_step` and `sample_token`."""
+def check_seed(seed: int, option: str = "--seed") -> None:
+    """Raises ValueError unless a seed is one of `maskgit_step` and `sample_token`."""
     if not 0 <= seed < 2**63:
-        raise ValueError(f"--seed: got {seed}, allowed is 0 to 2**63 - 1")
+        raise ValueError(f"{option}: got {seed}, allowed is 0 to 2**63 - 1")
 
 
 def named_device(name: str) -> torch.device:

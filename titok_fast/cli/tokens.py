@@ -27,6 +27,7 @@ from titok_fast.cli.common import (
     Workers,
     check_pictures,
     check_place,
+    check_seed,
     default_workers,
     option,
     png_names,
@@ -35,6 +36,7 @@ from titok_fast.cli.common import (
 from titok_fast.cli.runs import Parts
 from titok_fast.images import ImageFile, find_images, to_uint8
 from titok_fast.tokens import Array, TokenFile, check_suffix
+from titok_fast.training.data import key
 
 
 def encode(
@@ -48,6 +50,9 @@ def encode(
     dtype: Dtype = "float32",
     image_size: ImageSize = None,
     mirror: Annotated[bool, typer.Option("--mirror", help="Mirror each image.")] = False,
+    random_crop: Annotated[
+        int | None, option("Seed of crops at random places of the images.", "the centre")
+    ] = None,
     shard: Annotated[
         str | None,
         option("Of the images each n-th alone from the i-th on, such as 1/8 to 8/8.", "all"),
@@ -58,6 +63,8 @@ def encode(
     """Turn images into a token file; the same command finishes what an interrupted one began."""
     check_suffix(output)
     check_place("--output", output)
+    if random_crop is not None:
+        check_seed(random_crop, "--random-crop")
     _check_replaced(output)
     files = find_images(paths)
     class_names = sorted({file.class_name for file in files if file.class_name is not None})
@@ -75,6 +82,7 @@ def encode(
             # On a GPU the last bits of a latent can depend on it.
             "batch size": batch_size if network.device.type == "cuda" else None,
             "mirror": mirror or None,
+            "random crop": random_crop,
             "images": hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16],
         },
     )
@@ -84,7 +92,11 @@ def encode(
         say(f"{done} of {len(files)} images were done before")
     workers = default_workers(workers, network.device)
     with Counter("encode", len(files), done) as counter:
-        for batch in network.images([files[i].path for i in todo], batch_size, workers):
+        crops = None
+        if random_crop is not None:
+            crops = [_crop(random_crop, files[i].image_id) for i in todo]
+        paths = [files[i].path for i in todo]
+        for batch in network.images(paths, batch_size, workers, crops):
             counter.skip(batch.errors)
             if batch.indices:
                 pixels = batch.pixels.flip(3) if mirror else batch.pixels
@@ -100,6 +112,12 @@ def encode(
         say(f"{len(kept)} images to {output}: {counter.speed}")
     parts.remove()
     counter.finish()
+
+
+def _crop(seed: int, image_id: str) -> tuple[float, float]:
+    """Where the crop of an image lies, whatever other images there are."""
+    across, down = (key(seed, "crop", axis, image_id) for axis in ("across", "down"))
+    return (across >> 10) / 2**53, (down >> 10) / 2**53
 
 
 def _check_replaced(output: Path) -> None:
