@@ -228,3 +228,9 @@ def test_the_pixel_quantizer_of_1d_tokenizer_is_left_alone():
     attributes = {"num_embeddings": 32, "embedding_dim": 6}
     quantizer = upstream(codebook_size=None, token_size=None, **attributes)()
     assert "is MaskGIT-VQGAN's, whose returns are" in why_left(quantizer)
+
+
+@pytest.mark.parametrize("change", [accelerate, titok_fast.compile, titok_fast.pack_weights])
+def test_a_name_is_no_model(change):
+    with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module, got str"):
+        change("titok-digits")

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import pickle
 
 import numpy as np
@@ -271,6 +272,20 @@ def test_bad_shape(shape):
 def test_bad_options(options, error, words):
     with pytest.raises(error, match=words):
         IndexPropagationQuantize(**{"n_e": 40, "e_dim": 6} | options)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"entropy_temperature": 0}, ValueError, "entropy_temperature: 0 is not a positive"),
+        ({"beta": math.nan}, ValueError, "beta: got nan, allowed is a finite number"),
+        ({"sample_weight": "1"}, ValueError, "sample_weight: got '1', allowed is a finite"),
+        ({"batch_weight": math.inf}, ValueError, "batch_weight: got inf, allowed is a finite"),
+    ],
+)
+def test_bad_options_of_the_function(options, error, words):
+    with pytest.raises(error, match=words):
+        ibq_quantize(torch.zeros(2, 4), torch.zeros(3, 4), **options)
 
 
 def test_bad_latents():

@@ -535,6 +535,12 @@ def test_options_of_each_image():
     assert titok_fast.generate([], **options).shape == (0, 3, 32, 32)
     for given, error, words in (
         ({"return_steps": True}, ValueError, "return_steps: got True, allowed is False"),
+        ({"num_tokens": 4}, ValueError, "num_tokens: got 4, allowed is None"),
+        (
+            {"labels": [1, 2], "noise": lambda *_: None, "batch_size": 1},
+            ValueError,
+            "noise: allowed with one batch, got 2 labels in batches of 1",
+        ),
         (
             {"image_ids": numbers},
             ValueError,

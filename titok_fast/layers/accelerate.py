@@ -7,6 +7,7 @@ from torch import nn
 
 from titok_fast.layers.index_propagation_quantize import IndexPropagationQuantize
 from titok_fast.layers.vector_quantizer import VectorQuantizer
+from titok_fast.ops.arguments import check_module
 
 
 def accelerate(
@@ -29,7 +30,11 @@ def accelerate(
 
     Returns:
         The model; the new layer where `model` itself was a quantizer.
+
+    Raises:
+        TypeError: for something else than a module.
     """
+    check_module("model", model)
     layers: dict[int, nn.Module] = {}
     found = False
     for path, module in list(model.named_modules(remove_duplicate=False)):

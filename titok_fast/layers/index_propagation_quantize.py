@@ -94,6 +94,9 @@ def ibq_quantize(
 
     Source: arXiv 2412.02692, sections 3.2 and 3.3.
     """
+    check_weights(beta=beta, sample_weight=sample_weight, batch_weight=batch_weight)
+    entropy_temperature = python_number(entropy_temperature)
+    check_temperature("entropy_temperature", entropy_temperature)
     output, _ = _quantize(
         z, codebook, beta, entropy_temperature, sample_weight, batch_weight, entropy,
         process_group, backend, probability=False,

@@ -17,6 +17,7 @@ from titok_fast.models.blocks import (
 from titok_fast.models.ibq import ResidualBlock
 from titok_fast.models.maskgit_vqgan import ResnetBlock
 from titok_fast.models.packed import packable
+from titok_fast.ops.arguments import check_module
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -40,8 +41,10 @@ def compile(model: Model) -> Model:
         The model; its state_dict is unchanged.
 
     Raises:
+        TypeError: for something else than a module.
         ValueError: when the module has none of the blocks.
     """
+    check_module("model", model)
     kinds = (BertBlock, LlamaBlock, ResidualAttentionBlock, ResidualBlock, ResnetBlock, UViTBlock)
     blocks = [module for module in model.modules() if isinstance(module, kinds)]
     if not blocks:

@@ -78,7 +78,8 @@ def generate(
             keep the memory of both networks' work; False takes that of one at a time.
         **options: of `MaskGIT.generate`, such as steps or guidance_scale, or of
             `ARTransformer.generate`, such as temperature or top_k. Of image_ids, ids and prefix
-            there is one entry for each label; return_steps is not allowed.
+            there is one entry for each label; return_steps and num_tokens are not allowed, noise
+            only where there is one batch.
 
     Returns:
         [N, 3, S, S] in [0, 1], in the dtype of the tokenizer, on the device.
@@ -86,7 +87,7 @@ def generate(
     Raises:
         TypeError: labels of another dtype than int64, an unknown option.
         ValueError: an unknown model, a label or a number out of range, another number of entries
-            than labels, return_steps, or `capture` with what cannot be recorded.
+            than labels, an option that is not allowed, or `capture` with what cannot be recorded.
         RuntimeError: `capture` without a GPU.
         FileNotFoundError: the weights are missing and cannot be downloaded.
     """
@@ -94,9 +95,15 @@ def generate(
     check_kind("batch_size", batch_size, COUNT)
     if options.pop("return_steps", False):
         raise ValueError("return_steps: got True, allowed is False: only whole images are decoded")
+    if options.get("num_tokens") is not None:
+        raise ValueError(f"num_tokens: got {options['num_tokens']}, allowed is None: only whole "
+                         "images are decoded")  # fmt: skip
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     tokenizer, generator = load_pair(model, dtype, device)
     labels = as_labels(labels, generator.num_classes, device)
+    if options.get("noise") is not None and len(labels) > batch_size:
+        raise ValueError(f"noise: allowed with one batch, got {len(labels)} labels in batches of "
+                         f"{batch_size}")  # fmt: skip
     of_each: dict[str, Tensor] = {"image_ids": torch.arange(len(labels), device=device)}
     for name in ("image_ids", "ids", "prefix"):
         value = options.pop(name, None)

@@ -16,7 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from titok_fast.models import widened
 from titok_fast.models.widened import linear
-from titok_fast.ops.arguments import differentiated, has_values
+from titok_fast.ops.arguments import check_module, differentiated, has_values
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -238,8 +238,10 @@ def pack_weights(model: Model) -> Model:
 
     Raises:
         RuntimeError: the model is not on the CPU.
+        TypeError: for something else than a module.
         ValueError: when the module has no layer to pack.
     """
+    check_module("model", model)
     layers = packable(model)
     if not layers:
         raise ValueError(f"model: {type(model).__name__} has no layer of titok_fast")

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
@@ -20,6 +20,12 @@ Count = int | Tensor
 def python_number(value: Any) -> Any:
     """A number of NumPy's as Python's; anything else as it is."""
     return value.item() if isinstance(value, np.generic) else value
+
+
+def check_module(name: str, module: object) -> None:
+    """TypeError unless it is a PyTorch module; a model's name is not."""
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"{name}: expected a torch.nn.Module, got {type(module).__name__}")
 
 
 def strided(name: str, tensor: object) -> Tensor:
