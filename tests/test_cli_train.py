@@ -76,6 +76,14 @@ def test_the_command(titok_fast, digit_tokens, other_tokens, tmp_path):
     assert other.returncode == 2 and "(--steps 4 now 5)" in other.err
     assert other.err.count("\n") == 1
 
+    kept = tmp_path / "kept"
+    early = ("--steps", 4, "--keep-every", 1, "-o", kept)
+    assert titok_fast(*train, *early).returncode == 0
+    for name in ("config.json", "model.safetensors", STATE_FILE):
+        (kept / name).unlink()  # as a run leaves it that was killed before its first state
+    other = titok_fast(*train, *early, "--seed", 1)
+    assert other.returncode == 2 and "--seed 0 now 1" in other.err
+
     more = tmp_path / "more"
     options = ("--steps", 2, "--batch-size", 8, "--dtype", "bfloat16", "--average-decay", 0)
     result = titok_fast("train", digit_tokens, "--init", out, *options, "-o", more)

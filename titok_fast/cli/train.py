@@ -55,7 +55,7 @@ from titok_fast.training.generator import GeneratorTask, generator_config
 from titok_fast.training.loop import Optimization
 from titok_fast.training.perceptual import KINDS as PERCEPTUAL_KINDS
 from titok_fast.training.perceptual import Perceptual
-from titok_fast.training.run import STATE_FILE, Options, Task, run
+from titok_fast.training.run import MODELS_FOLDER, STATE_FILE, Options, Task, run
 from titok_fast.training.tokenizer import (
     TokenizerTask,
     loss_options,
@@ -633,5 +633,5 @@ def _check_output(folder: Path, settings: dict[str, Setting]) -> None:
         if (folder / CONFIG_FILE).exists() or (folder / WEIGHTS_FILE).exists():
             raise ValueError(f"--output: {folder} holds a model, allowed is a folder without one")
         return
-    if any((folder / name).exists() for name in (STATE_FILE, WEIGHTS_FILE)):
+    if any((folder / name).exists() for name in (STATE_FILE, WEIGHTS_FILE, MODELS_FOLDER)):
         check_settings(record, settings)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -164,7 +165,7 @@ def run(
     task: Task,
     optimization: Optimization,
     options: Options,
-    folder: Path | None = None,
+    folder: str | os.PathLike[str] | None = None,
     *,
     held_out: Task | None = None,
     workers: int = 0,
@@ -202,6 +203,7 @@ def run(
         OSError: when a held-out example cannot be read, or what is measured cannot be written; the
             state is that of the step.
     """
+    folder = None if folder is None else Path(folder)
     rank, processes = rank_and_size()
     part_size = options.part_size(processes)
     count = options.batch_size // (processes * part_size)
@@ -288,7 +290,7 @@ class _Teller:
         """Takes the loss of a part of a step."""
         self._weight += weight
         for name, value in {} if isinstance(loss, Tensor) else loss.items():
-            value = weight * value.detach()
+            value = weight * value.detach().float()
             self._sums[name] = self._sums[name] + value if name in self._sums else value
 
     def __call__(self, progress: Progress, beside: Mapping[str, float]) -> None:
@@ -303,7 +305,7 @@ class _Teller:
         of_all = gathered((progress.loss, mine))
         progress = replace(progress, loss=_mean([loss for loss, _ in of_all]))
         names = dict.fromkeys(name for _, parts in of_all for name in parts)
-        parts = {name: _mean([each[name] for _, each in of_all if name in each]) for name in names}
+        parts = {name: _mean([each.get(name, 0.0) for _, each in of_all]) for name in names}
         rank, _ = rank_and_size()
         with together():
             if rank == 0:
@@ -435,6 +437,8 @@ class _Keeper:
                         folder = self._path.parent / MODELS_FOLDER / f"step-{steps:08d}"
                         remove_temporaries(folder, "*")
                         self.average.save_pretrained(folder)
+                        for path in folder.iterdir():
+                            flush_to_disk(path)
                     if saved:  # last: a run that goes on from an earlier one does all of this again
                         self._save(self._path, steps, optimizer)
         if failure:
